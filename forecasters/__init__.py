@@ -1,0 +1,101 @@
+"""The contract every forecaster answers, and the lazy loader that makes one.
+
+Imports no torch: the modules behind `load` do. Knows nothing of windows, studies, databases or commands.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class ForecastError(RuntimeError):
+    """The forecaster could not answer for these inputs (non-finite samples, out of memory, horizon too long)."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be found, read, or does not fit the network it is for."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bars:
+    """Consecutive bars of one symbol, oldest first. All arrays have one entry a bar, [T]."""
+
+    timestamps: np.ndarray  # datetime64[ns], UTC, strictly ascending
+    open: np.ndarray  # float64, price
+    high: np.ndarray
+    low: np.ndarray
+    close: np.ndarray
+    volume: np.ndarray | None  # float64; None where the file has none
+
+    def __len__(self) -> int:
+        return len(self.close)
+
+    def slice(self, start: int, stop: int) -> Bars:
+        """The bars [start, stop) as views."""
+        return Bars(
+            timestamps=self.timestamps[start:stop],
+            open=self.open[start:stop],
+            high=self.high[start:stop],
+            low=self.low[start:stop],
+            close=self.close[start:stop],
+            volume=None if self.volume is None else self.volume[start:stop],
+        )
+
+
+class Encoded(Protocol):
+    """What a network computes for some windows that does not depend on how they are sampled."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Forecaster(Protocol):
+    """A loaded model. Stage by stage: encode runs the network, draw only samples from what it left."""
+
+    model: str
+    fingerprint: str  # of the weights, the network's configuration and the dtype
+    forwards: int  # calls of the network so far
+
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
+        """Everything about these contexts that does not depend on how we sample.
+
+        contexts: one a window, W of them; their lengths may differ.
+        params: the model's encode params (`MODELS[model].encode_params`).
+        """
+        ...
+
+    def draw(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+        """Samples of the close, float64 [W, S, H].
+
+        seeds: one a window, each below 2**64. Equal seeds and params give equal samples; a smaller
+        sample count gives a prefix of a larger one.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which params of a model belong to which stage, and where its weights come from by default."""
+
+    module: str
+    encode_params: tuple[str, ...]
+    draw_params: tuple[str, ...]
+
+
+MODELS: Mapping[str, Model] = {
+    "toto": Model(module="forecasters.toto", encode_params=("context_length",), draw_params=("num_samples",)),
+}
+
+
+def load(model: str, *, checkpoint: str, revision: str | None = None, device: str = "cpu") -> Forecaster:
+    """Load a model's checkpoint onto a device ("cpu", "cuda:0").
+
+    checkpoint: a bundled name, a local folder or a hub id (see checkpoints.py).
+    Raises CheckpointError.
+    """
+    return importlib.import_module(MODELS[model].module).load(checkpoint, revision=revision, device=device)
