@@ -1,0 +1,691 @@
+"""Toto 1.0 as a forecaster: the inference network that published checkpoints load into, and its two stages.
+
+Owns the network, the causal patch scaling, the Student-T mixture and the decoding past the first patch. Within the
+first patch nothing that is sampled re-enters the network, so one forward a window is the whole network work of any
+number of samples (the reference repeats the window once a sample). Knows nothing of windows, studies or caches.
+
+"The reference" is github.com/DataDog/toto at 46bd92a. Dimensions: B or W windows, V variates, T points, S patches,
+P points a patch, D embed_dim, Q points of a head, N samples or trajectories, h steps of a patch, K components.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forecasters import Bars, CheckpointError, ForecastError
+from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
+from forecasters.checkpoints import check as check_shapes
+
+MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
+NORM_EPS = 1e-8  # inside the root (util.py:42)
+ROPE_BASE = 10_000.0
+XPOS_BASE = 512.0
+TRAJECTORIES = 64  # a block; its size never depends on num_samples, so fewer samples are a prefix bit for bit
+BLOCK_TOKENS = 1024  # trajectories of all windows in one forward past the first patch
+BATCH_TOKENS = 16_384  # patches in one forward of encode: 250 windows of 4,096 points
+DRAW_BYTES = 64 << 20  # bound on the uniforms held at once
+
+_SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
+_MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
+_LOADER_KEYS = ("pre_xformers_checkpoint",)  # read by the reference's loader only; the tensor names say as much
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The published config.json of Toto 1.0: its 15 names."""
+
+    patch_size: int
+    stride: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_hidden_dim: int
+    dropout: float
+    spacewise_every_n_layers: int  # -1: no layer over variates
+    scaler_cls: str
+    output_distribution_classes: Sequence[str]
+    output_distribution_kwargs: Mapping[str, int]
+    spacewise_first: bool = True
+    use_memory_efficient_attention: bool = True  # a kernel choice of the reference; same numbers either way
+    stabilize_with_global: bool = True
+    scale_factor_exponent: float = 10.0
+
+    @property
+    def components(self) -> int:
+        return self.output_distribution_kwargs["k_components"]
+
+    @property
+    def over_time(self) -> tuple[bool, ...]:
+        """For each layer whether it attends over time (True) or over variates (False)."""
+        every = self.spacewise_every_n_layers
+        if every == -1:
+            return (True,) * self.num_layers
+        space = 0 if self.spacewise_first else every - 1
+        return tuple(layer % every != space for layer in range(self.num_layers))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixture:
+    """Student-T mixtures in scaled units, each [..., h, K]: price = affine scale * value + affine loc."""
+
+    probs: Tensor
+    df: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    def mean(self) -> Tensor:
+        """Their means, [..., h]; they exist because df > 2."""
+        return (self.probs * self.loc).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """Running count, mean and sum of squared deviations of what was seen, float64; and the bounds of the scale."""
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """loc and scale, rounded to fp32 before use as in the reference (scaler.py:254-259)."""
+        variance = self.m2 / (self.count - 1).clamp_min(1)
+        scale = (variance + MINIMUM_VARIANCE).sqrt().clamp(self.lowest, self.highest)
+        return self.mean.float(), scale.float()
+
+    def extended(self, patch: Tensor) -> Statistics:
+        """With the points of patch [..., P] seen too (Chan, Golub & LeVeque 1983)."""
+        patch = patch.double()
+        size, mean = patch.shape[-1], patch.mean(-1)
+        m2 = (patch - mean[..., None]).square().sum(-1)
+        count, delta = self.count + size, mean - self.mean
+        return Statistics(
+            count=count,
+            mean=self.mean + delta * (size / count),
+            m2=self.m2 + m2 + delta.square() * (self.count * size / count),
+            lowest=self.lowest,
+            highest=self.highest,
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Statistics:
+        return Statistics(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prefix:
+    """What the context leaves for decoding: shared by every trajectory of a window, never copied for one."""
+
+    keys: tuple[Tensor, ...]  # a layer over time: [B*V, heads, S, Q], rotated
+    values: tuple[Tensor, ...]
+    pads: Tensor  # whole pad patches before the first real one, [B]
+    ids: Tensor  # [B, V]
+    statistics: Statistics  # [B, V]
+
+    @property
+    def nbytes(self) -> int:
+        statistics = (getattr(self.statistics, field.name) for field in fields(self.statistics))
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.pads, self.ids, *statistics))
+
+    def rows(self, start: int, stop: int) -> Prefix:
+        """Of the windows [start, stop), as views."""
+        variates = self.ids.shape[1]
+        return Prefix(
+            keys=tuple(tensor[start * variates : stop * variates] for tensor in self.keys),
+            values=tuple(tensor[start * variates : stop * variates] for tensor in self.values),
+            pads=self.pads[start:stop],
+            ids=self.ids[start:stop],
+            statistics=self.statistics.map(lambda tensor: tensor[start:stop]),
+        )
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, NORM_EPS)
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class Attention(nn.Module):
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.wQKV = nn.Linear(size, 3 * size)
+        self.wO = nn.Linear(size, size)
+        self.heads = heads
+
+    def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Of query 0, key 1 and value 2 the ones [first, last); x [B, L, D], each result [B, heads, L, Q]."""
+        size = x.shape[-1]
+        rows = slice(first * size, last * size)
+        y = F.linear(x, self.wQKV.weight[rows], self.wQKV.bias[rows])
+        # The published rows run (qkv, Q, heads), heads fastest; the result is (heads, Q) (attention.py:94, 136).
+        return y.unflatten(-1, (last - first, size // self.heads, self.heads)).permute(2, 0, 4, 1, 3).unbind(0)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """[B, heads, L, Q] to [B, L, D]."""
+        return self.wO(attended.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, *, over_time: bool) -> None:
+        super().__init__()
+        self.over_time = over_time
+        self.norm1 = RMSNorm(config.embed_dim)
+        self.attention = Attention(config.embed_dim, config.num_heads)
+        self.norm2 = RMSNorm(config.embed_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.embed_dim, 2 * config.mlp_hidden_dim),
+            SwiGLU(),
+            nn.Linear(config.mlp_hidden_dim, config.embed_dim),
+        )
+
+    def across_variates(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Attention of each patch over the variates of its own id, both ways; x [B, V, S, D] to the same."""
+        shape = x.transpose(1, 2).shape  # [B, S, V, D]
+        q, k, v = self.attention.project(x.transpose(1, 2).flatten(0, 1), 0, 3)
+        alike = (ids[:, :, None] == ids[:, None, :]).repeat_interleave(shape[1], 0)[:, None]  # [B*S, 1, V, V]
+        y = self.attention.output(F.scaled_dot_product_attention(q, k, v, attn_mask=alike))
+        return y.view(shape).transpose(1, 2)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + attended
+        return x + self.mlp(self.norm2(x))
+
+
+class Network(nn.Module):
+    """Toto 1.0's network; the names of its parameters are the published ones (without the prefix `model.`)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        size, k = config.embed_dim, config.components
+        self.patch_embed = nn.ModuleDict({"projection": nn.Linear(config.patch_size, size)})
+        layers = nn.ModuleList(Layer(config, over_time=over_time) for over_time in config.over_time)
+        self.transformer = nn.ModuleDict({"layers": layers})
+        self.unembed = nn.Linear(size, size * config.patch_size)
+        heads = ("df", "loc_proj", "scale_proj", "mixture_weights")
+        self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in heads})
+
+    @property
+    def layers(self) -> Iterator[Layer]:
+        return iter(self.transformer["layers"])  # type: ignore[arg-type]
+
+    def forward(self, series: Tensor, pads: Tensor, ids: Tensor | None = None) -> tuple[Mixture, Tensor, Tensor]:
+        """Every patch's forecast of the patch after it: what training needs, and what the reference computes.
+
+        series: fp32, left-padded with zeros to a multiple of the patch, [B, V, T]. pads: padded points a row, [B].
+        ids: variates with equal ids attend to each other, [B, V]; default all.
+        Returns the mixtures [B, V, S, P, K] and the affine loc and scale [B, V, S].
+        """
+        ids = torch.zeros_like(series[..., 0], dtype=torch.long) if ids is None else ids
+        statistics = running_statistics(series, pads, self.config)
+        loc, scale = statistics.affine()
+        x, _, _ = self._trunk(self._embed(series, loc, scale), pads // self.config.patch_size, ids, every_patch=True)
+        return self._mixture(x, self.config.patch_size), loc, scale
+
+    def prefill(
+        self, series: Tensor, pads: Tensor, ids: Tensor | None = None, *, steps: int, keep: bool = False
+    ) -> tuple[Mixture, Tensor, Tensor, Prefix | None]:
+        """The forecast after the last patch only; series, pads and ids as in `forward`.
+
+        Skips what cannot reach it: the last layer over time makes one query, the layers after it see one patch, and
+        only `steps` (at most P) of the unembedding's rows are used.
+        Returns the mixtures [B, V, steps, K], the affine loc and scale [B, V], and with `keep` what decoding needs.
+        """
+        ids = torch.zeros_like(series[..., 0], dtype=torch.long) if ids is None else ids
+        statistics = running_statistics(series, pads, self.config)
+        loc, scale = statistics.affine()
+        patches = pads // self.config.patch_size
+        x, keys, values = self._trunk(self._embed(series, loc, scale), patches, ids, every_patch=False)
+        last = statistics.map(lambda tensor: tensor[..., -1])
+        prefix = Prefix(keys=keys, values=values, pads=patches, ids=ids, statistics=last) if keep else None
+        return self._mixture(x[:, :, -1], steps), loc[..., -1], scale[..., -1], prefix
+
+    def _embed(self, series: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """[B, V, T] to [B, V, S, D]. Padded points of a row's first patch enter as (0 - loc) / scale."""
+        patches = series.unflatten(-1, (-1, self.config.patch_size))
+        return self.patch_embed["projection"]((patches - loc[..., None]) / scale[..., None])
+
+    def _trunk(
+        self, x: Tensor, pads: Tensor, ids: Tensor, *, every_patch: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """All layers; x [B, V, S, D], pads in patches [B]. Returns states [B, V, S or 1, D], keys and values."""
+        variates, patches = x.shape[1:3]
+        last = max((i for i, layer in enumerate(self.layers) if layer.over_time), default=-1)
+        positions = (torch.arange(patches, device=x.device) - pads[:, None]).clamp_min(0)  # from each own first patch
+        # Queries and keys share one centre here, so it cancels; it matters once decoding adds keys around another.
+        tables = _rotation(positions, (patches - pads - 1) // 2, x.shape[-1] // self.config.num_heads)
+        tables = tuple(table.repeat_interleave(variates, 0)[:, None] for table in tables)  # [B*V, 1, S, Q]
+        mask = _time_mask(pads, patches).repeat_interleave(variates, 0)[:, None] if pads.any() else None
+        keys, values = [], []
+        if last < 0 and not every_patch:
+            x = x[:, :, -1:]
+        for i, layer in enumerate(self.layers):
+            normed = layer.norm1(x)
+            if layer.over_time:
+                rows = 1 if i == last and not every_patch else patches
+                (q,) = layer.attention.project(normed[:, :, -rows:].flatten(0, 1), 0, 1)
+                k, v = layer.attention.project(normed.flatten(0, 1), 1, 3)
+                q = _rotate(q, tables[0][:, :, -rows:], tables[1][:, :, -rows:])
+                k, v = _rotate(k, tables[2], tables[3]), v.contiguous()
+                seen = None if mask is None else mask[:, :, -rows:]
+                attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=mask is None and rows > 1)
+                x = x[:, :, -rows:]
+                y = layer.attention.output(attended).view_as(x)
+                keys.append(k)
+                values.append(v)
+            else:
+                y = layer.across_variates(normed, ids)
+            x = layer.finish(x, y)
+        return x, tuple(keys), tuple(values)
+
+    def _mixture(self, x: Tensor, steps: int) -> Mixture:
+        """States [..., D] to the mixtures of the first `steps` points of the next patch, [..., steps, K]."""
+        rows = steps * self.config.embed_dim  # the unembedding's rows run (step, D): the first steps come first
+        x = F.linear(x, self.unembed.weight[:rows], self.unembed.bias[:rows]).unflatten(-1, (steps, -1))
+        head, eps = self.output_distribution, torch.finfo(x.dtype).eps
+        return Mixture(
+            probs=head["mixture_weights"](x).softmax(-1),
+            df=2 + F.softplus(head["df"](x)).clamp_min(eps),
+            loc=head["loc_proj"](x),
+            scale=F.softplus(head["scale_proj"](x)).clamp_min(eps),
+        )
+
+
+class Trajectories:
+    """N continuations of each window, a patch at a time, over one shared prefix.
+
+    Follows the reference with its key-value cache, its default: a new patch at position p is rotated around p // 2
+    while the context's keys keep the centre of the context (rope.py:93), which differs from a pass without a cache
+    by about 1e-3.
+    """
+
+    def __init__(self, network: Network, prefix: Prefix, count: int, *, patches: int) -> None:
+        """count: trajectories a window, N. patches: how often `advance` will be called at most."""
+        self.network, self.prefix, self.done = network, prefix, 0
+        self.statistics = prefix.statistics.map(lambda tensor: tensor[..., None].expand(*tensor.shape, count))
+        heads, size = network.config.num_heads, network.config.embed_dim // network.config.num_heads
+        shape = (len(prefix.keys), prefix.ids.numel(), heads, count, patches, size)
+        self.keys, self.values = (torch.empty(shape, device=prefix.ids.device) for _ in range(2))
+
+    def advance(self, patch: Tensor, steps: int) -> tuple[Mixture, Tensor, Tensor]:
+        """Append patch [B, V, N, P] and forecast the first `steps` points after it.
+
+        Returns the mixtures [B, V, N, steps, K] and the affine loc and scale [B, V, N].
+        """
+        network = self.network
+        self.statistics = self.statistics.extended(patch)
+        loc, scale = self.statistics.affine()
+        x = network.patch_embed["projection"]((patch.float() - loc[..., None]) / scale[..., None])
+        tables = self._tables(x.shape[1])
+        layer_over_time = 0
+        for layer in network.layers:
+            normed = layer.norm1(x)  # [B, V, N, D]
+            if layer.over_time:
+                y = self._over_time(layer, normed, layer_over_time, tables)
+                layer_over_time += 1
+            else:
+                y = layer.across_variates(normed, self.prefix.ids)
+            x = layer.finish(x, y)
+        self.done += 1
+        return network._mixture(x, steps), loc, scale
+
+    def _tables(self, variates: int) -> tuple[Tensor, ...]:
+        position = self.prefix.keys[0].shape[2] - self.prefix.pads + self.done if self.prefix.keys else self.prefix.pads
+        size = self.network.config.embed_dim // self.network.config.num_heads
+        tables = _rotation(position[:, None], position // 2, size)
+        return tuple(table.repeat_interleave(variates, 0)[:, None] for table in tables)  # [B*V, 1, 1, Q]
+
+    def _over_time(self, layer: Layer, normed: Tensor, index: int, tables: tuple[Tensor, ...]) -> Tensor:
+        prefix, now = self.prefix, self.done + 1
+        q, k, v = layer.attention.project(normed.flatten(0, 1), 0, 3)  # [B*V, heads, N, Q]
+        q = _rotate(q, tables[0], tables[1]) * q.shape[-1] ** -0.5
+        self.keys[index, :, :, :, self.done] = _rotate(k, tables[2], tables[3])
+        self.values[index, :, :, :, self.done] = v
+        own_keys, own_values = self.keys[index, :, :, :, :now], self.values[index, :, :, :, :now]  # [.., N, now, Q]
+        shared = q @ prefix.keys[index].transpose(-1, -2)  # [B*V, heads, N, S]
+        padded = torch.arange(shared.shape[-1], device=q.device) < prefix.pads[:, None]
+        padded = padded.repeat_interleave(normed.shape[1], 0)[:, None, None]
+        own = (own_keys @ q[..., None])[..., 0]  # [B*V, heads, N, now]
+        weights = torch.cat((shared.masked_fill(padded, -torch.inf), own), -1).softmax(-1)
+        ours = weights[..., None, -now:] @ own_values  # [B*V, heads, N, 1, Q]
+        attended = weights[..., :-now] @ prefix.values[index] + ours[..., 0, :]
+        return layer.attention.output(attended).view_as(normed)
+
+
+def running_statistics(series: Tensor, pads: Tensor, config: Config) -> Statistics:
+    """The statistics of everything up to each patch's last point, [B, V, S], padded points left out.
+
+    Welford's recurrence as cumulative sums in float64; the bounds are of the whole row (scaler.py:148-271).
+    """
+    x = series.double()
+    valid = (torch.arange(x.shape[-1], device=x.device) >= pads[:, None])[:, None].double()  # [B, 1, T]
+    count = valid.cumsum(-1)
+    mean = (x * valid).cumsum(-1) / count.clamp_min(1)
+    before = F.pad(mean[..., :-1], (1, 0))
+    m2 = ((x - before) * (x - mean) * valid).cumsum(-1)
+    ends = slice(config.patch_size - 1, None, config.patch_size)
+    lowest, highest = torch.zeros_like(mean[..., :1]), torch.full_like(mean[..., :1], torch.inf)
+    if config.stabilize_with_global:
+        whole = (m2[..., -1:] / count[..., -1:].clamp_min(1) + MINIMUM_VARIANCE).sqrt()
+        lowest = (whole * 10.0**-config.scale_factor_exponent).clamp_min(MINIMUM_VARIANCE)
+        highest = whole * 10.0**config.scale_factor_exponent
+    ended = mean[..., ends]
+    return Statistics(
+        count=count[..., ends].expand_as(ended),
+        mean=ended,
+        m2=m2[..., ends],
+        lowest=lowest.expand_as(ended),
+        highest=highest.expand_as(ended),
+    )
+
+
+def _rotation(positions: Tensor, centre: Tensor, size: int) -> tuple[Tensor, ...]:
+    """cos and sin tables for queries, then for keys, each [B, S, Q]: RoPE with the xPos scale (rope.py:86-98).
+
+    Angles belong to interleaved pairs, the scale to halves, as published. positions [B, S], centre [B].
+    """
+    even = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
+    angles = (positions[..., None].float() * ROPE_BASE ** (-even / size)).repeat_interleave(2, -1)
+    power = (positions - centre[:, None]).float() / XPOS_BASE
+    scale = (((even + 0.4 * size) / (1.4 * size)) ** power[..., None]).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    return cos * scale, sin * scale, cos / scale, sin / scale
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack((-second, first), -1).flatten(-2) * sin
+
+
+def _time_mask(pads: Tensor, patches: int) -> Tensor:
+    """Which key each patch may see, [B, S, S]: earlier or itself, and no whole pad patch.
+
+    A pad patch sees itself, so that its softmax is defined; nobody else sees it.
+    """
+    index = torch.arange(patches, device=pads.device)
+    causal = index[:, None] >= index
+    return (causal & (index >= pads[:, None, None])) | (index[:, None] == index)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoded:
+    """The network's answer for W windows: all that sampling needs. Arrays are float64 on the CPU."""
+
+    horizon: int
+    probs: np.ndarray  # [W, h, K], h = min(horizon, P)
+    df: np.ndarray
+    loc: np.ndarray  # scaled units
+    scale: np.ndarray
+    affine_loc: np.ndarray  # price units, [W]
+    affine_scale: np.ndarray
+    prefixes: tuple[Prefix, ...]  # of consecutive windows, on the network's device; empty while horizon <= P
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.probs, self.df, self.loc, self.scale, self.affine_loc, self.affine_scale)
+        return sum(array.nbytes for array in arrays) + sum(prefix.nbytes for prefix in self.prefixes)
+
+
+class Toto:
+    """A loaded Toto 1.0 checkpoint, fp32; see `forecasters.Forecaster`."""
+
+    model = "toto"
+
+    def __init__(self, network: Network, *, fingerprint: str) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.fingerprint = fingerprint
+        self.forwards = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.unembed.weight.device
+
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
+        """The mixtures of the close's next steps, from its last `context_length` values; one batched forward.
+
+        contexts: W windows of any lengths. params: {"context_length": points}. horizon: steps.
+        Raises ForecastError on a context that is empty or not finite, and when one window does not fit the memory.
+        """
+        if horizon < 1:
+            raise ForecastError(f"horizon {horizon}: at least 1 step is needed")
+        rows = [_closes(bars, int(params["context_length"])) for bars in contexts]
+        if not rows:
+            raise ForecastError("no contexts: at least one window is needed")
+        patch = self.network.config.patch_size
+        together = max(1, BATCH_TOKENS // -(-max(map(len, rows)) // patch))
+        parts, start = [], 0
+        while start < len(rows):
+            try:
+                parts.append(self._prefill(rows[start : start + together], horizon))
+            except torch.OutOfMemoryError as error:
+                if together == 1:
+                    raise ForecastError(
+                        f"out of memory on {self.device} with one window of {len(rows[start])}"
+                    ) from error
+                together = -(-together // 2)
+                continue
+            start += together
+        # Float64 on the CPU from here on, where a seed gives the same samples on every device.
+        columns = [np.concatenate([part[0][i] for part in parts]) for i in range(6)]
+        names = ("probs", "df", "loc", "scale", "affine_loc", "affine_scale")
+        prefixes = tuple(part[1] for part in parts if part[1] is not None)
+        return Encoded(horizon=horizon, prefixes=prefixes, **dict(zip(names, columns, strict=True)))
+
+    def draw(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+        """Samples of the close, float64 [W, N, H].
+
+        params: {"num_samples": N}. seeds: one a window, below 2**64. No network call while the horizon is within
+        the first patch. Raises ForecastError where a sample is no number, or beyond half the range of fp32.
+        """
+        count, steps = int(params["num_samples"]), encoded.horizon
+        if count < 1:
+            raise ForecastError(f"num_samples {count}: at least 1 is needed")
+        if len(seeds) != len(encoded.probs):
+            raise ForecastError(f"{len(seeds)} seeds for {len(encoded.probs)} windows")
+        samples = np.empty((len(seeds), count, steps))
+        if encoded.prefixes:
+            for start, stop, prefix in self._groups(encoded):
+                self._draw_long(encoded, prefix, start, seeds[start:stop], samples[start:stop])
+        else:
+            together = max(1, DRAW_BYTES // (count * steps * (24 + encoded.probs.shape[-1])))
+            for start in range(0, len(seeds), together):
+                rows = slice(start, start + together)
+                uniforms = np.stack([_stream(seed).random((count, steps, 3)) for seed in seeds[rows]])
+                samples[rows] = _first_patch(encoded, rows, uniforms)
+        return _finite(samples)
+
+    def mean(self, encoded: Encoded) -> np.ndarray:
+        """The mixtures' means, float64 [W, H]; past the first patch each patch's mean is fed back as if observed.
+
+        What the reference answers for num_samples=None.
+        """
+        first = (encoded.probs * encoded.loc).sum(-1) * encoded.affine_scale[:, None] + encoded.affine_loc[:, None]
+        if not encoded.prefixes:
+            return _finite(first)
+        points = np.empty((len(first), encoded.horizon))
+        for start, stop, prefix in self._groups(encoded):
+
+            def price(mixture: Mixture, loc: Tensor, scale: Tensor, _done: int) -> np.ndarray:
+                return _array(mixture.mean() * scale[..., None] + loc[..., None])
+
+            points[start:stop] = self._decode(prefix, first[start:stop, None], encoded.horizon, price)[:, 0]
+        return _finite(points)
+
+    @torch.inference_mode()
+    def _prefill(self, rows: Sequence[np.ndarray], horizon: int) -> tuple[list[np.ndarray], Prefix | None]:
+        """The six arrays of `Encoded` for these rows, and the prefix where the horizon passes the first patch."""
+        patch = self.network.config.patch_size
+        length = -(-max(map(len, rows)) // patch) * patch
+        series = np.zeros((len(rows), 1, length), np.float32)  # the reference's dtype at this border too
+        for i, row in enumerate(rows):
+            series[i, 0, length - len(row) :] = row
+        pads = torch.tensor([length - len(row) for row in rows], device=self.device)
+        self.forwards += 1
+        mixture, loc, scale, prefix = self.network.prefill(
+            torch.from_numpy(series).to(self.device), pads, steps=min(horizon, patch), keep=horizon > patch
+        )
+        tensors = (mixture.probs, mixture.df, mixture.loc, mixture.scale, loc, scale)
+        return [_array(tensor[:, 0]) for tensor in tensors], prefix
+
+    def _groups(self, encoded: Encoded) -> Iterator[tuple[int, int, Prefix]]:
+        """Windows to decode together: bounded by tokens, and the same for every number of samples."""
+        start, together = 0, BLOCK_TOKENS // TRAJECTORIES
+        for prefix in encoded.prefixes:
+            for row in range(0, len(prefix.pads), together):
+                part = prefix.rows(row, min(row + together, len(prefix.pads)))
+                yield start, start + len(part.pads), part
+                start += len(part.pads)
+
+    def _draw_long(
+        self, encoded: Encoded, prefix: Prefix, start: int, seeds: Sequence[int], samples: np.ndarray
+    ) -> None:
+        """Fill samples [W, N, H] of the group's windows, which begin at `start` in encoded, block by block."""
+        rows, patch = slice(start, start + len(seeds)), self.network.config.patch_size
+        streams = [_stream(seed) for seed in seeds]
+        for first in range(0, samples.shape[1], TRAJECTORIES):
+            uniforms = np.stack([stream.random((TRAJECTORIES, encoded.horizon, 3)) for stream in streams])
+
+            def price(mixture: Mixture, loc: Tensor, scale: Tensor, done: int, u: np.ndarray = uniforms) -> np.ndarray:
+                probs, df = _array(mixture.probs), _array(mixture.df)
+                u = u[:, :, done : done + df.shape[-2]]
+                scaled = mixture_samples(probs, df, _array(mixture.loc), _array(mixture.scale), u)
+                return scaled * _array(scale)[..., None] + _array(loc)[..., None]
+
+            begun = _first_patch(encoded, rows, uniforms[:, :, :patch])
+            block = self._decode(prefix, begun, encoded.horizon, price)
+            samples[:, first : first + TRAJECTORIES] = block[:, : samples.shape[1] - first]
+
+    @torch.inference_mode()
+    def _decode(self, prefix: Prefix, begun: np.ndarray, horizon: int, price: Callable[..., np.ndarray]) -> np.ndarray:
+        """Continue the first patch begun [W, N, P] to [W, N, H].
+
+        price(mixture [W, N, h, K], affine loc and scale [W, N], steps done): the next points, [W, N, h].
+        """
+        patch = self.network.config.patch_size
+        trajectories = Trajectories(self.network, prefix, begun.shape[1], patches=(horizon - 1) // patch)
+        parts = [begun]
+        for done in range(patch, horizon, patch):
+            # fp32, as the reference feeds its samples back. A patch that overflows is refused here, not after.
+            latest = torch.from_numpy(_finite(parts[-1])).to(self.device, torch.float32)
+            self.forwards += 1
+            mixture, loc, scale = trajectories.advance(latest[:, None], min(patch, horizon - done))
+            univariate = Mixture(**{field.name: getattr(mixture, field.name)[:, 0] for field in fields(mixture)})
+            parts.append(price(univariate, loc[:, 0], scale[:, 0], done))
+        return np.concatenate(parts, -1)
+
+
+def mixture_samples(
+    probs: np.ndarray, df: np.ndarray, loc: np.ndarray, scale: np.ndarray, uniforms: np.ndarray
+) -> np.ndarray:
+    """One draw of each mixture from three uniforms in [0, 1): component, radius, angle.
+
+    The mixtures' parameters broadcast to [W, N, h, K]; uniforms [W, N, h, 3]; returns [W, N, h].
+    T = sqrt(df (U**(-2/df) - 1)) cos(2 pi V): Bailey 1994, Mathematics of Computation 62, 779-781.
+    """
+    cumulative = np.cumsum(probs, axis=-1)
+    chosen = uniforms[..., :1] * cumulative[..., -1:] >= cumulative[..., :-1]  # [W, N, h, K - 1]
+    component = chosen.sum(-1, keepdims=True)  # at most K - 1
+    df, loc, scale = (np.take_along_axis(array, component, -1)[..., 0] for array in (df, loc, scale))
+    radius = np.sqrt(df * np.expm1(-2 / df * np.log1p(-uniforms[..., 1])))  # 1 - U is never 0
+    return loc + scale * radius * np.cos(2 * np.pi * uniforms[..., 2])
+
+
+def _first_patch(encoded: Encoded, rows: slice, uniforms: np.ndarray) -> np.ndarray:
+    """Prices drawn within the first patch, [W, N, h], for uniforms [W, N, h, 3]."""
+    probs, df = encoded.probs[rows, None], encoded.df[rows, None]
+    scaled = mixture_samples(probs, df, encoded.loc[rows, None], encoded.scale[rows, None], uniforms)
+    return scaled * encoded.affine_scale[rows, None, None] + encoded.affine_loc[rows, None, None]
+
+
+def _stream(seed: int) -> np.random.Generator:
+    """Counter-based and keyed by the window's seed, so no window's samples depend on another's."""
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+def _closes(bars: Bars, length: int) -> np.ndarray:
+    closes = bars.close[-length:] if length > 0 else bars.close[:0]
+    if not len(closes):
+        raise ForecastError(f"a context of {len(bars)} bars with context_length {length}: no close is left")
+    if not np.isfinite(closes).all():
+        raise ForecastError(f"the close of {bars.timestamps[-1]} or before it is not a finite number")
+    return closes
+
+
+def _finite(prices: np.ndarray) -> np.ndarray:
+    """The reference writes 0 over NaN, infinities and |price| >= fp32 max / 2; a made-up price is worse than none."""
+    if not (np.abs(prices) < np.finfo(np.float32).max / 2).all():
+        raise ForecastError("the network's samples are not finite numbers; check the prices and the checkpoint")
+    return prices
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().double().numpy()
+
+
+def read_config(checkpoint: Checkpoint) -> Config:
+    """The checkpoint's config.json. Raises CheckpointError on a key or a value that this network does not have."""
+    optional = [field.name for field in fields(Config) if field.default is not MISSING]
+    required = [field.name for field in fields(Config) if field.default is MISSING]
+    entries = checkpoint.config(required, (*optional, *_LOADER_KEYS))
+    path = checkpoint.folder / CONFIG
+
+    def need(key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, expected {expected}")
+
+    for key in ("patch_size", "stride", "embed_dim", "num_layers", "num_heads", "mlp_hidden_dim"):
+        need(key, type(entries[key]) is int and entries[key] > 0, "a positive whole number")
+    kwargs, every = entries["output_distribution_kwargs"], entries["spacewise_every_n_layers"]
+    components = kwargs.get("k_components") if isinstance(kwargs, dict) and len(kwargs) == 1 else None
+    need("output_distribution_kwargs", type(components) is int and components > 0, '{"k_components": a whole number}')
+    need("scaler_cls", entries["scaler_cls"] == _SCALER, _SCALER)
+    need("output_distribution_classes", entries["output_distribution_classes"] == [_MIXTURE], f"[{_MIXTURE}]")
+    need("stride", entries["stride"] == entries["patch_size"], "patch_size")
+    need("embed_dim", entries["embed_dim"] % (2 * entries["num_heads"]) == 0, "an even multiple of num_heads")
+    divides = type(every) is int and (every == -1 or (every > 0 and entries["num_layers"] % every == 0))
+    need("spacewise_every_n_layers", divides, "-1 or a divisor of num_layers")
+    return Config(**{key: value for key, value in entries.items() if key not in _LOADER_KEYS})
+
+
+def _rename(stored: str) -> str | None:
+    """A published tensor name to ours; None for the rotation's frequencies, which are computed."""
+    if stored.endswith("rotary_emb.freqs"):
+        return None
+    name = stored.removeprefix("model.")
+    return name.replace(".mlp.0.w12.", ".mlp.0.").replace(".mlp.0.w3.", ".mlp.2.")  # saved with a fused SwiGLU
+
+
+def check(checkpoint: Checkpoint) -> Config:
+    """Refuse a checkpoint that does not fit the network, without reading its weights. Raises CheckpointError."""
+    config = read_config(checkpoint)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Network(config).state_dict().items()}
+    check_shapes(checkpoint, shapes, _rename)
+    return config
+
+
+def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu") -> Toto:
+    """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError."""
+    found = resolve(checkpoint, revision=revision)
+    with torch.device("meta"):
+        network = Network(read_config(found))
+    load_into(found, network, _rename)
+    fingerprint = hashlib.sha256(f"toto {found.digest} float32".encode()).hexdigest()
+    return Toto(network.to(device), fingerprint=fingerprint)
