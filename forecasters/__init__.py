@@ -99,3 +99,11 @@ def load(model: str, *, checkpoint: str, revision: str | None = None, device: st
     Raises CheckpointError.
     """
     return importlib.import_module(MODELS[model].module).load(checkpoint, revision=revision, device=device)
+
+
+def inspect(model: str, *, checkpoint: str, revision: str | None = None) -> str:
+    """The fingerprint that `load` would give its forecaster, without loading the weights.
+
+    Raises CheckpointError where the checkpoint does not fit the network.
+    """
+    return importlib.import_module(MODELS[model].module).inspect(checkpoint, revision=revision)

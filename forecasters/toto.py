@@ -687,5 +687,18 @@ def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu") -
     with torch.device("meta"):
         network = Network(read_config(found))
     load_into(found, network, _rename)
-    fingerprint = hashlib.sha256(f"toto {found.digest} float32".encode()).hexdigest()
-    return Toto(network.to(device), fingerprint=fingerprint)
+    return Toto(network.to(device), fingerprint=_fingerprint(found))
+
+
+def inspect(checkpoint: str, *, revision: str | None = None) -> str:
+    """The fingerprint that `load` would give its forecaster, without reading the weights into a network.
+
+    Raises CheckpointError where the checkpoint does not fit.
+    """
+    found = resolve(checkpoint, revision=revision)
+    check(found)
+    return _fingerprint(found)
+
+
+def _fingerprint(found: Checkpoint) -> str:
+    return hashlib.sha256(f"toto {found.digest} float32".encode()).hexdigest()

@@ -1,0 +1,57 @@
+"""Which devices the workers of this machine sit on. Asks the driver: no CUDA context in the supervisor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DeviceError(ValueError):
+    """A device was asked for that this machine does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """One worker's device, as torch calls it there, and the environment that pins it."""
+
+    device: str
+    environment: dict[str, str]
+
+
+def seats(gpus: Sequence[int] | None, cpus: int | None) -> list[Seat]:
+    """One seat a worker: the GPUs named, or so many CPU workers; neither given: every GPU, else every core.
+
+    Raises DeviceError.
+    """
+    if gpus is None and cpus is None:
+        gpus = list(range(len(visible_gpus()))) or None
+    if gpus is None:
+        return [_cpu_seat()] * (cpus or len(os.sched_getaffinity(0)))
+    visible = visible_gpus()
+    for gpu in gpus:
+        if gpu >= len(visible):
+            there = f"it has {len(visible)}, numbered from 0" if visible else "it has none that its driver shows"
+            raise DeviceError(f"--gpus {gpu}: this machine has no such GPU ({there}); use --cpus N to run without")
+    return [Seat(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": visible[gpu]}) for gpu in gpus]
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES would name each GPU by; an outer setting of it is kept to."""
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if outer is not None:
+        return [name.strip() for name in outer.split(",") if name.strip() not in ("", "-1")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+def _cpu_seat() -> Seat:
+    # One thread a worker: the numbers do not depend on how many workers share the cores.
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return Seat(device="cpu", environment={"CUDA_VISIBLE_DEVICES": "", **one_thread})

@@ -1,0 +1,186 @@
+"""One child a device: starts the workers of this machine, restarts those that crash, passes signals on.
+
+Knows processes and the slots' counts. Knows nothing of trials, models or what a worker does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from launch.devices import Seat
+from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, Job
+from storage import DatabaseUnavailable, slots
+from storage.database import RetryingStorage
+
+POLL_S = 0.2
+MAX_CRASHES = 3  # of one device
+CRASH_WINDOW_S = 600.0
+SECOND_SIGNAL_GRACE_S = 1.0  # a worker inside a long network call cannot hear a signal
+
+
+@dataclass
+class Child:
+    """The worker of one seat, through its restarts."""
+
+    number: int
+    seat: Seat
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    status: int | None = None  # its last exit status, once it is not to be started again
+    crashes: list[float] = field(default_factory=list)
+    start_at: float = 0.0
+
+
+class Supervisor:
+    """Runs the workers of this machine until none has anything left to do.
+
+    environment: what the children get beside their device, such as the storage's URL.
+    say: one line for the user.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        seats: Sequence[Seat],
+        storage: RetryingStorage,
+        study_ids: Sequence[int],
+        *,
+        environment: Mapping[str, str],
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder, self.storage, self.study_ids, self.say = folder, storage, study_ids, say
+        self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
+        self.children = [
+            Child(number=n, seat=seat, log=folder / f"worker-{n}.log") for n, seat in enumerate(seats)
+        ]
+        self.signals = 0
+        self.second_signal_at = 0.0
+        job.write(folder)
+
+    def run(self) -> int:
+        """Returns the exit status: 0 done, 1 a worker gave up, 130 interrupted."""
+        previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            while any(child.status is None for child in self.children):
+                for child in self.children:
+                    self._look_after(child)
+                self._kill_the_deaf()
+                time.sleep(POLL_S)
+        finally:
+            self._end_all()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self.signals:
+            return EXIT_INTERRUPTED
+        return 0 if all(child.status == EXIT_DONE for child in self.children) else 1
+
+    def _look_after(self, child: Child) -> None:
+        if child.status is not None:
+            return
+        if child.process is None:
+            if self.signals:
+                child.status = EXIT_INTERRUPTED
+            elif time.monotonic() >= child.start_at:
+                self._start(child)
+            return
+        status = child.process.poll()
+        if status is None:
+            return
+        pid, child.process = child.process.pid, None
+        if status in (EXIT_DONE, EXIT_INTERRUPTED):
+            child.status = status
+            return
+        self._free_slots_of(pid)
+        if status == EXIT_ERROR:
+            self.say(f"worker {child.number} ({child.seat.device}): {last_line(child.log)}")
+            child.status = status
+            return
+        self._crashed(child, status)
+
+    def _crashed(self, child: Child, status: int) -> None:
+        now = time.monotonic()
+        child.crashes = [at for at in child.crashes if now - at < CRASH_WINDOW_S] + [now]
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        what = f"worker {child.number} ({child.seat.device}) died of {how}"
+        if self.signals:
+            child.status = EXIT_INTERRUPTED
+        elif len(child.crashes) >= MAX_CRASHES:
+            child.status = 1
+            self.say(f"{what}, {MAX_CRASHES} times in {CRASH_WINDOW_S / 60:.0f} minutes: given up; see {child.log}")
+        else:
+            wait_s = 2.0 ** len(child.crashes) - 1
+            child.start_at = now + wait_s
+            self.say(f"{what}; starting it again in {wait_s:.0f} s; see {child.log}")
+
+    def _start(self, child: Child) -> None:
+        with child.log.open("ab") as log:
+            child.process = subprocess.Popen(
+                [sys.executable, "-m", "launch.worker", str(self.folder), str(child.number)],
+                env={**self.environment, **child.seat.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, which passes it on once
+            )
+
+    def _free_slots_of(self, pid: int) -> None:
+        """The dead worker's slots need not wait for their lease to run out."""
+        try:
+            slots.expire(self.storage, f"{os.uname().nodename}:{pid}")
+            slots.reap(self.storage, self.study_ids)
+        except DatabaseUnavailable as error:
+            self.say(str(error))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signals += 1
+        if self.signals == 2:
+            self.second_signal_at = time.monotonic()
+        if self.signals <= 2:
+            for child in self.children:
+                if child.process is not None:
+                    child.process.send_signal(signal.SIGTERM)
+        if self.signals == 1:
+            self.say("stopping after the trials at hand; once more to stop at once")
+
+    def _kill_the_deaf(self) -> None:
+        if self.signals < 2 or time.monotonic() - self.second_signal_at < SECOND_SIGNAL_GRACE_S:
+            return
+        for child in self.children:
+            if child.process is not None and child.process.poll() is None:
+                child.process.kill()
+
+    def _end_all(self) -> None:
+        """Whatever ended the loop, no worker outlives it."""
+        for child in self.children:
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
+        for child in self.children:
+            if child.process is not None:
+                try:
+                    child.process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    child.process.kill()
+                    child.process.wait()
+
+
+def last_line(path: Path) -> str:
+    """The last line of a worker's log, without its time."""
+    with path.open("rb") as file:
+        lines = _tail(file).decode(errors="replace").strip().splitlines()
+    return lines[-1].split(" E ", 1)[-1] if lines else "no output"
+
+
+def _tail(file: IO[bytes], size: int = 4096) -> bytes:
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - size))
+    return file.read()

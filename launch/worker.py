@@ -1,0 +1,321 @@
+"""The pull loop: one process on one device claims slots and does them until none is left.
+
+Started by the supervisor as `python -m launch.worker RUN_FOLDER NUMBER`, its device already in its environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+import forecasters
+from forecasters import CheckpointError, Forecaster, ForecastError
+from objectives.mae import Evaluator
+from objectives.windows import DataError
+from storage import DatabaseUnavailable, configs, database, slots
+from storage.database import RetryingStorage
+from storage.slots import Slot
+from studies import config as configuration
+from studies import study as studying
+from studies.config import Config, ConfigError
+from studies.study import Run, Series, Study, StudyMismatch
+
+log = logging.getLogger("worker")
+
+# What a person can mend, in one line and without a traceback.
+EXPECTED = (
+    ConfigError,
+    DataError,
+    StudyMismatch,
+    DatabaseUnavailable,
+    CheckpointError,
+    ForecastError,
+    configs.ConfigFileError,
+)
+EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is what Python gives a traceback
+FAILURES_IN_A_ROW = 5  # on one study: then it is the study, not the slots
+IDLE_POLL_S = 0.5
+STUDY_LOCK = 2  # first key of the advisory lock that says "somebody is on this study"
+PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(BaseException):
+    """A second signal: fail the trial at once. Not an Exception, so that nothing takes it for an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the supervisor wrote for its workers: `run.json` in the run folder. Holds no password."""
+
+    config: Config
+    series: Mapping[str, str]  # the file of each symbol
+    studies: tuple[str, ...]  # names of the studies of this run
+    devices: tuple[str, ...]  # the device of each worker
+
+    def write(self, folder: Path) -> None:
+        values = {
+            "config": configuration.to_json(self.config),
+            "series": dict(self.series),
+            "studies": list(self.studies),
+            "devices": list(self.devices),
+        }
+        (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Job:
+        values = json.loads((folder / "run.json").read_text())
+        return Job(
+            config=configuration.from_json(values["config"]),
+            series=values["series"],
+            studies=tuple(values["studies"]),
+            devices=tuple(values["devices"]),
+        )
+
+
+class Stopping:
+    """The signals so far: the first asks to stop after this slot, the second to stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise Interrupted
+        self.asked = True
+
+
+class Keeper(threading.Thread):
+    """Renews the lease of the slot at hand, and frees those whose worker fell silent."""
+
+    def __init__(self, storage: RetryingStorage, study_ids: Sequence[int], lease_s: float) -> None:
+        super().__init__(name="lease-keeper", daemon=True)
+        self._storage, self._study_ids, self._lease_s = storage, study_ids, lease_s
+        self._claim: str | None = None
+        self._ended = threading.Event()
+
+    def hold(self, slot: Slot | None) -> None:
+        """Renew this slot's lease from now on; None: no slot's."""
+        self._claim = slot.claim if slot else None
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def run(self) -> None:
+        while not self._ended.wait(self._lease_s / 3):
+            try:
+                if claim := self._claim:
+                    slots.renew(self._storage, claim, lease_s=self._lease_s)
+                slots.reap(self._storage, self._study_ids)
+            except DatabaseUnavailable as error:
+                log.warning("%s", error)  # the main thread's next statement says the same and ends the worker
+
+
+class Seats:
+    """Which study this worker sits on: a session's advisory lock, a hint that others read, gone with the session."""
+
+    def __init__(self, storage: RetryingStorage) -> None:
+        self._storage = storage
+        self._connection: Connection | None = None
+
+    def take(self, study_id: int) -> bool:
+        """True where nobody else sits on the study."""
+        self.leave()
+        statement = text("select pg_try_advisory_lock(:key, :study_id)")
+        try:
+            connection = self._storage.engine.connect()
+            taken = connection.execute(statement, {"key": STUDY_LOCK, "study_id": study_id}).scalar()
+            connection.commit()
+        except SQLAlchemyError as error:
+            if not database.is_transient(error):
+                raise
+            return False  # only a hint: the next claim waits for the server
+        if taken:
+            self._connection = connection
+        else:
+            connection.close()
+        return bool(taken)
+
+    def leave(self) -> None:
+        if self._connection is not None:
+            self._connection.invalidate()  # ends the session and with it the lock
+            self._connection.close()
+            self._connection = None
+
+
+class Worker:
+    """One device's share of a run."""
+
+    def __init__(self, job: Job, storage: RetryingStorage, device: str, stopping: Stopping) -> None:
+        self.job, self.storage, self.device, self.stopping = job, storage, device, stopping
+        self.config = job.config
+        self.name = database.worker_name()
+        named = {study.name: study for study in studying.list_studies(storage)}
+        self.studies = {named[name].study_id: named[name] for name in job.studies if name in named}
+        self.evaluators: dict[str, Evaluator] = {}
+        self.series: dict[str, Series] = {}
+        self.runs: dict[int, Run] = {}
+        self.failures: dict[int, int] = {}
+        self.seats = Seats(storage)
+        self.keeper = Keeper(storage, list(self.studies), self.config.workers.lease_s)
+
+    def work(self) -> int:
+        """Until every study is done, or a signal came. Returns the exit status."""
+        for model in sorted({study.model for study in self.studies.values()}):
+            self.evaluators[model] = self._load(model)  # warm before the first claim
+        self.keeper.start()
+        try:
+            study_id: int | None = None
+            while not self.stopping.asked:
+                # The run is made ready before the claim: bad bars must not hold a slot.
+                run = None if study_id is None else self._run(study_id)
+                slot = None if run is None else self._claim(run.study.study_id)
+                if run is not None and slot is not None:
+                    self._do(run, slot)
+                    continue
+                self.seats.leave()
+                study_id = self._choose()
+                if study_id is None:
+                    if self._all_done():
+                        return EXIT_DONE
+                    time.sleep(IDLE_POLL_S)  # others are at the last slots: one of them may die
+            return EXIT_INTERRUPTED
+        finally:
+            self.keeper.end()
+
+    def _claim(self, study_id: int) -> Slot | None:
+        return slots.claim(self.storage, study_id, worker=self.name, lease_s=self.config.workers.lease_s)
+
+    def _choose(self) -> int | None:
+        """A study with free slots that nobody is on, else the one with most left."""
+        free = slots.free(self.storage, list(self.studies))
+        by_most_left = sorted(free, key=lambda study_id: (-free[study_id], study_id))
+        for study_id in by_most_left:
+            if self.seats.take(study_id):
+                return study_id
+        return by_most_left[0] if by_most_left else None
+
+    def _all_done(self) -> bool:
+        progress = slots.progress(self.storage)
+        return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
+
+    def _do(self, run: Run, slot: Slot) -> None:
+        study = run.study
+        self.keeper.hold(slot)
+        began = time.monotonic()
+        try:
+            outcome = studying.work(
+                self.storage, run, slot, self.evaluators[study.model], worker=self.name, device=self.device
+            )
+        except studying.EXPECTED_ERRORS as error:
+            self._count_failure(study, slot, error)
+            return
+        except Interrupted:
+            slots.release(self.storage, slot)
+            raise
+        finally:
+            self.keeper.hold(None)
+        self.failures[study.study_id] = 0
+        seconds = time.monotonic() - began
+        log.info("%s #%d %s %s %.3fs", study.name, outcome.number, outcome.state, outcome.text, seconds)
+
+    def _count_failure(self, study: Study, slot: Slot, error: Exception) -> None:
+        log.error("%s slot %d failed: %s", study.name, slot.number, error)
+        slots.fail(self.storage, slot, str(error))
+        self.failures[study.study_id] = self.failures.get(study.study_id, 0) + 1
+        if self.failures[study.study_id] >= FAILURES_IN_A_ROW:
+            reason = f"{FAILURES_IN_A_ROW} failures in a row: {error}"
+            slots.park_study(self.storage, study.study_id, reason)
+            log.error("%s parked: %s", study.name, reason)
+
+    def _run(self, study_id: int) -> Run:
+        if study_id not in self.runs:
+            study = self.studies[study_id]
+            evaluator = self.evaluators[study.model]
+            self.runs[study_id] = studying.start(
+                self.storage, self.config, study, self._read(study.symbol), evaluator.forecaster.fingerprint
+            )
+        return self.runs[study_id]
+
+    def _read(self, symbol: str) -> Series:
+        if symbol not in self.series:
+            path = Path(self.job.series[symbol])
+            bars, _ = studying.windows.read_bars(path)
+            self.series[symbol] = Series(symbol=symbol, path=path, bars=bars)
+        return self.series[symbol]
+
+    def _load(self, model: str) -> Evaluator:
+        forecaster = load_forecaster(self.config, model, self.device)
+        return Evaluator(
+            forecaster,
+            cache_bytes=cache_bytes(self.config, workers=len(self.job.devices)),
+            chunk_size=self.config.search.rung,
+            max_num_samples=max(self.config.toto.num_samples),
+        )
+
+
+def load_forecaster(config: Config, model: str, device: str) -> Forecaster:
+    """The settings' checkpoint of a model on a device. Raises CheckpointError."""
+    if device == "cpu":
+        import torch
+
+        # One thread a worker: equal params then give equal bits however many workers share the cores.
+        torch.set_num_threads(1)
+    return forecasters.load(
+        model, checkpoint=config.toto.checkpoint, revision=config.toto.revision or None, device=device
+    )
+
+
+def cache_bytes(config: Config, *, workers: int) -> int:
+    """How many bytes of encoded windows one worker may keep."""
+    if config.workers.cache_mib:
+        return config.workers.cache_mib * 2**20
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory // 4 // workers
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the supervisor dies, kill -9 included: no orphan goes on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(arguments: Sequence[str]) -> int:
+    folder, number = Path(arguments[0]), int(arguments[1])
+    die_with_parent()
+    stopping = Stopping()
+    if os.getppid() != int(os.environ["STUDIES_SUPERVISOR_PID"]):
+        return EXIT_INTERRUPTED  # it died before the kernel was asked
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    database.quiet_optuna()
+    try:
+        job = Job.read(folder)
+        storage = database.open_storage(os.environ["OPTUNA_STORAGE"], wait_s=job.config.storage.wait_s, create=False)
+        return Worker(job, storage, job.devices[number], stopping).work()
+    except EXPECTED as error:
+        log.error("%s", error)
+        return EXIT_ERROR
+    except Interrupted:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,347 @@
+"""From a URL to an Optuna storage that survives a restart of the server; the schema is made once.
+
+Knows Optuna's storage interface and Postgres' errors. Knows nothing of studies' content, forecasts or commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import text
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
+
+from sqlalchemy.orm import Session
+
+from storage import DatabaseUnavailable
+
+T = TypeVar("T")
+
+SCHEMA_LOCK = 0x5EED0001  # advisory lock key: any constant that every worker shares
+METRIC_NAMES = "study:metric_names"  # the system attribute behind Study.set_metric_names
+CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
+
+# Only what a restarting or crashed server, or a deadlock, answers. A wrong password or a missing table is not retried.
+TRANSIENT_SQLSTATES = ("08", "57P01", "57P02", "57P03", "53300", "40P01", "40001")
+PERMANENT_CONNECT_ERRORS = re.compile(
+    r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
+    r"could not translate host name|invalid port|certificate|permission denied",
+)
+
+SLOTS_DDL = """
+create table if not exists slots (
+    study_id integer not null references studies (study_id) on delete cascade,
+    stage integer not null,
+    number integer not null,
+    label text,
+    params jsonb,
+    state text not null default 'free' check (state in ('free', 'busy', 'done', 'parked')),
+    claim text,
+    worker text,
+    lease_until timestamptz,
+    failures integer not null default 0,
+    losses integer not null default 0,
+    error text,
+    result jsonb,
+    primary key (study_id, stage, number)
+);
+create index if not exists slots_open on slots (study_id, stage, number) where state in ('free', 'busy');
+create unique index if not exists slots_claim on slots (claim) where claim is not null;
+"""
+
+
+class RetryingStorage(RDBStorage):
+    """An Optuna RDBStorage whose every method outlasts an absent server.
+
+    Each method of RDBStorage is one transaction, so it is safe to repeat it once the connection broke; where the
+    broken attempt may have been committed after all, the method says how that is recognised.
+    """
+
+    def __init__(self, url: URL, *, wait_s: float) -> None:
+        self.wait_s = wait_s
+        super().__init__(
+            url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+            # Small pools: every worker holds one, and a server has 100 to 200 connections.
+            engine_kwargs={
+                "pool_pre_ping": True,
+                "pool_size": 2,
+                "max_overflow": 2,
+                "connect_args": {"connect_timeout": 10, "application_name": "forecast-studies"},
+            },
+            skip_table_creation=True,
+        )
+
+    def transaction(self, run: Callable[[Connection], T]) -> T:
+        """Run statements in one transaction, repeated while the server is away: `run` must be repeatable."""
+        return self._retry(lambda attempt: self._transaction(run))
+
+    def _transaction(self, run: Callable[[Connection], T]) -> T:
+        with self.engine.begin() as connection:
+            return run(connection)
+
+    def _retry(self, call: Callable[[int], T]) -> T:
+        """Call until it gets through; `call` is told how many attempts broke before. Raises DatabaseUnavailable."""
+        give_up_at = time.monotonic() + self.wait_s
+        attempt = 0
+        while True:
+            try:
+                return call(attempt)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                if not is_transient(error):
+                    raise
+                self.scoped_session.remove()
+                if time.monotonic() > give_up_at:
+                    raise DatabaseUnavailable(
+                        f"{without_password(self.engine.url)}: no answer for {self.wait_s:.0f} s: {first_line(error)}"
+                    ) from None
+                # Jitter: eight workers must not come back in the same millisecond.
+                time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
+                attempt += 1
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        claim = template_trial.system_attrs.get(CLAIM_ATTR) if template_trial else None
+
+        def create(attempt: int) -> FrozenTrial:
+            if attempt and claim is not None:
+                trial_id = self._trial_of_claim(study_id, claim)
+                if trial_id is not None:  # the broken attempt had been committed
+                    return super(RetryingStorage, self).get_trial(trial_id)
+            return super(RetryingStorage, self)._create_new_trial(study_id, template_trial)
+
+        return self._retry(create)
+
+    def _trial_of_claim(self, study_id: int, claim: str) -> int | None:
+        with self.engine.connect() as connection:
+            return connection.execute(
+                text(
+                    "select t.trial_id from trials t join trial_system_attributes a using (trial_id) "
+                    "where t.study_id = :study_id and a.key = :key and a.value_json = :claim"
+                ),
+                {"study_id": study_id, "key": CLAIM_ATTR, "claim": json.dumps(claim)},
+            ).scalar()
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        def set_state(attempt: int) -> bool:
+            try:
+                return super(RetryingStorage, self).set_trial_state_values(trial_id, state, values)
+            except UpdateFinishedTrialError:
+                # After a broken attempt our own commit may have gone through: the state tells.
+                if attempt and super(RetryingStorage, self).get_trial(trial_id).state == state:
+                    return True
+                raise
+
+        return self._retry(set_state)
+
+
+def _retried(name: str) -> Callable[..., Any]:
+    method = getattr(RDBStorage, name)
+
+    def call(self: RetryingStorage, *args: Any, **kwargs: Any) -> Any:
+        return self._retry(lambda attempt: method(self, *args, **kwargs))
+
+    call.__name__ = name
+    call.__doc__ = method.__doc__
+    return call
+
+
+# Reads, and writes that give the same row when repeated. create_new_study is not here: `create_study` in studies
+# runs it under a lock and looks the name up first.
+for _name in (
+    "set_study_user_attr",
+    "set_study_system_attr",
+    "get_study_id_from_name",
+    "get_study_name_from_id",
+    "get_study_directions",
+    "get_study_user_attrs",
+    "get_study_system_attrs",
+    "get_all_studies",
+    "_set_trial_param",
+    "get_trial_param",
+    "set_trial_intermediate_value",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "get_trial_user_attrs",
+    "get_trial_system_attrs",
+    "get_trial_id_from_study_id_trial_number",
+    "get_trial",
+    "_get_trials",
+    "_get_best_trial_id",
+):
+    setattr(RetryingStorage, _name, _retried(_name))
+
+
+def parse_url(url: str) -> URL:
+    """A checked Postgres URL for SQLAlchemy. Raises DatabaseUnavailable, without the password."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise DatabaseUnavailable(
+            "the storage is not a URL; write postgresql://USER@HOST:PORT/DATABASE (--storage, OPTUNA_STORAGE)"
+        ) from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise DatabaseUnavailable(
+            f"{without_password(parsed)}: studies live in Postgres; write postgresql://USER@HOST:PORT/DATABASE"
+        )
+    return parsed.set(drivername="postgresql+psycopg2")
+
+
+def without_password(url: URL) -> str:
+    """The URL as it may be shown: password removed, also from the query."""
+    query = {key: value for key, value in url.query.items() if key != "password"}
+    return URL.create(url.drivername, url.username, None, url.host, url.port, url.database, query).render_as_string()
+
+
+def hand_over(url: URL) -> tuple[str, dict[str, str]]:
+    """The URL without its password and the environment that carries it, for a child process."""
+    query_password = url.query.get("password")
+    password = url.password or (query_password if isinstance(query_password, str) else None)
+    return without_password(url), {} if password is None else {"PGPASSWORD": str(password)}
+
+
+def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True) -> RetryingStorage:
+    """Connect, making the schema where it is missing.
+
+    wait_s: how long each later call waits for a server that went away; the first connection is tried once.
+    Raises DatabaseUnavailable in one line that never holds the password.
+    """
+    parsed = parse_url(url)
+    if create:
+        create_schema(url)
+    try:
+        return RetryingStorage(parsed, wait_s=wait_s)
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise _unavailable(parsed, error) from None
+    except RuntimeError as error:  # Optuna: the schema is of another Optuna version
+        raise DatabaseUnavailable(f"{without_password(parsed)}: {first_line(error)}") from None
+
+
+def create_schema(url: str) -> None:
+    """Make Optuna's tables and ours, once, however many processes ask at the same time.
+
+    Raises DatabaseUnavailable.
+    """
+    parsed = parse_url(url)
+    engine = sqlalchemy.create_engine(parsed, connect_args={"connect_timeout": 10}, poolclass=sqlalchemy.pool.NullPool)
+    try:
+        # Optuna's own creation is not safe for two at once (measured: 7 of 8 workers crash on an empty database).
+        with engine.connect() as lock:
+            lock.execute(text("select pg_advisory_lock(:key)"), {"key": SCHEMA_LOCK})
+            if lock.execute(text("select to_regclass('slots')")).scalar() is None:
+                RDBStorage(
+                    parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+                ).engine.dispose()
+                with engine.begin() as connection:
+                    connection.execute(text(SLOTS_DDL))
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise _unavailable(parsed, error) from None
+    finally:
+        engine.dispose()
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether repeating the transaction can help: the server went away, is starting, or broke a deadlock."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, PendingRollbackError):
+            return True
+        if isinstance(seen, DBAPIError):
+            sqlstate = getattr(seen.orig, "pgcode", None)
+            if sqlstate is not None:
+                return sqlstate.startswith(TRANSIENT_SQLSTATES)
+            if seen.connection_invalidated:
+                return True
+            kind = type(seen.orig).__name__
+            return kind in ("OperationalError", "InterfaceError") and not PERMANENT_CONNECT_ERRORS.search(
+                str(seen.orig)
+            )
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """What the server or driver said, in one line, without SQL and parameters."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DBAPIError) and seen.orig is not None:
+            seen = seen.orig
+            break
+        if seen.__cause__ is None:
+            break
+        seen = seen.__cause__
+    lines = [line.strip() for line in str(seen).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _unavailable(url: URL, error: BaseException) -> DatabaseUnavailable:
+    hint = "start the server, or name another with --storage"
+    if "password" in first_line(error):
+        hint = "set PGPASSWORD, or add a line to ~/.pgpass"
+    return DatabaseUnavailable(f"{without_password(url)}: {first_line(error)}; {hint}")
+
+
+def quiet_optuna() -> None:
+    """Optuna logs a line a trial and warns of its own experimental names: our log line replaces them."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def worker_name() -> str:
+    """HOST:PID, unique among living processes."""
+    return f"{os.uname().nodename}:{os.getpid()}"
+
+
+def create_study(
+    storage: RetryingStorage,
+    name: str,
+    user_attrs: dict[str, Any],
+    metric: str,
+    fill: Callable[[Connection, int], None],
+) -> int:
+    """Make a minimising study with its attributes and, through `fill`, its slots in one transaction: whole or not.
+
+    Returns the id of the study that is there already where another process was first.
+    """
+
+    def create(connection: Connection) -> int:
+        connection.execute(text("select pg_advisory_xact_lock(:key, hashtext(:name))"), {"key": 1, "name": name})
+        found = connection.execute(text("select study_id from studies where study_name = :name"), {"name": name})
+        study_id = found.scalar()
+        if study_id is not None:
+            return study_id
+        with Session(connection) as session:
+            study = models.StudyModel(
+                study_name=name,
+                directions=[models.StudyDirectionModel(objective=0, direction=StudyDirection.MINIMIZE)],
+            )
+            session.add(study)
+            session.flush()
+            study_id = study.study_id
+            attrs = [models.StudyUserAttributeModel(key=k, value_json=json.dumps(v)) for k, v in user_attrs.items()]
+            attrs += [models.StudySystemAttributeModel(key=METRIC_NAMES, value_json=json.dumps([metric]))]
+            for attr in attrs:
+                attr.study_id = study_id
+                session.add(attr)
+            session.flush()
+            fill(connection, study_id)
+            session.commit()
+        return study_id
+
+    return storage.transaction(create)
+
+
+def rename_study(storage: RetryingStorage, name: str, new_name: str) -> bool:
+    """False where there is no study of that name."""
+    statement = text("update studies set study_name = :new_name where study_name = :name")
+    return storage.transaction(lambda c: c.execute(statement, {"name": name, "new_name": new_name}).rowcount == 1)

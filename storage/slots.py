@@ -1,0 +1,303 @@
+"""The budget: one row per unit of work, claimed, leased, fenced.
+
+A study's work is rows in three stages: baselines (configurations measured beside the search), trials (the budget),
+and one confirmation. A row is done at most once, whatever dies; so a budget of N ends with exactly N finished trials.
+Knows the rows of Optuna's `trials` table that a claim made. Knows nothing of what the work is.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.engine import Connection
+
+from storage.database import CLAIM_ATTR, RetryingStorage
+
+BASELINE, TRIAL, CONFIRMATION = 0, 1, 2  # stages, in the order in which they are worked
+
+MAX_FAILURES = 3  # the same error thrice is the slot's own, not chance
+MAX_LOSSES = 10  # a worker's death is mostly not the slot's fault; ten in a row are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A claimed unit of work."""
+
+    study_id: int
+    stage: int
+    number: int
+    label: str | None
+    params: Mapping[str, Any] | None  # fixed params; None: the sampler proposes
+    claim: str  # the fence: only the claim that is on the row may finish it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How much of a study's work is done. `open` counts free and busy rows of every stage."""
+
+    study_id: int
+    budget: int  # trial slots
+    done: int
+    parked: int  # of every stage
+    open: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """A unit of work that was given up."""
+
+    stage: int
+    number: int
+    error: str
+
+
+def add(
+    connection: Connection, study_id: int, stage: int, number: int, *, label: str | None = None, params: Any = None
+) -> None:
+    """Insert one row; one that exists is left as it is."""
+    connection.execute(
+        text(
+            "insert into slots (study_id, stage, number, label, params) "
+            "values (:study_id, :stage, :number, :label, cast(:params as jsonb)) on conflict do nothing"
+        ),
+        {
+            "study_id": study_id,
+            "stage": stage,
+            "number": number,
+            "label": label,
+            "params": None if params is None else json.dumps(params),
+        },
+    )
+
+
+def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
+    """Insert trial slots up to `budget`; returns how many are new. A budget is never lowered."""
+    return connection.execute(
+        text(
+            "insert into slots (study_id, stage, number) "
+            "select :study_id, :stage, n from generate_series(0, :budget - 1) n on conflict do nothing"
+        ),
+        {"study_id": study_id, "stage": TRIAL, "budget": budget},
+    ).rowcount
+
+
+def reopen(connection: Connection, study_id: int, stage: int) -> None:
+    """Make the finished rows of a stage free again (a raised budget asks for a new confirmation)."""
+    connection.execute(
+        text(
+            "update slots set state = 'free', claim = null, result = null "
+            "where study_id = :study_id and stage = :stage and state = 'done'"
+        ),
+        {"study_id": study_id, "stage": stage},
+    )
+
+
+def unpark(connection: Connection, study_id: int) -> None:
+    """Give what was given up another chance: a new run is asked for after the cause is mended."""
+    connection.execute(
+        text(
+            "update slots set state = 'free', failures = 0, losses = 0 where study_id = :study_id and state = 'parked'"
+        ),
+        {"study_id": study_id},
+    )
+
+
+def claim(storage: RetryingStorage, study_id: int, *, worker: str, lease_s: float) -> Slot | None:
+    """Take the next free row of a study, or None. The confirmation comes only when all else is done or parked."""
+    token = f"{worker}:{secrets.token_hex(8)}"
+    values = {
+        "study_id": study_id,
+        "claim": token,
+        "worker": worker,
+        "lease_s": lease_s,
+        "confirmation": CONFIRMATION,
+    }
+
+    def take(connection: Connection) -> Slot | None:
+        row = connection.execute(text(CLAIMED), {"claim": token}).first()  # an attempt that broke may have got it
+        row = row or connection.execute(text(CLAIM), values).first()
+        return None if row is None else Slot(study_id=study_id, claim=token, **row._mapping)
+
+    return storage.transaction(take)
+
+
+CLAIMED = "select stage, number, label, params from slots where claim = :claim"
+
+CLAIM = """
+update slots set state = 'busy', claim = :claim, worker = :worker,
+                 lease_until = now() + make_interval(secs => :lease_s)
+where (study_id, stage, number) = (
+    select study_id, stage, number from slots s
+    where study_id = :study_id and state = 'free'
+      and (stage < :confirmation or not exists (
+          select 1 from slots o
+          where o.study_id = :study_id and o.stage < :confirmation and o.state in ('free', 'busy')))
+    order by stage, number limit 1 for update skip locked)
+returning stage, number, label, params
+"""
+
+
+def renew(storage: RetryingStorage, claim: str, *, lease_s: float) -> bool:
+    """Hold a claim for another lease; False where it was lost."""
+    statement = text(
+        "update slots set lease_until = now() + make_interval(secs => :lease_s) "
+        "where claim = :claim and state = 'busy'"
+    )
+    return storage.transaction(lambda c: c.execute(statement, {"claim": claim, "lease_s": lease_s}).rowcount == 1)
+
+
+def finish(storage: RetryingStorage, slot: Slot, *, result: Mapping[str, Any] | None = None) -> bool:
+    """Mark a claimed row done; False where the claim was lost (then somebody else does, or did, the work)."""
+    statement = text(
+        "update slots set state = 'done', lease_until = null, error = null, result = cast(:result as jsonb) "
+        "where claim = :claim and state in ('busy', 'done')"
+    )
+    values = {"claim": slot.claim, "result": None if result is None else json.dumps(result)}
+    return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
+
+
+def release(storage: RetryingStorage, slot: Slot) -> None:
+    """Give a claimed row back unworked."""
+    statement = text("update slots set state = 'free', claim = null where claim = :claim and state = 'busy'")
+    storage.transaction(lambda c: c.execute(statement, {"claim": slot.claim}))
+
+
+def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
+    """Count a failure; the third parks the row with its error."""
+    statement = text(
+        "update slots set failures = failures + 1, error = :error, claim = null, lease_until = null, "
+        "state = case when failures + 1 >= :limit then 'parked' else 'free' end "
+        "where claim = :claim and state = 'busy'"
+    )
+    storage.transaction(
+        lambda c: c.execute(statement, {"claim": slot.claim, "error": error, "limit": MAX_FAILURES})
+    )
+
+
+def park_study(storage: RetryingStorage, study_id: int, error: str) -> None:
+    """Give up what is left of a study, with the reason."""
+    statement = text(
+        "update slots set state = 'parked', error = :error where study_id = :study_id and state = 'free'"
+    )
+    storage.transaction(lambda c: c.execute(statement, {"study_id": study_id, "error": error}))
+
+
+def expire(storage: RetryingStorage, worker: str) -> None:
+    """End the leases of a worker that is known to be dead."""
+    statement = text("update slots set lease_until = now() - interval '1 s' where worker = :worker and state = 'busy'")
+    storage.transaction(lambda c: c.execute(statement, {"worker": worker}))
+
+
+def reap(storage: RetryingStorage, study_ids: Iterable[int]) -> int:
+    """Free the rows whose lease ran out and fail the trials that their workers left; returns how many rows."""
+    values = {"study_ids": list(study_ids), "limit": MAX_LOSSES}
+
+    def free_expired(connection: Connection) -> int:
+        expired = connection.execute(text(EXPIRED), values).all()
+        for row in expired:
+            finished = row.stage == TRIAL and _fail_orphans(connection, row.study_id, row.claim)
+            state = "done" if finished else "parked" if row.losses + 1 >= MAX_LOSSES else "free"
+            connection.execute(
+                text(
+                    "update slots set state = :state, losses = losses + 1, lease_until = null, "
+                    "claim = case when :state = 'done' then claim end, "
+                    "error = case when :state = 'parked' then :error else error end "
+                    "where study_id = :study_id and stage = :stage and number = :number"
+                ),
+                {
+                    "study_id": row.study_id,
+                    "stage": row.stage,
+                    "number": row.number,
+                    "state": state,
+                    "error": f"{MAX_LOSSES} workers died on it, the last was {row.worker}",
+                },
+            )
+        return len(expired)
+
+    return storage.transaction(free_expired)
+
+
+EXPIRED = """
+select study_id, stage, number, claim, worker, losses from slots
+where study_id = any(:study_ids) and state = 'busy' and lease_until < now()
+order by study_id, stage, number for update skip locked
+"""
+
+
+def _fail_orphans(connection: Connection, study_id: int, claim: str) -> bool:
+    """Fail the RUNNING trials of a lost claim; True where the claim had finished its trial before it was lost."""
+    trials = connection.execute(
+        text(
+            "select t.trial_id, t.state::text as state from trials t "
+            "join trial_system_attributes a on a.trial_id = t.trial_id and a.key = :key and a.value_json = :claim "
+            "where t.study_id = :study_id for update of t"
+        ),
+        {"study_id": study_id, "key": CLAIM_ATTR, "claim": json.dumps(claim)},
+    ).all()
+    for trial in trials:
+        if trial.state == "RUNNING":
+            connection.execute(
+                text(
+                    "update trials set state = 'FAIL', datetime_complete = now() at time zone 'utc' "
+                    "where trial_id = :trial_id"
+                ),
+                {"trial_id": trial.trial_id},
+            )
+    return any(trial.state in ("COMPLETE", "PRUNED") for trial in trials)
+
+
+def free(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int, int]:
+    """How many rows can be claimed now, by study id; studies with none are left out."""
+    statement = text(
+        """
+        select study_id, count(*) as free from slots s
+        where study_id = any(:study_ids) and state = 'free'
+          and (stage < :confirmation or not exists (
+              select 1 from slots o
+              where o.study_id = s.study_id and o.stage < :confirmation and o.state in ('free', 'busy')))
+        group by study_id
+        """
+    )
+    values = {"study_ids": list(study_ids), "confirmation": CONFIRMATION}
+    return {row.study_id: row.free for row in storage.transaction(lambda c: c.execute(statement, values).all())}
+
+
+def progress(storage: RetryingStorage) -> dict[int, Progress]:
+    """Every study's progress, by study id, in one query."""
+    statement = text(
+        """
+        select study_id,
+               count(*) filter (where stage = :trial) as budget,
+               count(*) filter (where stage = :trial and state = 'done') as done,
+               count(*) filter (where state = 'parked') as parked,
+               count(*) filter (where state in ('free', 'busy')) as open
+        from slots group by study_id
+        """
+    )
+    rows = storage.transaction(lambda c: c.execute(statement, {"trial": TRIAL}).all())
+    return {row.study_id: Progress(**row._mapping) for row in rows}
+
+
+def results(storage: RetryingStorage, study_id: int, stage: int) -> dict[str, Mapping[str, Any]]:
+    """What the finished rows of a stage left, by label."""
+    statement = text(
+        "select label, result from slots where study_id = :study_id and stage = :stage "
+        "and state = 'done' and result is not null"
+    )
+    rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id, "stage": stage}).all())
+    return {row.label: row.result for row in rows}
+
+
+def parked(storage: RetryingStorage, study_id: int) -> list[Parked]:
+    """The rows that were given up, with their errors."""
+    statement = text(
+        "select stage, number, coalesce(error, '') as error from slots "
+        "where study_id = :study_id and state = 'parked' order by stage, number"
+    )
+    rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id}).all())
+    return [Parked(**row._mapping) for row in rows]
