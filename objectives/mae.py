@@ -1,0 +1,247 @@
+"""The staged evaluation of one set of params on some windows, and the errors that come out.
+
+Owns the caches between trials and the metrics. A trial pays only for the stages whose inputs it changed, and its
+numbers are the same to the last bit whatever ran before and however little the cache holds. Knows nothing of trials,
+search spaces, studies or devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from forecasters import MODELS, Forecaster, ForecastError
+from objectives.aggregation import Draw, parse
+from objectives.windows import Windows, timestamp_text
+
+STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
+SAMPLE_COUNTS = ("num_samples", "sample_count")  # what models call the number of samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Errors of a forecast over W windows of H steps, a step's error being forecast - actual."""
+
+    mae: float  # mean |error| / last close before the window: pct_return_mae, the objective
+    price_mae: float  # mean |error|
+    mae_percent: float  # 100 * mean |error| / mean |actual|
+    no_change_mae: float  # `mae` of predicting the last close
+    skill: float  # 1 - mae / no_change_mae; 0 where no price moved and there is nothing to be better than
+    errors: tuple[float, ...]  # [W] in origin order, each window's share of `mae`
+    windows: int
+    seconds: Mapping[str, float]  # by stage; a stage answered from the cache takes next to none
+
+
+def measure_no_change(windows: Windows) -> float:
+    """The `mae` of predicting that the price stays at the last close."""
+    return float(_errors(windows, windows.last_closes[:, None]).mean())
+
+
+class Evaluator:
+    """Measures params with one forecaster, and keeps what later params can use again. One a worker; not for threads.
+
+    cache_bytes: bound on what is kept between chunks (encoded windows and draws); 0 keeps nothing.
+    chunk_size: windows in a forward and between rungs. It decides the last bits of every number, so compare
+    measurements of one chunk size only.
+    max_num_samples: draw this many at once, since smaller counts are prefixes; larger counts still work.
+    """
+
+    def __init__(
+        self, forecaster: Forecaster, *, cache_bytes: int, chunk_size: int = 10, max_num_samples: int | None = None
+    ) -> None:
+        self.forecaster = forecaster
+        self.chunk_size = chunk_size
+        self.max_num_samples = max_num_samples or 0
+        self._cache = _Cache(cache_bytes)
+
+    @property
+    def cached_bytes(self) -> int:
+        """What is kept now, never above `cache_bytes`."""
+        return self._cache.nbytes
+
+    def measure(
+        self,
+        windows: Windows,
+        params: Mapping[str, Any],
+        *,
+        pass_number: int = 0,
+        on_rung: Callable[[int, float], None] | None = None,
+    ) -> Measurement:
+        """The errors of these params on these windows.
+
+        params: the model's encode and draw params and `aggregate` (default: mean); others are not looked at.
+        pass_number: another number, other seeds.
+        on_rung: called with windows done and their mae after every chunk but the last; what it raises ends the
+        measurement and passes through.
+        Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
+        """
+        plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
+        aggregate = parse(params.get("aggregate", "mean"))
+        seeds = windows.seeds(pass_number)
+        seconds = dict.fromkeys(STAGES, 0.0)
+        points = np.full(windows.actuals.shape, np.nan)  # [W, H]
+        done: list[int] = []
+        for chunk in windows.chunks(self.chunk_size):
+            if done and on_rung is not None:
+                on_rung(len(done), float(_errors(windows, points)[done].mean()))
+            rows = list(chunk)
+            key, draw = self._draw(windows, chunk, plan, tuple(seeds[row] for row in chunk), seconds)
+            with _timed(seconds, "aggregate"):
+                _check(windows, chunk, draw.non_finite_window(plan.count))
+                points[rows] = draw.aggregate(aggregate, plan.count)
+            bad = ~np.isfinite(points[rows]).all(axis=1)
+            _check(windows, chunk, int(bad.argmax()) if bad.any() else None)
+            self._cache.put(key, draw)  # after its use: sorting has made it larger
+            done += rows
+        return _measurement(windows, points, seconds)
+
+    def _draw(
+        self, windows: Windows, chunk: Sequence[int], plan: _Plan, seeds: tuple[int, ...], seconds: dict[str, float]
+    ) -> tuple[Hashable, Draw]:
+        """At least the samples asked for, and the key they are kept under."""
+        # Whole chunks, not windows, are kept: then no window is ever in a batch of other company.
+        encode_key = (
+            self.forecaster.fingerprint,
+            tuple(plan.encode_params.items()),
+            windows.horizon,
+            windows.digest(chunk),
+        )
+        draw_key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, seeds)
+        draw = self._cache.get(draw_key)
+        if isinstance(draw, Draw) and (plan.count is None or plan.count <= draw.count):
+            return draw_key, draw
+        with _naming(windows.symbol):
+            encoded: Any = self._cache.get(encode_key)
+            if encoded is None:
+                with _timed(seconds, "encode"):
+                    contexts = windows.contexts(chunk)
+                    encoded = self.forecaster.encode(contexts, plan.encode_params, windows.horizon)
+                self._cache.put(encode_key, encoded)
+            with _timed(seconds, "draw"):
+                samples = self.forecaster.draw(encoded, plan.asked, seeds)
+                draw = Draw(samples)
+        expected = (len(chunk), draw.count if plan.drawn is None else plan.drawn, windows.horizon)
+        if samples.shape != expected:
+            raise ValueError(f"{self.forecaster.model} drew {list(samples.shape)} and not {list(expected)}")
+        return draw_key, draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Params by stage, with the number of samples apart."""
+
+    encode_params: Mapping[str, Any]
+    draw_params: Mapping[str, Any]  # without the number of samples
+    count_name: str | None  # what the model calls the number of samples, where params have it
+    count: int | None  # samples to use; None: all that the model draws by default
+    drawn: int | None  # samples to draw
+
+    @classmethod
+    def of(cls, forecaster: Forecaster, params: Mapping[str, Any], *, at_least: int) -> _Plan:
+        model = MODELS[forecaster.model]
+        count_name = next((name for name in model.draw_params if name in SAMPLE_COUNTS and name in params), None)
+        count = None if count_name is None else int(params[count_name])
+        return cls(
+            encode_params={name: params[name] for name in model.encode_params if name in params},
+            draw_params={name: params[name] for name in model.draw_params if name in params and name != count_name},
+            count_name=count_name,
+            count=count,
+            drawn=None if count is None else max(count, at_least),
+        )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The draw params to draw with."""
+        return {**self.draw_params, **({self.count_name: self.drawn} if self.count_name else {})}
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+def _errors(windows: Windows, points: np.ndarray) -> np.ndarray:
+    """Each window's mean |forecast - actual| / last close before it, [W]."""
+    return np.abs(points - windows.actuals).mean(axis=1) / windows.last_closes
+
+
+def _measurement(windows: Windows, points: np.ndarray, seconds: Mapping[str, float]) -> Measurement:
+    errors = _errors(windows, points)
+    mae = float(errors.mean())
+    price_mae = float(np.abs(points - windows.actuals).mean())
+    no_change_mae = measure_no_change(windows)
+    return Measurement(
+        mae=mae,
+        price_mae=price_mae,
+        mae_percent=float(100 * price_mae / np.abs(windows.actuals).mean()),
+        no_change_mae=no_change_mae,
+        skill=1 - mae / no_change_mae if no_change_mae > 0 else 0.0,
+        errors=tuple(errors.tolist()),
+        windows=len(windows),
+        seconds=seconds,
+    )
+
+
+def _check(windows: Windows, chunk: Sequence[int], bad: int | None) -> None:
+    """Raises ForecastError if a window of the chunk, by its place there, is bad."""
+    if bad is not None:
+        origin = timestamp_text(windows.timestamps[chunk[bad]])
+        raise ForecastError(f"{windows.symbol}: the forecast for {origin} is NaN or infinite")
+
+
+@contextlib.contextmanager
+def _naming(symbol: str) -> Iterator[None]:
+    """A forecaster knows no symbols; whoever reads its error needs one."""
+    try:
+        yield
+    except ForecastError as error:
+        raise ForecastError(f"{symbol}: {error}") from error
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.perf_counter() - start
+
+
+# --- cache -------------------------------------------------------------------------------------------------
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+class _Cache:
+    """The entries used last, as many as fit. One that alone is too large is not kept."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self._entries: OrderedDict[Hashable, tuple[_Sized, int]] = OrderedDict()  # with its size when it was put
+
+    def get(self, key: Hashable) -> _Sized | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: Hashable, entry: _Sized) -> None:
+        """Keep it as the one used last, at the size that it has now."""
+        if key in self._entries:
+            self.nbytes -= self._entries.pop(key)[1]
+        size = entry.nbytes
+        if size > self.limit:
+            return
+        self._entries[key] = (entry, size)
+        self.nbytes += size
+        while self.nbytes > self.limit:
+            _, (_, dropped) = self._entries.popitem(last=False)
+            self.nbytes -= dropped
