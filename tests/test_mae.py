@@ -156,7 +156,7 @@ def test_rungs_come_after_every_chunk_but_the_last(bars: Bars) -> None:
 
 
 def test_what_a_rung_raises_ends_the_work_and_leaves_a_good_cache(bars: Bars) -> None:
-    class Pruned(Exception):  # noqa: N818
+    class Pruned(Exception):
         pass
 
     def prune(done: int, mae: float) -> None:
@@ -229,9 +229,9 @@ def test_equal_params_give_equal_bits_whatever_ran_before(
     assert (evaluator.cached_bytes == 0) == (cache_bytes == 0)
 
 
-def test_the_cache_drops_what_was_used_longest_ago(bars: Bars) -> None:
+@pytest.mark.parametrize("size", [160, 10 * 32 * 8 + 160])  # an encoding; one and a draw of 32 samples
+def test_the_cache_drops_what_was_used_longest_ago(bars: Bars, size: int) -> None:
     windows = replace(validation(bars), origins=validation(bars).origins[:10])
-    size = 10 * 32 * 8 + 160  # a draw of 32 samples and its encoding
     forecaster = Plain()
     evaluator = Evaluator(forecaster, cache_bytes=2 * size)
 

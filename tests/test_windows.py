@@ -141,6 +141,14 @@ def test_sorted_and_the_last_of_equal_times_kept(tmp_path: Path) -> None:
     assert notes[0] == f"{path}: 2 of 5 rows repeat a timestamp; the last in the file was kept"
 
 
+def test_the_last_of_many_equal_times_is_kept(tmp_path: Path) -> None:
+    days = np.random.default_rng(0).integers(1, 29, size=500)
+    rows = [f"2024-01-{day:02},{row}" for row, day in enumerate(days, start=1)]
+    bars, notes = read_bars(write(tmp_path / "A.csv", "timestamp,close", *rows))
+    assert bars.close.tolist() == [int(np.flatnonzero(days == day)[-1]) + 1 for day in range(1, 29)]
+    assert "472 of 500 rows" in notes[0]
+
+
 @pytest.mark.parametrize("engine_index", ["named", "nameless", "column", "zoned", "text", "date"])
 def test_parquet_gives_what_csv_gives(demo: Path, tmp_path: Path, engine_index: str) -> None:
     expected, _ = read_bars(demo / "SP500.csv")
@@ -362,6 +370,19 @@ def test_no_context_sees_its_target(demo: Path, horizon: int) -> None:
         earlier = np.arange(len(bars)) >= origin - 1
         touched = replace(windows, bars=replace(bars, close=np.where(earlier, 1e6, bars.close)))
         assert touched.digest([index]) != windows.digest([index])
+
+
+def test_a_digest_is_of_every_context_in_order() -> None:
+    def digest(symbol: str, bars: Bars, *origins: int) -> str:
+        windows = Windows(symbol=symbol, bars=bars, origins=origins, horizon=1)
+        return windows.digest(range(len(origins)))
+
+    bars = bars_of(50)
+    seen = {digest("A", bars, *origins) for origins in [(20,), (30,), (20, 30), (21, 30), (10, 20, 30)]}
+    assert len(seen) == 5
+    assert digest("B", bars_of(60), 20, 30) == digest("A", bars, 20, 30)  # of contexts only
+    windows = Windows(symbol="A", bars=bars, origins=(20, 30), horizon=1)
+    assert windows.digest([1, 0]) != windows.digest([0, 1])
 
 
 def test_the_most_recent_origins_before_test(demo: Path) -> None:
