@@ -4,7 +4,7 @@ Knows nothing of forecasters, objectives or commands.
 """
 
 
-class DatabaseUnavailable(RuntimeError):  # noqa: N818 - it reads as the sentence it stands for
+class DatabaseUnavailable(RuntimeError):
     """The database cannot be started or reached."""
 
     def __init__(self, message: str | None = None) -> None:
