@@ -218,6 +218,7 @@ class Network(nn.Module):
         self.patch_embed = nn.ModuleDict({"projection": nn.Linear(config.patch_size, size)})
         layers = nn.ModuleList(Layer(config, over_time=over_time) for over_time in config.over_time)
         self.transformer = nn.ModuleDict({"layers": layers})
+        self.last_over_time = max((i for i, over_time in enumerate(config.over_time) if over_time), default=-1)
         self.unembed = nn.Linear(size, size * config.patch_size)
         heads = ("df", "loc_proj", "scale_proj", "mixture_weights")
         self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in heads})
@@ -267,25 +268,24 @@ class Network(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """All layers; x [B, V, S, D], pads in patches [B]. Returns states [B, V, S or 1, D], keys and values."""
         variates, patches = x.shape[1:3]
-        last = max((i for i, layer in enumerate(self.layers) if layer.over_time), default=-1)
         positions = (torch.arange(patches, device=x.device) - pads[:, None]).clamp_min(0)  # from each own first patch
         # Queries and keys share one centre here, so it cancels; it matters once decoding adds keys around another.
         tables = _rotation(positions, (patches - pads - 1) // 2, x.shape[-1] // self.config.num_heads)
         tables = tuple(table.repeat_interleave(variates, 0)[:, None] for table in tables)  # [B*V, 1, S, Q]
-        mask = _time_mask(pads, patches).repeat_interleave(variates, 0)[:, None] if pads.any() else None
+        # Always a mask: asking whether a row is padded would break a compiled graph and wait for the device.
+        mask = _time_mask(pads, patches).repeat_interleave(variates, 0)[:, None]  # [B*V, 1, S, S]
         keys, values = [], []
-        if last < 0 and not every_patch:
+        if self.last_over_time < 0 and not every_patch:
             x = x[:, :, -1:]
         for i, layer in enumerate(self.layers):
             normed = layer.norm1(x)
             if layer.over_time:
-                rows = 1 if i == last and not every_patch else patches
+                rows = 1 if i == self.last_over_time and not every_patch else patches
                 (q,) = layer.attention.project(normed[:, :, -rows:].flatten(0, 1), 0, 1)
                 k, v = layer.attention.project(normed.flatten(0, 1), 1, 3)
                 q = _rotate(q, tables[0][:, :, -rows:], tables[1][:, :, -rows:])
                 k, v = _rotate(k, tables[2], tables[3]), v.contiguous()
-                seen = None if mask is None else mask[:, :, -rows:]
-                attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=mask is None and rows > 1)
+                attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -rows:])
                 x = x[:, :, -rows:]
                 y = layer.attention.output(attended).view_as(x)
                 keys.append(k)
