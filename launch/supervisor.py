@@ -44,7 +44,7 @@ class Supervisor:
     """Runs the workers of this machine until none has anything left to do.
 
     environment: what the children get beside their device, such as the storage's URL.
-    say: one line for the user.
+    say: one line for the user. report: called again and again, to tell how far the run is.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Supervisor:
         *,
         environment: Mapping[str, str],
         say: Callable[[str], None],
+        report: Callable[[], None],
     ) -> None:
-        self.folder, self.storage, self.study_ids, self.say = folder, storage, study_ids, say
+        self.folder, self.storage, self.study_ids = folder, storage, study_ids
+        self.say, self.report = say, report
         self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
-        self.children = [
-            Child(number=n, seat=seat, log=folder / f"worker-{n}.log") for n, seat in enumerate(seats)
-        ]
+        self.children = [Child(number=n, seat=seat, log=folder / f"worker-{n}.log") for n, seat in enumerate(seats)]
         self.signals = 0
         self.second_signal_at = 0.0
         job.write(folder)
@@ -75,6 +75,7 @@ class Supervisor:
                 for child in self.children:
                     self._look_after(child)
                 self._kill_the_deaf()
+                self._tell_how_far()
                 time.sleep(POLL_S)
         finally:
             self._end_all()
@@ -83,6 +84,12 @@ class Supervisor:
         if self.signals:
             return EXIT_INTERRUPTED
         return 0 if all(child.status == EXIT_DONE for child in self.children) else 1
+
+    def _tell_how_far(self) -> None:
+        try:
+            self.report()
+        except DatabaseUnavailable as error:
+            self.say(str(error))
 
     def _look_after(self, child: Child) -> None:
         if child.status is not None:

@@ -17,11 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-from sqlalchemy import text
-from sqlalchemy.engine import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
 import forecasters
 from forecasters import CheckpointError, Forecaster, ForecastError
@@ -50,7 +45,6 @@ EXPECTED = (
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is what Python gives a traceback
 FAILURES_IN_A_ROW = 5  # on one study: then it is the study, not the slots
 IDLE_POLL_S = 0.5
-STUDY_LOCK = 2  # first key of the advisory lock that says "somebody is on this study"
 PR_SET_PDEATHSIG = 1
 
 
@@ -127,38 +121,6 @@ class Keeper(threading.Thread):
                 log.warning("%s", error)  # the main thread's next statement says the same and ends the worker
 
 
-class Seats:
-    """Which study this worker sits on: a session's advisory lock, a hint that others read, gone with the session."""
-
-    def __init__(self, storage: RetryingStorage) -> None:
-        self._storage = storage
-        self._connection: Connection | None = None
-
-    def take(self, study_id: int) -> bool:
-        """True where nobody else sits on the study."""
-        self.leave()
-        statement = text("select pg_try_advisory_lock(:key, :study_id)")
-        try:
-            connection = self._storage.engine.connect()
-            taken = connection.execute(statement, {"key": STUDY_LOCK, "study_id": study_id}).scalar()
-            connection.commit()
-        except SQLAlchemyError as error:
-            if not database.is_transient(error):
-                raise
-            return False  # only a hint: the next claim waits for the server
-        if taken:
-            self._connection = connection
-        else:
-            connection.close()
-        return bool(taken)
-
-    def leave(self) -> None:
-        if self._connection is not None:
-            self._connection.invalidate()  # ends the session and with it the lock
-            self._connection.close()
-            self._connection = None
-
-
 class Worker:
     """One device's share of a run."""
 
@@ -172,7 +134,7 @@ class Worker:
         self.series: dict[str, Series] = {}
         self.runs: dict[int, Run] = {}
         self.failures: dict[int, int] = {}
-        self.seats = Seats(storage)
+        self.seats = slots.Seats(storage)
         self.keeper = Keeper(storage, list(self.studies), self.config.workers.lease_s)
 
     def work(self) -> int:
@@ -272,11 +234,6 @@ class Worker:
 
 def load_forecaster(config: Config, model: str, device: str) -> Forecaster:
     """The settings' checkpoint of a model on a device. Raises CheckpointError."""
-    if device == "cpu":
-        import torch
-
-        # One thread a worker: equal params then give equal bits however many workers share the cores.
-        torch.set_num_threads(1)
     return forecasters.load(
         model, checkpoint=config.toto.checkpoint, revision=config.toto.revision or None, device=device
     )

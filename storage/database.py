@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import optuna
 import sqlalchemy
@@ -23,7 +23,6 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
-
 from sqlalchemy.orm import Session
 
 from storage import DatabaseUnavailable
@@ -193,15 +192,15 @@ def parse_url(url: str) -> URL:
         ) from None
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise DatabaseUnavailable(
-            f"{without_password(parsed)}: studies live in Postgres; write postgresql://USER@HOST:PORT/DATABASE"
+            f"{parsed.get_backend_name()}: studies live in Postgres; write postgresql://USER@HOST:PORT/DATABASE"
         )
     return parsed.set(drivername="postgresql+psycopg2")
 
 
 def without_password(url: URL) -> str:
-    """The URL as it may be shown: password removed, also from the query."""
+    """The URL as it may be shown, in the form that psql reads too: no driver, no password."""
     query = {key: value for key, value in url.query.items() if key != "password"}
-    return URL.create(url.drivername, url.username, None, url.host, url.port, url.database, query).render_as_string()
+    return URL.create("postgresql", url.username, None, url.host, url.port, url.database, query).render_as_string()
 
 
 def hand_over(url: URL) -> tuple[str, dict[str, str]]:
@@ -292,6 +291,37 @@ def _unavailable(url: URL, error: BaseException) -> DatabaseUnavailable:
     return DatabaseUnavailable(f"{without_password(url)}: {first_line(error)}; {hint}")
 
 
+BEST_MAE = """
+select t.study_id, min(v.value) as mae from trials t join trial_values v using (trial_id)
+where t.state = 'COMPLETE' group by t.study_id
+"""
+
+BEST_TRIALS = """
+select t.trial_id, t.number, v.value from trials t join trial_values v using (trial_id)
+where t.study_id = :study_id and t.state = 'COMPLETE' order by v.value, t.number limit :count
+"""
+
+STATES = "select state::text, count(*) from trials where study_id = :study_id group by state order by state"
+
+
+def best_values(storage: RetryingStorage) -> dict[int, float]:
+    """The smallest value of every study that has a complete trial, by study id, in one query."""
+    return {row.study_id: row.mae for row in storage.transaction(lambda c: c.execute(text(BEST_MAE)).all())}
+
+
+def best_trials(storage: RetryingStorage, study_id: int, count: int) -> list[FrozenTrial]:
+    """The complete trials with the smallest values, best first; of equal ones the earlier."""
+    values = {"study_id": study_id, "count": count}
+    rows = storage.transaction(lambda c: c.execute(text(BEST_TRIALS), values).all())
+    return [storage.get_trial(row.trial_id) for row in rows]
+
+
+def trial_states(storage: RetryingStorage, study_id: int) -> dict[str, int]:
+    """How many trials are in each state, by its name in lower case."""
+    rows = storage.transaction(lambda c: c.execute(text(STATES), {"study_id": study_id}).all())
+    return {state.lower(): count for state, count in rows}
+
+
 def quiet_optuna() -> None:
     """Optuna logs a line a trial and warns of its own experimental names: our log line replaces them."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -327,7 +357,7 @@ def create_study(
             )
             session.add(study)
             session.flush()
-            study_id = study.study_id
+            study_id = int(cast(Any, study.study_id))
             attrs = [models.StudyUserAttributeModel(key=k, value_json=json.dumps(v)) for k, v in user_attrs.items()]
             attrs += [models.StudySystemAttributeModel(key=METRIC_NAMES, value_json=json.dumps([metric]))]
             for attr in attrs:

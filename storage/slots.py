@@ -15,11 +15,13 @@ from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
-from storage.database import CLAIM_ATTR, RetryingStorage
+from storage.database import CLAIM_ATTR, RetryingStorage, is_transient
 
 BASELINE, TRIAL, CONFIRMATION = 0, 1, 2  # stages, in the order in which they are worked
 
+STUDY_LOCK = 2  # first key of the advisory lock that says "somebody is on this study"
 MAX_FAILURES = 3  # the same error thrice is the slot's own, not chance
 MAX_LOSSES = 10  # a worker's death is mostly not the slot's fault; ten in a row are
 
@@ -87,11 +89,11 @@ def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
 
 
 def reopen(connection: Connection, study_id: int, stage: int) -> None:
-    """Make the finished rows of a stage free again (a raised budget asks for a new confirmation)."""
+    """Make the rows of a stage free again, also under way ones (a raised budget asks for a new confirmation)."""
     connection.execute(
         text(
             "update slots set state = 'free', claim = null, result = null "
-            "where study_id = :study_id and stage = :stage and state = 'done'"
+            "where study_id = :study_id and stage = :stage and state in ('busy', 'done')"
         ),
         {"study_id": study_id, "stage": stage},
     )
@@ -145,8 +147,7 @@ returning stage, number, label, params
 def renew(storage: RetryingStorage, claim: str, *, lease_s: float) -> bool:
     """Hold a claim for another lease; False where it was lost."""
     statement = text(
-        "update slots set lease_until = now() + make_interval(secs => :lease_s) "
-        "where claim = :claim and state = 'busy'"
+        "update slots set lease_until = now() + make_interval(secs => :lease_s) where claim = :claim and state = 'busy'"
     )
     return storage.transaction(lambda c: c.execute(statement, {"claim": claim, "lease_s": lease_s}).rowcount == 1)
 
@@ -174,16 +175,12 @@ def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
         "state = case when failures + 1 >= :limit then 'parked' else 'free' end "
         "where claim = :claim and state = 'busy'"
     )
-    storage.transaction(
-        lambda c: c.execute(statement, {"claim": slot.claim, "error": error, "limit": MAX_FAILURES})
-    )
+    storage.transaction(lambda c: c.execute(statement, {"claim": slot.claim, "error": error, "limit": MAX_FAILURES}))
 
 
 def park_study(storage: RetryingStorage, study_id: int, error: str) -> None:
     """Give up what is left of a study, with the reason."""
-    statement = text(
-        "update slots set state = 'parked', error = :error where study_id = :study_id and state = 'free'"
-    )
+    statement = text("update slots set state = 'parked', error = :error where study_id = :study_id and state = 'free'")
     storage.transaction(lambda c: c.execute(statement, {"study_id": study_id, "error": error}))
 
 
@@ -293,6 +290,15 @@ def results(storage: RetryingStorage, study_id: int, stage: int) -> dict[str, Ma
     return {row.label: row.result for row in rows}
 
 
+def results_of_all(storage: RetryingStorage, stage: int) -> dict[int, dict[str, Mapping[str, Any]]]:
+    """What the finished rows of a stage left, by study id and label, in one query."""
+    statement = text("select study_id, label, result from slots where stage = :stage and result is not null")
+    found: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in storage.transaction(lambda c: c.execute(statement, {"stage": stage}).all()):
+        found.setdefault(row.study_id, {})[row.label] = row.result
+    return found
+
+
 def parked(storage: RetryingStorage, study_id: int) -> list[Parked]:
     """The rows that were given up, with their errors."""
     statement = text(
@@ -301,3 +307,35 @@ def parked(storage: RetryingStorage, study_id: int) -> list[Parked]:
     )
     rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id}).all())
     return [Parked(**row._mapping) for row in rows]
+
+
+class Seats:
+    """Which study this worker sits on: a session's advisory lock, a hint that others read, gone with the session."""
+
+    def __init__(self, storage: RetryingStorage) -> None:
+        self._storage = storage
+        self._connection: Connection | None = None
+
+    def take(self, study_id: int) -> bool:
+        """True where nobody else sits on the study."""
+        self.leave()
+        statement = text("select pg_try_advisory_lock(:key, :study_id)")
+        try:
+            connection = self._storage.engine.connect()
+            taken = connection.execute(statement, {"key": STUDY_LOCK, "study_id": study_id}).scalar()
+            connection.commit()
+        except SQLAlchemyError as error:
+            if not is_transient(error):
+                raise
+            return False  # only a hint: the next claim waits for the server
+        if taken:
+            self._connection = connection
+        else:
+            connection.close()
+        return bool(taken)
+
+    def leave(self) -> None:
+        if self._connection is not None:
+            self._connection.invalidate()  # ends the session and with it the lock
+            self._connection.close()
+            self._connection = None

@@ -79,6 +79,6 @@ def decide(
 
 
 def exceeds(old: float, new: float, min_improvement: float) -> bool:
-    """(old - new) / old > min_improvement, in decimals: in binary 0.0100 to 0.0099 reads as 1.0000000000000009 %."""
+    """(old - new) / old > min_improvement, in decimals: in binary 0.07 to 0.0693 reads as more than 1 %."""
     old_decimal, new_decimal = Decimal(repr(old)), Decimal(repr(new))
     return old_decimal - new_decimal > Decimal(repr(min_improvement)) * old_decimal

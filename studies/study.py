@@ -87,6 +87,9 @@ def read_series(config: Config, symbols: Sequence[str]) -> tuple[list[Series], l
     notes = list(notes)
     wanted = [windows.check_symbol(symbol) for symbol in symbols or config.data.symbols] or sorted(files)
     missing = [symbol for symbol in wanted if symbol not in files]
+    for symbol in missing:
+        for path in sorted(folder.glob(f"{symbol}.*")):
+            windows.read_bars(path)  # it is there but was passed over: say what is wrong with it
     if missing:
         raise windows.DataError(
             f"{folder}: no {missing[0]}.csv or {missing[0]}.parquet; the symbols there are {', '.join(sorted(files))}"
@@ -120,6 +123,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
     """
     bars = windows.bars_until(series.bars, as_of)
     counts = config.windows
+    validation = split_windows(config, series.symbol, bars).validation
     return {
         "symbol": series.symbol,
         "model": model,
@@ -136,6 +140,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
         },
         "space": spaces.make(model, config).to_json(),
         "checkpoint": checkpoint,
+        "no_change_mae": measure_no_change(validation),  # follows from bars and windows; kept for those who read
     }
 
 
@@ -348,9 +353,7 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     return optuna.pruners.PercentilePruner(100 * (1 - config.search.prune_worst), n_startup_trials=10)
 
 
-def work(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str
-) -> Outcome:
+def work(storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str) -> Outcome:
     """Do what a claimed slot asks for and finish it.
 
     Raises ForecastError after failing the slot's trial; the slot itself is the caller's to fail.

@@ -1,0 +1,35 @@
+# Everything a newcomer needs: `make search` runs the demonstration, `make test` the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: search test check format clean
+
+search: $(INSTALLED)
+	@$(BIN)/studies demo-data --config demo >/dev/null
+	$(BIN)/launch-workers --config demo --cpus 2
+	$(BIN)/promote --config demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The stamp comes last: an install that broke off is begun again.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Ends the demonstration's server and removes what it left, promoted files too.
+clean: $(INSTALLED)
+	$(BIN)/studies stop --config demo
+	rm -rf .demo hyperparams/*/SP500* hyperparams/*/NASDAQ*

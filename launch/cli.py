@@ -1,0 +1,556 @@
+"""The commands. Results go to stdout, all else to stderr; an expected error is one line and exit 1.
+
+Loads torch only where a checkpoint must be looked at, so `promote --help` and `studies list` stay quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from forecasters import MODELS, CheckpointError
+from objectives.windows import DataError
+from storage import DatabaseUnavailable
+from storage.configs import ConcurrentWrite, ConfigFileError
+from studies import config as configuration
+from studies.config import Config, ConfigError
+
+REPORT_S = 10.0  # between two lines of progress
+
+
+class Names(click.ParamType):
+    """A comma-separated list; the option may be repeated too."""
+
+    name = "A,B,.."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        names = tuple(part.strip() for part in value.split(",") if part.strip())
+        return names or self.fail("names nothing", param, ctx)
+
+
+class Numbers(Names):
+    name = "0,1,.."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        names = super().convert(value, param, ctx)
+        wrong = [name for name in names if isinstance(name, str) and not name.isdecimal()]
+        if wrong:
+            self.fail(f"{wrong[0]!r} is no number", param, ctx)
+        return tuple(int(name) for name in names)
+
+
+def flat(lists: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Repeated lists as one, each entry once."""
+    return tuple(dict.fromkeys(item for part in lists for item in part))
+
+
+def shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command, resolved to a Config; and its errors as one line."""
+
+    @click.option("--config", "config_path", type=click.Path(path_type=Path), envvar="STUDIES_CONFIG",
+                  show_envvar=True, metavar="FILE", help="TOML settings; 'demo' names the demonstration's.")  # fmt: skip
+    @click.option("--storage", envvar=["STUDIES_STORAGE", "OPTUNA_STORAGE"], show_envvar=True, metavar="URL",
+                  help="postgresql://USER@HOST/DATABASE; none: a private server.")  # fmt: skip
+    @click.option("--data-dir", type=click.Path(path_type=Path), envvar="STUDIES_DATA_DIR", show_envvar=True,
+                  metavar="FOLDER", help="One CSV or Parquet file of bars a symbol.")  # fmt: skip
+    @click.option("--hyperparams-dir", type=click.Path(path_type=Path),
+                  envvar=["STUDIES_HYPERPARAMS_DIR", "HYPERPARAM_ROOT"], show_envvar=True, metavar="FOLDER",
+                  help="Where promoted files are.")  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(
+        config_path: Path | None,
+        storage: str | None,
+        data_dir: Path | None,
+        hyperparams_dir: Path | None,
+        **options: Any,
+    ) -> None:
+        overrides: dict[str, dict[str, Any]] = {"storage": {}, "data": {}, "hyperparams": {}}
+        if storage:
+            overrides["storage"]["url"] = storage
+        if data_dir:
+            overrides["data"]["dir"] = str(data_dir)
+        if hyperparams_dir:
+            overrides["hyperparams"]["dir"] = str(hyperparams_dir)
+        if config_path == Path("demo"):
+            config_path = configuration.DEMO_PATH
+        with one_line_errors():
+            command(config=configuration.load(config_path, overrides), **options)
+
+    return wrapped
+
+
+class one_line_errors:  # noqa: N801 - reads as a statement
+    """What a user can mend is one line on stderr and exit 1."""
+
+    expected = (
+        ConfigError,
+        DataError,
+        DatabaseUnavailable,
+        CheckpointError,
+        ConfigFileError,
+        ConcurrentWrite,
+    )
+
+    def __enter__(self) -> None:
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+        logging.getLogger("storage").setLevel(logging.INFO)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None:
+            return
+        # Imported late: these modules bring Optuna, which a usage error need not wait for.
+        from launch.devices import DeviceError
+        from launch.promote import NothingToPromote
+        from studies.study import StudyMismatch
+
+        if isinstance(error, (*self.expected, DeviceError, NothingToPromote, StudyMismatch)):
+            say(f"error: {' '.join(str(error).split())}")
+            sys.exit(1)
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+
+
+def say(line: str) -> None:
+    """One line to the user, beside the results."""
+    click.echo(line, err=True)
+
+
+def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="The same rows as JSON.")(command)
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_json: bool) -> None:
+    """Rows as a table, or as JSON with every key."""
+    if as_json:
+        click.echo(json.dumps(list(rows), indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key, heading in columns.items():
+        numeric = any(isinstance(row[key], (int, float)) for row in rows)
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(key, row[key]) for key in columns))
+    # Not a terminal: as wide as the rows are, so that a pipe gets whole lines.
+    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+    console.print(table)
+
+
+def cell(key: str, value: Any) -> str:
+    """A value as a table shows it; shares in per cent."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return str(value)
+        return f"{100 * value:+.2f}%" if key in ("improvement", "skill") else f"{value:.6f}"
+    return str(value)
+
+
+# --- the storage behind a command -----------------------------------------------------------------------------
+
+
+def server_folder(config: Config) -> Path:
+    """Where the private server keeps its files."""
+    if config.storage.data_dir != Path():
+        return config.storage.data_dir
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("forecast-studies")) / "postgres"
+
+
+def storage_url(config: Config, *, start: bool) -> str:
+    """The URL to use, without a password where the server is our own; PGPASSFILE then names the file that holds it.
+
+    start: start the private server where none runs. Raises DatabaseUnavailable.
+    """
+    if config.storage.url:
+        return config.storage.url
+    from storage import embedded
+
+    folder = server_folder(config)
+    if not start and not folder.exists():
+        raise DatabaseUnavailable(f"{folder}: no studies yet; make some with launch-workers, or name a --storage")
+    server = embedded.start(folder)
+    os.environ["PGPASSFILE"] = str(server.passfile)
+    os.environ.pop("PGPASSWORD", None)  # another server's password must not go before the file
+    return server.url
+
+
+def open_storage(config: Config, *, start: bool = False) -> Any:
+    from storage import database
+
+    database.quiet_optuna()
+    return database.open_storage(storage_url(config, start=start), wait_s=config.storage.wait_s)
+
+
+def checked_models(models: Sequence[Sequence[str]], config: Config) -> tuple[str, ...]:
+    """The models asked for. Usage error for an unknown one."""
+    names = flat(models) or config.search.models
+    for name in names:
+        if name not in MODELS:
+            raise click.BadParameter(
+                f"unknown model {name!r}; the models are {', '.join(MODELS)}", param_hint="--models"
+            )
+    return names
+
+
+def checked_symbols(symbols: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The symbols asked for. Usage error for what cannot be one."""
+    from objectives.windows import check_symbol
+
+    try:
+        return tuple(check_symbol(symbol) for symbol in flat(symbols))
+    except DataError as error:
+        raise click.BadParameter(str(error), param_hint="--symbols") from None
+
+
+symbols_option = click.option("--symbols", type=Names(), multiple=True, help="Only these symbols.")
+models_option = click.option("--models", type=Names(), multiple=True, help=f"Of {','.join(MODELS)}.")
+
+
+# --- launch-workers -------------------------------------------------------------------------------------------
+
+
+@click.command(name="launch-workers")
+@click.option("--gpus", type=Numbers(), multiple=True, help="One worker on each of these GPUs.")
+@click.option("--cpus", type=click.IntRange(min=1), help="So many CPU workers, one core each.")
+@symbols_option
+@models_option
+@click.option("--trials", type=click.IntRange(min=1), help="Finished trials a study; more raises a study's budget.")
+@shared
+def launch_workers(
+    config: Config,
+    gpus: Sequence[Sequence[int]],
+    cpus: int | None,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    trials: int | None,
+) -> None:
+    """Search: go on with every unfinished study of the symbols and models, open those that are missing.
+
+    Neither --gpus nor --cpus: every GPU, else every core.
+
+    \b
+    launch-workers --gpus 0,1
+    launch-workers --cpus 2 --symbols BTCUSD,AAPL --trials 100
+    """
+    from dataclasses import replace
+
+    from launch import devices, supervisor
+    from launch.worker import Job
+    from storage import database, slots
+    from studies import study as studying
+
+    if gpus and cpus:
+        raise click.UsageError("--gpus and --cpus exclude each other: start one launch-workers for each")
+    model_names, symbol_names = checked_models(models, config), checked_symbols(symbols)
+    if trials:
+        config = replace(config, search=replace(config.search, trials=trials))
+    seats = devices.seats(flat(gpus) or None, cpus)
+    series, notes = studying.read_series(config, symbol_names)
+    checkpoints = {model: checkpoint_fingerprint(config, model) for model in model_names}
+    # Everything the user can have got wrong is checked; from here on something is made.
+    for note in notes:
+        say(note)
+    storage = open_storage(config, start=True)
+    opened = studying.open_studies(storage, config, series, model_names, checkpoints)
+    for item in opened:
+        for note in item.notes:
+            say(note)
+    working = [item.study for item in opened if item.state != "finished"]
+    if not working:
+        say(f"nothing to do: {len(opened)} {plural('study', len(opened))} finished at the newest bar")
+        show_studies(storage, [item.study.study_id for item in opened], as_json=False)
+        return
+    counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
+    say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
+
+    folder = run_folder(config)
+    job = Job(
+        config=absolute(config),
+        series={item.symbol: str(item.path.resolve()) for item in series},
+        studies=tuple(study.name for study in working),
+        devices=tuple(seat.device for seat in seats),
+    )
+    url, secret = database.hand_over(storage.engine.url)
+    study_ids = [study.study_id for study in working]
+    kinds = sorted({seat.device.split(":")[0] for seat in seats})
+    say(f"{len(seats)} {'/'.join(kinds)} {plural('worker', len(seats))}; logs in {folder}")
+    status = supervisor.Supervisor(
+        job,
+        folder,
+        seats,
+        storage,
+        study_ids,
+        environment={"OPTUNA_STORAGE": url, **secret},
+        say=say,
+        report=Progress(storage, study_ids),
+    ).run()
+    show_studies(storage, [item.study.study_id for item in opened], as_json=False)
+    progress = slots.progress(storage)
+    for study in working:
+        for parked in slots.parked(storage, study.study_id)[:1]:
+            say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
+            status = status or 1
+    sys.exit(status)
+
+
+class Progress:
+    """Says now and then how far the run is."""
+
+    def __init__(self, storage: Any, study_ids: Sequence[int]) -> None:
+        self.storage, self.study_ids = storage, study_ids
+        self.began = self.last = time.monotonic()
+        self.done_before: int | None = None
+
+    def __call__(self) -> None:
+        from storage import slots
+
+        now = time.monotonic()
+        if self.done_before is not None and now - self.last < REPORT_S:
+            return
+        self.last = now
+        progress = slots.progress(self.storage)
+        done = sum(progress[study_id].done for study_id in self.study_ids)
+        budget = sum(progress[study_id].budget for study_id in self.study_ids)
+        if self.done_before is None:
+            self.done_before = done
+            return
+        rate = (done - self.done_before) / (now - self.began)
+        left = f", about {(budget - done) / rate / 60:.1f} min left" if rate else ""
+        say(f"{done}/{budget} trials, {rate:.1f} a second{left}")
+
+
+def checkpoint_fingerprint(config: Config, model: str) -> str:
+    """Of the weights that the settings name. Raises CheckpointError."""
+    import forecasters
+
+    return forecasters.inspect(model, checkpoint=config.toto.checkpoint, revision=config.toto.revision or None)
+
+
+def plural(word: str, count: int) -> str:
+    if count == 1:
+        return word
+    return word[:-1] + "ies" if word.endswith("y") else word + "s"
+
+
+def run_folder(config: Config) -> Path:
+    """A fresh folder for the logs of this run. Raises ConfigError."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    try:
+        for suffix in ("", *(f"-{n}" for n in range(1, 100))):
+            folder = config.workers.log_dir / f"{stamp}{suffix}"
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                return folder.resolve()
+    except OSError as error:
+        raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: {error.strerror}") from None
+    raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: too many runs in one second")
+
+
+def absolute(config: Config) -> Config:
+    """With paths that hold in a child whatever its folder."""
+    from dataclasses import replace
+
+    return replace(config, hyperparams=replace(config.hyperparams, dir=config.hyperparams.dir.resolve()))
+
+
+# --- promote --------------------------------------------------------------------------------------------------
+
+PROMOTE_COLUMNS = {
+    "symbol": "symbol",
+    "study": "study",
+    "incumbent_mae": "incumbent",
+    "best_mae": "best",
+    "improvement": "improvement",
+    "skill": "skill",
+    "decision": "decision",
+    "reason": "reason",
+}
+
+
+@click.command()
+@click.option("--min-improvement", type=click.FloatRange(0, 1, max_open=True),
+              help="The MAE must fall by more than this share.  [default: 0.01]")  # fmt: skip
+@symbols_option
+@models_option
+@click.option("--force", is_flag=True, help="Promote also what is no improvement or not comparable.")
+@click.option("--dry-run", is_flag=True, help="Decide and show, write nothing.")
+@with_json
+@shared
+def promote(
+    config: Config,
+    min_improvement: float | None,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Copy each symbol's best configuration to hyperparams/best/SYMBOL.json, if it is better by enough.
+
+    \b
+    promote --min-improvement 0.01
+    """
+    from launch import promote as promoting
+
+    rows = promoting.promote(
+        open_storage(config),
+        config,
+        symbols=checked_symbols(symbols),
+        models=checked_models(models, config),
+        min_improvement=config.promotion.min_improvement if min_improvement is None else min_improvement,
+        force=force,
+        dry_run=dry_run,
+    )
+    show([asdict(row) for row in rows], PROMOTE_COLUMNS, as_json=as_json)
+    promoted = sum(row.decision == "promoted" for row in rows)
+    written = "would be promoted" if dry_run else "promoted"
+    say(f"{promoted} of {len(rows)} {plural('symbol', len(rows))} {written}" if promoted else "nothing to promote")
+
+
+# --- studies --------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def studies() -> None:
+    """Look at the studies and at the server they live in."""
+
+
+LIST_COLUMNS = {
+    "study": "study",
+    "state": "state",
+    "done": "done",
+    "budget": "budget",
+    "parked": "parked",
+    "incumbent_mae": "incumbent",
+    "best_mae": "best",
+    "improvement": "improvement",
+    "skill": "skill",
+}
+
+
+@studies.command(name="list")
+@with_json
+@shared
+def list_command(config: Config, as_json: bool) -> None:
+    """Every study: how far it is, its best and its incumbent.
+
+    \b
+    studies list --json
+    """
+    show_studies(open_storage(config), None, as_json=as_json)
+
+
+def show_studies(storage: Any, study_ids: Sequence[int] | None, *, as_json: bool) -> None:
+    from launch import listing
+
+    rows = [asdict(row) for row in listing.rows(storage, study_ids)]
+    if not rows and not as_json:
+        say("no studies yet; make some with launch-workers")
+        return
+    show(rows, LIST_COLUMNS, as_json=as_json)
+
+
+@studies.command(name="show")
+@click.argument("name")
+@with_json
+@shared
+def show_command(config: Config, name: str, as_json: bool) -> None:
+    """One study: its definition, best trials, baselines and what was given up.
+
+    \b
+    studies show BTCUSD/toto@2026-03-19
+    """
+    from launch import listing
+
+    found = listing.details(open_storage(config), name)
+    if found is None:
+        raise ConfigError(f"no study {name!r}; see: studies list")
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(listing.as_text(found))
+
+
+@studies.command()
+@click.argument("name")
+@shared
+def retire(config: Config, name: str) -> None:
+    """Set a study aside: it keeps its trials, and launch-workers opens a new one.
+
+    \b
+    studies retire BTCUSD/toto@2026-03-19
+    """
+    from studies import study as studying
+
+    try:
+        click.echo(studying.retire(open_storage(config), name))
+    except KeyError:
+        raise ConfigError(f"no study {name!r}; see: studies list") from None
+
+
+@studies.command()
+@click.option("--export", is_flag=True, help='As shell commands: eval "$(studies url --export)".')
+@shared
+def url(config: Config, export: bool) -> None:
+    """The storage's URL, without its password.
+
+    \b
+    eval "$(studies url --export)"; optuna-dashboard "$OPTUNA_STORAGE"
+    """
+    from storage import database
+
+    shown = database.without_password(database.parse_url(storage_url(config, start=True)))
+    if not export:
+        click.echo(shown)
+        return
+    click.echo(f"export OPTUNA_STORAGE={shlex.quote(shown)}")
+    if not config.storage.url:
+        click.echo(f"export PGPASSFILE={shlex.quote(os.environ['PGPASSFILE'])}")
+
+
+@studies.command()
+@shared
+def stop(config: Config) -> None:
+    """Stop the private server; the next command starts it again.
+
+    \b
+    studies stop
+    """
+    from storage import embedded
+
+    if config.storage.url:
+        raise DatabaseUnavailable("the storage is a server of yours, not our private one; stop it where you started it")
+    folder = server_folder(config)
+    click.echo("stopped" if folder.exists() and embedded.stop(folder) else "not running")
+
+
+@studies.command(name="demo-data")
+@shared
+def demo_data(config: Config) -> None:
+    """Write the demonstration's bars: the S&P 500 and NASDAQ, daily, 1999 to 2018.
+
+    \b
+    studies demo-data --config demo
+    """
+    from objectives import windows
+
+    for path in windows.demo_bars(config.data.dir):
+        click.echo(path)

@@ -1,0 +1,97 @@
+"""Settings: every bad one is refused with file, table and key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from studies import config as configuration
+from studies.config import ConfigError
+
+
+def test_the_defaults_stand_alone() -> None:
+    config = configuration.load()
+    assert config.windows.validation == 30
+    assert config.windows.test == 20
+    assert config.search.trials == 100
+    assert config.toto.checkpoint == "Datadog/Toto-Open-Base-1.0"
+    assert config.toto.context_length == (4096,)
+    assert config.promotion.min_improvement == 0.01
+    assert "winsorized_mean_10" not in config.toto.aggregates
+
+
+def test_a_file_overrides_and_its_paths_are_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[data]\ndir = "bars"\nsymbols = ["BTCUSD"]\n[toto]\ncheckpoint = "./weights"\ncontext_length = [512, 1024]\n'
+        "[workers]\nlease_s = 10\n"
+    )
+    config = configuration.load(path)
+    assert config.data.dir == tmp_path / "bars"
+    assert config.data.symbols == ("BTCUSD",)
+    assert config.toto.checkpoint == str(tmp_path / "weights")
+    assert config.toto.context_length == (512, 1024)
+    assert config.workers.lease_s == 10.0
+    assert config.hyperparams.dir == Path("hyperparams")
+
+
+def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[data]\ndir = "bars"\n')
+    assert configuration.load(path, {"data": {"dir": "/else"}}).data.dir == Path("/else")
+
+
+def test_json_round_trip_keeps_all_but_the_url(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[storage]\nurl = "postgresql://u:hunter2@h/d"\n[toto]\ncontext_length = [512, 64]\n')
+    config = configuration.load(path)
+    text = json.dumps(configuration.to_json(config))
+    assert "hunter2" not in text
+    again = configuration.from_json(json.loads(text))
+    assert again.storage.url == ""
+    assert again.toto == config.toto
+    assert again.windows == config.windows
+    assert again.data == config.data
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[dat]\ndir = 'x'", ["[dat]", "unknown table"]),
+        ("data = 3", ["data", "[data]"]),
+        ("[data]\ndri = 'x'", ["[data] dri", "unknown key", "dir"]),
+        ("[windows]\nhorizon = '1'", ["[windows] horizon", "whole number"]),
+        ("[windows]\nhorizon = 1.5", ["[windows] horizon", "whole number"]),
+        ("[windows]\nhorizon = true", ["[windows] horizon", "whole number"]),
+        ("[windows]\nhorizon = 0", ["[windows] horizon", "at least 1"]),
+        ("[search]\ntrials = 0", ["[search] trials", "at least 1"]),
+        ("[search]\nmodels = ['totto']", ["[search] models", "totto", "toto"]),
+        ("[search]\nmodels = 'toto'", ["[search] models", "list"]),
+        ("[search]\nprune_worst = 1.0", ["[search] prune_worst", "share"]),
+        ("[search]\nprune_worst = nan", ["[search] prune_worst", "finite"]),
+        ("[toto]\naggregates = ['meen']", ["[toto] aggregates", "meen"]),
+        ("[toto]\naggregates = []", ["[toto] aggregates"]),
+        ("[toto]\nnum_samples = [64, 64]", ["[toto] num_samples", "different"]),
+        ("[toto]\nnum_samples = [64, 'x']", ["[toto] num_samples", "whole numbers"]),
+        ("[promotion]\nmin_improvement = -0.1", ["[promotion] min_improvement", "share"]),
+        ("[workers]\nlease_s = 1", ["[workers] lease_s", "at least 2"]),
+        ("[data\n", ["not valid TOML"]),
+    ],
+)
+def test_bad_settings(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.toml: no such file; name a TOML file with --config"):
+        configuration.load(tmp_path / "none.toml")

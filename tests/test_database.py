@@ -1,0 +1,193 @@
+"""The storage through restarts of its server, bad URLs and wrong passwords."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from sqlalchemy import text
+
+from storage import DatabaseUnavailable, database, embedded
+from storage.database import CLAIM_ATTR
+
+
+@pytest.fixture
+def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.Server]:
+    """A server that the test may stop."""
+    parent = Path(tempfile.mkdtemp(prefix="studies-"))
+    parent.chmod(0o711)  # root's server runs as another user, who must reach it
+    server = embedded.start(parent / "data")
+    monkeypatch.setenv("PGPASSFILE", str(server.passfile))
+    yield server
+    embedded.stop(parent / "data")
+    shutil.rmtree(parent)
+
+
+def crash(folder: Path) -> None:
+    """SIGQUIT to the postmaster: an immediate shutdown, as after a power cut."""
+    pid = int((folder / "cluster" / "postmaster.pid").read_text().splitlines()[0])
+    os.kill(pid, signal.SIGQUIT)
+
+
+@pytest.mark.parametrize("how", ["fast stop", "crash"])
+def test_trials_go_on_over_a_restart(own_server: embedded.Server, how: str) -> None:
+    storage = database.open_storage(own_server.url, wait_s=60)
+    study = optuna.create_study(storage=storage, study_name="s")
+    told: dict[int, float] = {}
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def search() -> None:
+        try:
+            while not ended.is_set():
+                trial = study.ask()
+                value = trial.suggest_float("x", 0, 1)
+                trial.report(value, step=0)
+                trial.should_prune()
+                study.tell(trial, value)
+                told[trial.number] = value
+        except BaseException as error:  # noqa: BLE001 - shown by the main thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        time.sleep(0.7)
+        before = len(told)
+        if how == "crash":
+            crash(own_server.data_dir)
+        else:
+            assert embedded.stop(own_server.data_dir)
+        time.sleep(0.5)
+        assert embedded.start(own_server.data_dir) == own_server
+        deadline = time.monotonic() + 30
+        while len(told) <= before + 3 and time.monotonic() < deadline and not errors:
+            time.sleep(0.05)
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    complete = {t.number: t.value for t in study.get_trials(states=(TrialState.COMPLETE,))}
+    assert {number: complete[number] for number in told} == told  # nothing that was acknowledged is lost
+
+
+def test_a_server_that_stays_away_is_one_line(own_server: embedded.Server) -> None:
+    storage = database.open_storage(own_server.url, wait_s=0.5)
+    study = optuna.create_study(storage=storage, study_name="s")
+    embedded.stop(own_server.data_dir)
+    began = time.monotonic()
+    with pytest.raises(DatabaseUnavailable) as caught:
+        study.ask()
+    assert time.monotonic() - began < 10
+    assert "no answer for" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_create_new_trial_repeated_after_its_commit_is_one_trial(database_url: str) -> None:
+    storage = database.open_storage(database_url, wait_s=5, create=False)
+    study = optuna.create_study(storage=storage, study_name="s")
+    template = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs={CLAIM_ATTR: "c1"})
+    first = storage.create_new_trial(study._study_id, template)
+    # What a broken attempt looks like to the next one: the row is there already.
+    retry = storage._retry
+    storage._retry = lambda call: retry(lambda attempt: call(attempt + 1))  # type: ignore[method-assign]
+    assert storage.create_new_trial(study._study_id, template) == first
+    assert len(study.trials) == 1
+
+
+def test_tell_repeated_after_its_commit_is_success_and_only_then(database_url: str) -> None:
+    storage = database.open_storage(database_url, wait_s=5, create=False)
+    study = optuna.create_study(storage=storage, study_name="s")
+    trial = study.ask()
+    storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+    retry = storage._retry
+    storage._retry = lambda call: retry(lambda attempt: call(attempt + 1))  # type: ignore[method-assign]
+    assert storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+    with pytest.raises(UpdateFinishedTrialError):  # somebody else failed it: that is no success of ours
+        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
+def test_eight_at_once_on_an_empty_database(own_server: embedded.Server) -> None:
+    errors: list[BaseException] = []
+
+    def create() -> None:
+        try:
+            database.open_storage(own_server.url, wait_s=5).engine.dispose()
+        except BaseException as error:  # noqa: BLE001 - shown by the main thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_stock_optuna_reads_what_we_write(database_url: str) -> None:
+    ours = optuna.create_study(storage=database.open_storage(database_url, create=False), study_name="s")
+    trial = ours.ask()
+    trial.suggest_categorical("a", ["x", "y"])
+    trial.report(0.5, 1)
+    ours.tell(trial, 0.25)
+    stock = optuna.load_study(study_name="s", storage=optuna.storages.RDBStorage(database_url))
+    assert stock.best_value == 0.25
+    assert stock.trials[0].intermediate_values == {1: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nonsense", "not a URL"),
+        ("sqlite:///x.db", "studies live in Postgres"),
+        ("mysql://u:hunter2@h/d", "studies live in Postgres"),
+        ("postgresql://u:hunter2@127.0.0.1:1/d", "refused"),
+        ("postgresql://u:hunter2@no.such.host.invalid/d", "could not translate host name"),
+    ],
+)
+def test_bad_urls_are_one_line_without_the_password(url: str, words: str) -> None:
+    with pytest.raises(DatabaseUnavailable) as caught:
+        database.open_storage(url)
+    message = str(caught.value)
+    assert words in message
+    assert "hunter2" not in message
+    assert "\n" not in message
+
+
+def test_a_wrong_password_is_said_and_not_shown(own_server: embedded.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGPASSWORD", "hunter2")
+    with pytest.raises(DatabaseUnavailable, match=r"password authentication failed.*PGPASSWORD") as caught:
+        database.open_storage(own_server.url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_hand_over_splits_the_password_off() -> None:
+    for url in ("postgresql://u:p%40ss@h:5/d", "postgresql://u@h:5/d?password=p%40ss"):
+        shown, environment = database.hand_over(database.parse_url(url))
+        assert shown == "postgresql://u@h:5/d"
+        assert environment == {"PGPASSWORD": "p@ss"}
+    assert database.hand_over(database.parse_url("postgresql://u@h/d"))[1] == {}
+
+
+def test_a_password_with_braces_and_at_signs_reaches_the_server(
+    own_server: embedded.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = database.open_storage(own_server.url)
+    with storage.engine.begin() as connection:
+        connection.execute(text("create role odd login superuser password '{a}@b/c:d'"))
+    monkeypatch.delenv("PGPASSFILE")
+    url = storage.engine.url.set(username="odd", password="{a}@b/c:d").render_as_string(hide_password=False)
+    assert database.open_storage(url).get_all_studies() == []
