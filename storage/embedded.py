@@ -209,6 +209,7 @@ def _new_place(folder: Path) -> _Place:
     home, owner = folder, _new_owner()
     if owner and not _reaches(owner, folder):
         home = _root_home(owner)
+        _write(home / "data_dir", f"{folder}\n")  # whose it is, should that folder be deleted
         _log.warning("%s cannot reach %s, so the database is kept in %s", owner.pw_name, folder, home)
     place = _Place(folder=folder, home=home, port=_free_port(loopback_only=True), binaries=None)
     _remember(place)
@@ -660,8 +661,8 @@ def _one_line(text: str) -> str:
 
 def _cause(said: str) -> str:
     """The lines of a server's log that name the cause, as one line."""
-    lines = [re.sub(r"^[-\d]+ [:.\d]+ \S+ \[\d+\] ", "", line).strip() for line in said.splitlines()]
+    lines = [re.sub(r"^(.*\.\.\. )?[-\d]+ [:.\d]+ \S+ \[\d+\] ", "", line).strip() for line in said.splitlines()]
     lines = [line for line in lines if line and not line.startswith("pg_ctl: could not start")]
     telling = [line for line in lines if re.search(r"FATAL|PANIC|ERROR|HINT|error:|could not|invalid|No space", line)]
     cause = _one_line("; ".join((telling or lines)[-3:])) or "it said nothing"
-    return f"{cause}; free some disk space" if "No space left" in said else cause
+    return f"{cause}; free some disk space" if re.search("No space left|free disk space", said) else cause

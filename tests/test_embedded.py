@@ -36,6 +36,26 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(parent)
 
 
+@pytest.fixture(scope="module")
+def initialised() -> Iterator[Path]:
+    """A data_dir whose database was made and stopped: initdb syncs a thousand files, a copy does not."""
+    parent = Path(tempfile.mkdtemp(prefix="studies-"))
+    parent.chmod(0o711)
+    embedded.start(parent / "data")
+    embedded.stop(parent / "data")
+    with (parent / "data" / "cluster" / "postgresql.conf").open("a") as settings:
+        settings.write("fsync = off\n")  # tests kill processes, not the machine
+    yield parent / "data"
+    shutil.rmtree(parent)
+
+
+@pytest.fixture
+def stopped(folder: Path, initialised: Path) -> Path:
+    """A data_dir of the test's own that holds a stopped database."""
+    subprocess.run(["cp", "-a", initialised, folder], check=True)
+    return folder
+
+
 def _remove(data_dir: Path) -> None:
     """Stop the server of a data_dir and remove what it kept elsewhere."""
     if not data_dir.is_dir():
@@ -94,13 +114,13 @@ def test_first_start_makes_a_database_and_the_second_finds_it(folder: Path) -> N
     assert _query(server, "select distinct auth_method from pg_hba_file_rules") == [("scram-sha-256",)]
 
 
-def test_stop_and_start_keep_data_and_port(folder: Path) -> None:
-    server = embedded.start(folder)
+def test_stop_and_start_keep_data_and_port(stopped: Path) -> None:
+    server = embedded.start(stopped)
     _query(server, "create table kept as select 7 as n")
-    assert embedded.stop(folder)
-    assert embedded.running(folder) is None
-    assert not embedded.stop(folder)
-    again = embedded.start(folder, max_connections=50)
+    assert embedded.stop(stopped)
+    assert embedded.running(stopped) is None
+    assert not embedded.stop(stopped)
+    again = embedded.start(stopped, max_connections=50)
     assert again == server
     assert _query(again, "select n from kept") == [(7,)]
     assert _query(again, "show max_connections") == [("50",)]
@@ -117,9 +137,9 @@ def test_eight_processes_at_once_share_one_server(folder: Path) -> None:
     assert (folder / "server.log").read_text().count("ready to accept connections") == 1
 
 
-def test_server_outlives_its_starter_and_ctrl_c(folder: Path) -> None:
+def test_server_outlives_its_starter_and_ctrl_c(stopped: Path) -> None:
     starter = subprocess.Popen(
-        [sys.executable, "-c", START + "; import time; time.sleep(60)", folder],
+        [sys.executable, "-c", START + "; import time; time.sleep(60)", stopped],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -129,25 +149,25 @@ def test_server_outlives_its_starter_and_ctrl_c(folder: Path) -> None:
     starter.stdout.readline()
     os.killpg(starter.pid, signal.SIGINT)  # what a terminal sends to everything in the foreground
     starter.communicate(timeout=10)
-    assert embedded.running(folder)
+    assert embedded.running(stopped)
 
 
-def test_killed_postmaster_is_replaced_at_once(folder: Path) -> None:
-    server = embedded.start(folder)
+def test_killed_postmaster_is_replaced_at_once(stopped: Path) -> None:
+    server = embedded.start(stopped)
     _query(server, "create table kept as select 7 as n")
     with closing(psycopg2.connect(_dsn(server), passfile=str(server.passfile))):  # keeps a backend alive
-        os.kill(_postmaster(folder), signal.SIGKILL)
-        again = embedded.start(folder)
+        os.kill(_postmaster(stopped), signal.SIGKILL)
+        again = embedded.start(stopped)
     assert _query(again, "select n from kept") == [(7,)]
 
 
-def test_backends_that_survive_their_postmaster_are_waited_for(folder: Path) -> None:
-    server = embedded.start(folder)
+def test_backends_that_survive_their_postmaster_are_waited_for(stopped: Path) -> None:
+    server = embedded.start(stopped)
     with closing(psycopg2.connect(_dsn(server), passfile=str(server.passfile))) as connection:
         pid = connection.info.backend_pid
         os.kill(pid, signal.SIGSTOP)
-        os.kill(_postmaster(folder), signal.SIGKILL)
-        starter = _start_in_process(folder)
+        os.kill(_postmaster(stopped), signal.SIGKILL)
+        starter = _start_in_process(stopped)
         with pytest.raises(subprocess.TimeoutExpired):
             starter.wait(timeout=1.5)  # two servers on one cluster would corrupt it
         os.kill(pid, signal.SIGKILL)
@@ -155,17 +175,17 @@ def test_backends_that_survive_their_postmaster_are_waited_for(folder: Path) -> 
 
 
 @pytest.mark.parametrize("of_the_servers_user", [True, False])
-def test_stale_pid_file_that_names_a_living_stranger(folder: Path, of_the_servers_user: bool) -> None:
-    server = embedded.start(folder)
-    lines = _postmaster_file(folder).read_text().splitlines()
-    embedded.stop(folder)
+def test_stale_pid_file_that_names_a_living_stranger(stopped: Path, of_the_servers_user: bool) -> None:
+    server = embedded.start(stopped)
+    lines = _postmaster_file(stopped).read_text().splitlines()
+    embedded.stop(stopped)
     account = embedded._new_owner() if of_the_servers_user else None
     stranger = subprocess.Popen(["sleep", "60"], user=account.pw_uid if account else None)
     try:
-        _postmaster_file(folder).write_text("\n".join([str(stranger.pid), *lines[1:]]) + "\n")
-        assert embedded.running(folder) is None
-        assert not embedded.stop(folder)
-        assert embedded.start(folder) == server
+        _postmaster_file(stopped).write_text("\n".join([str(stranger.pid), *lines[1:]]) + "\n")
+        assert embedded.running(stopped) is None
+        assert not embedded.stop(stopped)
+        assert embedded.start(stopped) == server
         assert stranger.poll() is None
     finally:
         stranger.kill()
@@ -178,44 +198,41 @@ def _postmaster_file(folder: Path) -> Path:
     return home / "cluster" / "postmaster.pid"
 
 
-def test_taken_port_makes_it_choose_another(folder: Path) -> None:
-    server = embedded.start(folder)
-    embedded.stop(folder)
+def test_taken_port_makes_it_choose_another(stopped: Path) -> None:
+    server = embedded.start(stopped)
+    embedded.stop(stopped)
     with socket.create_server(("127.0.0.1", _port(server))):
-        assert embedded.running(folder) is None
-        moved = embedded.start(folder)
+        moved = embedded.start(stopped)
     assert _port(moved) != _port(server)
     assert _query(moved, "select 1") == [(1,)]
-    embedded.stop(folder)
-    assert embedded.start(folder) == moved
+    embedded.stop(stopped)
+    assert embedded.start(stopped) == moved
 
 
-def test_a_copy_with_the_same_port_and_password_is_not_mistaken_for_us(folder: Path) -> None:
-    original = embedded.start(folder)
-    embedded.stop(folder)
-    copy = folder.with_name("copy")
-    subprocess.run(["cp", "-a", folder, copy], check=True)
+def test_a_copy_with_the_same_port_and_password_is_not_mistaken_for_us(stopped: Path) -> None:
+    copy = stopped.with_name("copy")
+    subprocess.run(["cp", "-a", stopped, copy], check=True)
     try:
-        assert embedded.start(folder) == original
+        original = embedded.start(stopped)
         assert embedded.running(copy) is None
         assert _port(embedded.start(copy)) != _port(original)
     finally:
         _remove(copy)
 
 
-def test_moved_folder_keeps_its_database(folder: Path) -> None:
-    _query(embedded.start(folder), "create table kept as select 7 as n")
-    embedded.stop(folder)
-    moved = folder.with_name("it's $HOME, moved")
-    folder.rename(moved)
+def test_moved_folder_keeps_its_database(stopped: Path) -> None:
+    _query(embedded.start(stopped), "create table kept as select 7 as n")
+    embedded.stop(stopped)
+    moved = stopped.with_name("it's $HOME, moved")
+    stopped.rename(moved)
     try:
         assert _query(embedded.start(moved), "select n from kept") == [(7,)]
     finally:
         _remove(moved)
 
 
-def test_wrong_and_missing_password_are_refused(folder: Path) -> None:
-    server = embedded.start(folder)
+def test_wrong_and_missing_password_are_refused(stopped: Path) -> None:
+    server = embedded.start(stopped)
     with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
         psycopg2.connect(_dsn(server), password="guess")
     with pytest.raises(psycopg2.OperationalError, match="no password supplied"):
@@ -272,6 +289,7 @@ def test_private_parent_folder_is_left_as_it_is(caplog: pytest.LogCaptureFixture
         home = _home(data_dir)
         assert home
         assert home.parent == Path("/var/lib/forecast-studies")
+        assert (home / "data_dir").read_text() == f"{data_dir}\n"
         assert stat.S_IMODE(parent.stat().st_mode) == 0o700
         assert [record.name for record in caplog.records] == ["storage"]
         assert str(home) in caplog.text
@@ -280,8 +298,8 @@ def test_private_parent_folder_is_left_as_it_is(caplog: pytest.LogCaptureFixture
         assert _query(embedded.start(data_dir), "select n from kept") == [(7,)]
         assert len(caplog.records) == 1
         other = parent / "clone" / ".demo"
-        embedded.start(other)
-        assert _home(other) not in (None, home)
+        other.mkdir(parents=True)
+        assert embedded._new_place(other).home != home  # a fresh clone gets a fresh database
         _remove(other)
     finally:
         _remove(data_dir)
@@ -309,9 +327,7 @@ def test_private_binaries_are_copied(
         shutil.rmtree(private)
 
 
-def test_binaries_of_another_major_version_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    embedded.start(folder)
-    embedded.stop(folder)
+def test_binaries_of_another_major_version_are_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inspect: Callable[[Path], embedded._Binaries | None] = embedded._inspect
 
     def newer(path: Path) -> embedded._Binaries | None:
@@ -320,7 +336,7 @@ def test_binaries_of_another_major_version_are_refused(folder: Path, monkeypatch
 
     monkeypatch.setattr(embedded, "_inspect", newer)
     with pytest.raises(DatabaseUnavailable, match=r"was made by PostgreSQL \d+, found 99\.1 in .*: install PostgreSQL"):
-        embedded.start(folder)
+        embedded.start(stopped)
 
 
 def test_missing_binaries_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,15 +345,13 @@ def test_missing_binaries_are_named(folder: Path, monkeypatch: pytest.MonkeyPatc
         embedded.start(folder)
 
 
-def test_a_server_that_cannot_start_says_why(folder: Path) -> None:
-    embedded.start(folder)
-    embedded.stop(folder)
-    home = _home(folder)
+def test_a_server_that_cannot_start_says_why(stopped: Path) -> None:
+    home = _home(stopped)
     assert home
     with (home / "cluster" / "postgresql.conf").open("a") as settings:
         settings.write("shared_buffers = 'rather much'\n")
     with pytest.raises(DatabaseUnavailable, match=r"does not start: .*shared_buffers") as caught:
-        embedded.start(folder)
+        embedded.start(stopped)
     assert "\n" not in str(caught.value)
 
 
@@ -358,18 +372,16 @@ def test_unusable_folders_are_refused(folder: Path) -> None:
         embedded.start(folder, listen="'; drop")
 
 
-def test_lost_password_file_is_named(folder: Path) -> None:
-    embedded.start(folder)
-    embedded.stop(folder)
-    (folder / "password").rename(folder / "elsewhere")
+def test_lost_password_file_is_named(stopped: Path) -> None:
+    (stopped / "password").rename(stopped / "elsewhere")
     with pytest.raises(DatabaseUnavailable, match="password is gone; restore it"):
-        embedded.start(folder)
-    (folder / "elsewhere").rename(folder / "password")
+        embedded.start(stopped)
+    (stopped / "elsewhere").rename(stopped / "password")
 
 
-def test_listening_beyond_the_loopback_still_asks_for_the_password(folder: Path) -> None:
-    server = embedded.start(folder, listen="0.0.0.0")
+def test_listening_beyond_the_loopback_still_asks_for_the_password(stopped: Path) -> None:
+    server = embedded.start(stopped, listen="0.0.0.0")
     rules = _query(server, "select distinct auth_method from pg_hba_file_rules")
     assert rules == [("scram-sha-256",)]
     assert _query(server, "select count(*) from pg_hba_file_rules where address = 'samenet'") == [(1,)]
-    assert (folder / "pgpass").read_text().startswith(f"*:{_port(server)}:*:studies:")
+    assert (stopped / "pgpass").read_text().startswith(f"*:{_port(server)}:*:studies:")
