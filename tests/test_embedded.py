@@ -27,20 +27,18 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root drops to anoth
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """A data_dir that everyone can reach, unlike pytest's tmp_path; its server is stopped afterwards."""
-    parent = Path(tempfile.mkdtemp(prefix="studies-"))
-    parent.chmod(0o711)
+def folder(scratch: Path) -> Iterator[Path]:
+    """A data_dir whose server is stopped afterwards."""
+    parent = _reachable(scratch)
     yield parent / "data"
     _remove(parent / "data")
     shutil.rmtree(parent)
 
 
 @pytest.fixture(scope="module")
-def initialised() -> Iterator[Path]:
-    """A data_dir whose database was made and stopped: initdb syncs a thousand files, a copy does not."""
-    parent = Path(tempfile.mkdtemp(prefix="studies-"))
-    parent.chmod(0o711)
+def initialised(scratch: Path) -> Iterator[Path]:
+    """A data_dir whose database was made and stopped, to be copied."""
+    parent = _reachable(scratch)
     embedded.start(parent / "data")
     embedded.stop(parent / "data")
     with (parent / "data" / "cluster" / "postgresql.conf").open("a") as settings:
@@ -53,6 +51,12 @@ def initialised() -> Iterator[Path]:
 def stopped(folder: Path, initialised: Path) -> Path:
     """A data_dir of the test's own that holds a stopped database."""
     subprocess.run(["cp", "-a", initialised, folder], check=True)
+    return folder
+
+
+def _reachable(scratch: Path | None) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="studies-", dir=scratch))
+    folder.chmod(0o711)
     return folder
 
 
@@ -307,9 +311,8 @@ def test_private_parent_folder_is_left_as_it_is(caplog: pytest.LogCaptureFixture
 
 
 @as_root
-def test_private_binaries_are_copied(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_private_binaries_are_copied(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    parent = _reachable(None)  # on a disk: programs may not be run from memory everywhere
     private = Path(tempfile.mkdtemp(prefix="studies-"))
     try:
         install = next(iter(embedded._candidates(None))).parent
@@ -319,11 +322,12 @@ def test_private_binaries_are_copied(
         if libraries.exists():
             shutil.copytree(libraries, private / libraries.name)
         monkeypatch.setattr(embedded, "_candidates", lambda last: [binaries, *([last] if last else [])])
-        assert _query(embedded.start(folder), "select 1") == [(1,)]
+        assert _query(embedded.start(parent / "data"), "select 1") == [(1,)]
         assert "so a copy is kept in" in caplog.text
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
     finally:
-        _remove(folder)
+        _remove(parent / "data")
+        shutil.rmtree(parent)
         shutil.rmtree(private)
 
 
