@@ -82,15 +82,18 @@ class Job:
 
 
 class Stopping:
-    """The signals so far: the first asks to stop after this slot, the second to stop at once."""
+    """The signals so far: the first asks to stop after this slot, the second to stop at once.
+
+    SIGHUP says that the supervisor died. It only asks: the kernel sends it once for every thread the supervisor had.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number != signal.SIGHUP:
             raise Interrupted
         self.asked = True
 
@@ -248,9 +251,9 @@ def cache_bytes(config: Config, *, workers: int) -> int:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the supervisor dies, kill -9 included: no orphan goes on unseen."""
+    """Ask the kernel for SIGHUP when the supervisor dies, kill -9 included: no orphan goes on unseen."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str]) -> int:

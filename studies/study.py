@@ -27,6 +27,7 @@ from objectives.windows import Split
 from storage import configs, database, slots
 from storage.database import RetryingStorage
 from storage.slots import Slot
+from studies import sampler
 from studies import space as spaces
 from studies.config import Config
 from studies.space import Space
@@ -336,21 +337,12 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
         space=spaces.make(study.model, config),
         split=split_windows(config, study.symbol, windows.bars_until(series.bars, study.as_of)),
         optuna_study=optuna.load_study(
-            study_name=study.name, storage=storage, sampler=make_sampler(), pruner=make_pruner(config)
+            study_name=study.name,
+            storage=storage,
+            sampler=sampler.make_sampler(),
+            pruner=sampler.make_pruner(config.search.prune_worst),
         ),
     )
-
-
-def make_sampler() -> optuna.samplers.BaseSampler:
-    """Unseeded: two workers with one seed would propose the same trials (measured)."""
-    return optuna.samplers.TPESampler(multivariate=True, constant_liar=True)
-
-
-def make_pruner(config: Config) -> optuna.pruners.BasePruner:
-    """Stops the worst share at each rung, once ten trials are there to compare with."""
-    if config.search.prune_worst == 0:
-        return optuna.pruners.NopPruner()
-    return optuna.pruners.PercentilePruner(100 * (1 - config.search.prune_worst), n_startup_trials=10)
 
 
 def work(storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str) -> Outcome:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,15 +21,13 @@ from storage.database import CLAIM_ATTR
 
 
 @pytest.fixture
-def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.Server]:
+def own_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.Server]:
     """A server that the test may stop."""
-    parent = Path(tempfile.mkdtemp(prefix="studies-"))
-    parent.chmod(0o711)  # root's server runs as another user, who must reach it
-    server = embedded.start(parent / "data")
+    folder = scratch / uuid.uuid4().hex
+    server = embedded.start(folder)
     monkeypatch.setenv("PGPASSFILE", str(server.passfile))
     yield server
-    embedded.stop(parent / "data")
-    shutil.rmtree(parent)
+    embedded.stop(folder)
 
 
 def crash(folder: Path) -> None:

@@ -1,0 +1,276 @@
+"""Whole runs with real processes, signals and Postgres: launch-workers, promote, and what kills cannot break."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from objectives import windows
+from storage import database, slots
+from storage.database import RetryingStorage
+from studies import study as studying
+
+BIN = Path(sys.executable).parent
+BARS = 420  # of the packaged index bars: enough for the windows, quick to read
+SETTINGS = """
+[data]
+dir = "bars"
+[windows]
+min_context = 64
+[toto]
+checkpoint = "toto-tiny"
+context_length = 256
+num_samples = [64, 128, 256]
+aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
+[workers]
+lease_s = 2.0
+log_dir = "logs"
+[hyperparams]
+dir = "hyperparams"
+"""
+
+
+@dataclass
+class Place:
+    """A folder with bars and settings, and a database of its own."""
+
+    folder: Path
+    storage: RetryingStorage
+    environment: dict[str, str]
+
+    def command(self, *words: str) -> list[str]:
+        return [str(BIN / words[0]), *words[1:], "--config", str(self.folder / "studies.toml")]
+
+    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        ended = subprocess.run(
+            self.command(*words), env=self.environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert ended.returncode == code, f"{words}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        return ended
+
+    def launch(self, *words: str) -> subprocess.Popen[str]:
+        command = self.command("launch-workers", "--cpus", "2", *words)
+        return subprocess.Popen(
+            command, env=self.environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def wait_for_trials(self, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while sum(p.done for p in slots.progress(self.storage).values()) < count:
+            assert time.monotonic() < deadline, "the run does not get on"
+            time.sleep(0.02)
+
+    def trials(self, symbol: str) -> list[optuna.trial.FrozenTrial]:
+        (study,) = [study for study in studying.list_studies(self.storage) if study.symbol == symbol]
+        return optuna.load_study(study_name=study.name, storage=self.storage).get_trials(deepcopy=False)
+
+    def assert_exact(self, budget: int, *symbols: str) -> None:
+        for symbol in symbols:
+            trials = self.trials(symbol)
+            states = [trial.state for trial in trials]
+            assert states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED) == budget
+            assert TrialState.RUNNING not in states
+            claims = [t.system_attrs["claim"] for t in trials if t.state != TrialState.FAIL]
+            assert len(set(claims)) == budget
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes that this supervisor started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if b"launch.worker" in command and f"STUDIES_SUPERVISOR_PID={pid}\0".encode() in environment + b"\0":
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(pids: list[int], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
+        assert time.monotonic() < deadline, f"{pids} live on"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last bars of the packaged indices."""
+    folder = tmp_path_factory.mktemp("bars")
+    for path in windows.demo_bars(folder):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0], *lines[-BARS:], ""]))
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, bars: Path, database_url: str) -> Iterator[Place]:
+    (tmp_path / "bars").mkdir()
+    for path in bars.iterdir():
+        (tmp_path / "bars" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "studies.toml").write_text(SETTINGS)
+    storage = database.open_storage(database_url, wait_s=10, create=False)
+    environment = {**os.environ, "OPTUNA_STORAGE": database_url}
+    yield Place(folder=tmp_path, storage=storage, environment=environment)
+    storage.engine.dispose()
+
+
+def incumbent(place: Place, symbol: str, config: dict[str, Any], model: str = "toto") -> Path:
+    path = place.folder / "hyperparams" / "best" / f"{symbol}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    validation = {"price_mae": 1.0, "pct_return_mae": 0.5, "latency_s": 1.0}
+    path.write_text(json.dumps({"symbol": symbol, "model": model, "config": config, "validation": validation}))
+    return path
+
+
+def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
+    incumbent(place, "SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
+    place.run("launch-workers", "--cpus", "2", "--trials", "15")
+    place.assert_exact(15, "SP500", "NASDAQ")
+
+    rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--json").stdout)}
+    assert (rows["NASDAQ"]["decision"], rows["NASDAQ"]["reason"]) == ("promoted", "first")
+    row = rows["SP500"]
+    assert (row["decision"], row["reason"]) == ("promoted", "improved")
+    assert row["improvement"] == pytest.approx((row["incumbent_mae"] - row["best_mae"]) / row["incumbent_mae"])
+    assert row["incumbent_mae"] != 0.5  # measured here, on the same windows, not read from the file
+
+    best = {t.number: t for t in place.trials("SP500") if t.state == TrialState.COMPLETE}
+    promoted = json.loads((place.folder / "hyperparams/best/SP500.json").read_text())
+    trial = best[promoted["metadata"]["trial"]]
+    assert trial.value == min(t.value for t in best.values()) == promoted["validation"]["pct_return_mae"]
+    assert promoted["config"].items() >= trial.params.items()
+    assert promoted["config"]["num_samples"] % promoted["config"]["samples_per_batch"] == 0
+    assert promoted["model"] == "toto"
+    assert promoted["windows"] == {"val_window": 30, "test_window": 20, "forecast_horizon": 1}
+    assert promoted["metadata"]["previous_mae"] == row["incumbent_mae"]
+    for folder in ("toto", "optimized_compiled"):
+        assert json.loads((place.folder / f"hyperparams/{folder}/SP500.json").read_text()) == promoted
+    assert len(list((place.folder / "hyperparams/history/SP500").glob("*.json"))) == 1
+
+    files = {path: path.read_bytes() for path in (place.folder / "hyperparams").rglob("*.json")}
+    again = place.run("launch-workers", "--cpus", "2", "--trials", "15")
+    assert "nothing to do" in again.stderr
+    rows = json.loads(place.run("promote", "--json").stdout)
+    assert {(row["decision"], row["reason"]) for row in rows} == {("kept", "unchanged")}
+    assert {path: path.read_bytes() for path in (place.folder / "hyperparams").rglob("*.json")} == files
+
+    # A raised budget goes on with the same studies, and is confirmed anew.
+    place.run("launch-workers", "--cpus", "2", "--trials", "18", "--symbols", "SP500")
+    place.assert_exact(18, "SP500")
+    place.assert_exact(15, "NASDAQ")
+
+
+def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
+    # A space of two cells makes every trial a repeat, of both workers and in any order of warm and cold caches.
+    text = SETTINGS.replace("[64, 128, 256]", "[64, 128]").replace(
+        'aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]', 'aggregates = ["median"]'
+    )
+    (place.folder / "studies.toml").write_text(text + "[search]\nprune_worst = 0.0\n")
+    place.run("launch-workers", "--cpus", "2", "--trials", "24", "--symbols", "SP500")
+    values, workers = defaultdict(set), defaultdict(set)
+    for trial in place.trials("SP500"):
+        values[tuple(trial.params.items())].add(trial.value)
+        workers[tuple(trial.params.items())].add(trial.user_attrs["worker"])
+    assert len(values) == 2
+    assert all(len(found) == 1 for found in values.values())
+    assert any(len(found) == 2 for found in workers.values())
+
+
+def test_kill_9_of_everything_then_the_same_command(place: Place) -> None:
+    for at in (6, 20):
+        supervisor = place.launch("--trials", "30")
+        place.wait_for_trials(at)
+        workers = workers_of(supervisor.pid)
+        assert len(workers) == 2
+        for pid in (supervisor.pid, *workers):
+            os.kill(pid, signal.SIGKILL)
+        supervisor.communicate()
+        wait_until_gone(workers)
+    place.run("launch-workers", "--cpus", "2", "--trials", "30")
+    place.assert_exact(30, "SP500", "NASDAQ")
+
+
+def test_workers_that_are_killed_are_replaced(place: Place) -> None:
+    supervisor = place.launch("--trials", "40")
+    for at in (5, 25):
+        place.wait_for_trials(at)
+        os.kill(workers_of(supervisor.pid)[0], signal.SIGKILL)
+        time.sleep(0.5)
+    _, said = supervisor.communicate(timeout=120)
+    assert supervisor.returncode == 0
+    assert "died of signal SIGKILL" in said
+    place.assert_exact(40, "SP500", "NASDAQ")
+
+
+def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
+    supervisor = place.launch("--trials", "200")
+    place.wait_for_trials(3)
+    workers = workers_of(supervisor.pid)
+    assert len(workers) == 2
+    supervisor.kill()
+    supervisor.communicate()
+    wait_until_gone(workers)
+    states = {trial.state for symbol in ("SP500", "NASDAQ") for trial in place.trials(symbol)}
+    assert TrialState.RUNNING not in states
+
+
+def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
+    supervisor = place.launch("--trials", "500")
+    place.wait_for_trials(3)
+    workers = workers_of(supervisor.pid)
+    supervisor.send_signal(signal.SIGINT)
+    _, said = supervisor.communicate(timeout=20)
+    assert supervisor.returncode == 130
+    assert "stopping after the trials at hand" in said
+    wait_until_gone(workers, 1)
+    for symbol in ("SP500", "NASDAQ"):
+        assert {trial.state for trial in place.trials(symbol)} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    busy = [study for study, now in slots.progress(place.storage).items() if now.done + now.open < now.budget]
+    assert busy == []
+
+
+def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
+    supervisor = place.launch("--trials", "60")
+    place.wait_for_trials(4)
+    frozen = workers_of(supervisor.pid)[0]
+    os.kill(frozen, signal.SIGSTOP)
+    time.sleep(3.5)  # past its lease of 2 s
+    os.kill(frozen, signal.SIGCONT)
+    supervisor.communicate(timeout=120)
+    assert supervisor.returncode == 0
+    place.assert_exact(60, "SP500", "NASDAQ")
+
+
+def test_no_password_in_files_or_command_lines(place: Place, database_server: Any) -> None:
+    password = database_server.passfile.read_text().strip().rsplit(":", 1)[1]
+    url = place.environment["OPTUNA_STORAGE"].replace("studies@", f"studies:{password}@")
+    place.environment = {**place.environment, "OPTUNA_STORAGE": url, "PGPASSFILE": "/dev/null"}
+    supervisor = place.launch("--trials", "30")
+    place.wait_for_trials(5)
+    lines = [path.read_bytes() for pid in workers_of(supervisor.pid) for path in [Path(f"/proc/{pid}/cmdline")]]
+    out, said = supervisor.communicate(timeout=120)
+    assert supervisor.returncode == 0
+    assert lines
+    assert not [line for line in lines if password.encode() in line]
+    assert password not in out + said
+    written = [path for path in place.folder.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
+    assert written == []
+    for study in studying.list_studies(place.storage):
+        assert password not in json.dumps(dict(study.definition))
