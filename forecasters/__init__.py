@@ -54,6 +54,15 @@ class Encoded(Protocol):
     def nbytes(self) -> int: ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Expectation:
+    """What the samples' mean tends to as their number grows."""
+
+    points: np.ndarray  # float64 [W, H]
+    mass: np.ndarray  # float64 [W], probability that was summed over; the rest was sampled
+    bound: np.ndarray  # float64 [W, H], four standard errors of the sampled rest; 0 where nothing was left
+
+
 class Forecaster(Protocol):
     """A loaded model. Stage by stage: encode runs the network, draw only samples from what it left."""
 
@@ -89,21 +98,30 @@ class Model:
 
 MODELS: Mapping[str, Model] = {
     "toto": Model(module="forecasters.toto", encode_params=("context_length",), draw_params=("num_samples",)),
+    "kronos": Model(
+        module="forecasters.kronos",
+        encode_params=("max_context", "clip"),
+        draw_params=("temperature", "top_k", "top_p", "sample_count"),
+    ),
 }
 
 
-def load(model: str, *, checkpoint: str, revision: str | None = None, device: str = "cpu") -> Forecaster:
+def load(
+    model: str, *, checkpoint: str, revision: str | None = None, device: str = "cpu", **options: Any
+) -> Forecaster:
     """Load a model's checkpoint onto a device ("cpu", "cuda:0").
 
     checkpoint: a bundled name, a local folder or a hub id (see checkpoints.py).
+    options: what only this model's loader takes: kronos its tokenizer, tokenizer_revision and network_context.
     Raises CheckpointError.
     """
-    return importlib.import_module(MODELS[model].module).load(checkpoint, revision=revision, device=device)
+    module = importlib.import_module(MODELS[model].module)
+    return module.load(checkpoint, revision=revision, device=device, **options)
 
 
-def inspect(model: str, *, checkpoint: str, revision: str | None = None) -> str:
+def inspect(model: str, *, checkpoint: str, revision: str | None = None, **options: Any) -> str:
     """The fingerprint that `load` would give its forecaster, without loading the weights.
 
-    Raises CheckpointError where the checkpoint does not fit the network.
+    options: as for `load`. Raises CheckpointError where the checkpoint does not fit the network.
     """
-    return importlib.import_module(MODELS[model].module).inspect(checkpoint, revision=revision)
+    return importlib.import_module(MODELS[model].module).inspect(checkpoint, revision=revision, **options)

@@ -1,0 +1,823 @@
+"""Kronos: bars to tokens, tokens to sampled bars, a stage at a time.
+
+`encode` runs the networks over a window's bars once; `draw` samples from what that left, `expect` sums over it.
+A sample is a path through a tree of token pairs: everything that two samples of a window share is computed once,
+the prefix for all of them, a generated token for all paths that begin alike. Knows nothing of windows' origins,
+aggregates, studies or the command line; the networks themselves are in kronos_network.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forecasters import Bars, CheckpointError, Expectation, ForecastError
+from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
+from forecasters.kronos_network import (
+    CALENDAR,
+    DEPENDENCY_HEADS,
+    LayerCache,
+    Network,
+    NetworkConfig,
+    Own,
+    Tokenizer,
+    TokenizerConfig,
+    TreeCache,
+    extend,
+    groups_of,
+    padded,
+)
+
+COLUMNS = ("open", "high", "low", "close", "volume", "amount")
+CLOSE = COLUMNS.index("close")
+EPSILON = 1e-5  # added to a column's standard deviation, as the published inference does
+MIN_BARS = 2
+MAX_BITS = 16  # of a token; 10 in the published networks
+DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
+DRAW_ROWS = 4096  # paths drawn at a time: 4096 rows of 1024 float64 probabilities are 32 MiB
+TABLE_BYTES = 64 << 20  # of each lazily filled table, per encoded batch
+PREFILL_TOKENS = 8192  # a batch on an accelerator; on a CPU one window at a time is as fast and keeps windows apart
+EXACT_PAIRS = 4096  # pairs enumerated a window; beyond them (top_k = 0, high temperature) the rest is sampled
+EXACT_FIRST = 256  # first tokens of them: each costs a row of second logits
+EXACT_MASS = 0.9999  # enumerated at least, where EXACT_PAIRS allows
+EXACT_REST_DRAWS = 256  # from what is not enumerated
+EXACT_DUST = 1e-9  # of probability, not worth drawing from
+EXACT_SIGMAS = 4.0  # of the sampled rest, in the reported bound
+
+NETWORK_CONTEXT = 512  # bars the published networks were trained on; the window slides beyond it
+NETWORK_CONTEXTS: Mapping[str, int] = {"NeoQuasar/Kronos-mini": 2048}
+TOKENIZERS: Mapping[str, str] = {
+    "NeoQuasar/Kronos-mini": "NeoQuasar/Kronos-Tokenizer-2k",
+    "NeoQuasar/Kronos-small": "NeoQuasar/Kronos-Tokenizer-base",
+    "NeoQuasar/Kronos-base": "NeoQuasar/Kronos-Tokenizer-base",
+}
+
+_PANDAS = {"weekday": "day_of_week"}  # Monday is 0
+
+# For one half of a pair: logits [rows, vocabulary], the row of each sample [n], the step, 0 or 1: token ids [n].
+Pick = Callable[[Tensor, np.ndarray, int, int], np.ndarray]
+
+
+# ---- bars in ---------------------------------------------------------------------------------------------------------
+
+
+def columns_of(bars: Bars) -> np.ndarray:
+    """The six columns, float32 [6, T].
+
+    Without volume, volume and amount are 0; amount is volume times the mean of open, high, low and close.
+    Raises ForecastError for fewer than two bars or a value that is not finite.
+    """
+    if len(bars) < MIN_BARS:
+        raise ForecastError(f"Kronos needs at least {MIN_BARS} bars, got {len(bars)}")
+    prices = np.stack([bars.open, bars.high, bars.low, bars.close]).astype(np.float64)
+    volume = np.zeros(len(bars)) if bars.volume is None else np.asarray(bars.volume, dtype=np.float64)
+    columns = np.vstack([prices, volume, volume * prices.mean(axis=0)]).astype(np.float32)
+    bad = ~np.isfinite(columns)
+    if bad.any():
+        column, bar = np.argwhere(bad)[0]
+        raise ForecastError(f"{COLUMNS[column]} at {bars.timestamps[bar]} is not finite")
+    return columns
+
+
+def calendar_of(timestamps: np.ndarray, ahead: int) -> np.ndarray:
+    """Calendar fields of the bars and of `ahead` bars after them, int64 [T + ahead, 5].
+
+    The bars after are a median step apart (a day where that is no positive step).
+    """
+    stamps = timestamps.astype("datetime64[ns]")
+    if ahead:
+        step = np.median(np.diff(stamps).astype(np.int64)) if len(stamps) > 1 else 0
+        step = np.timedelta64(int(step) if step > 0 else 86_400 * 10**9, "ns")
+        stamps = np.concatenate([stamps, stamps[-1] + step * np.arange(1, ahead + 1)])
+    index = pd.DatetimeIndex(stamps)
+    return np.stack([getattr(index, _PANDAS.get(name, name)).to_numpy(dtype=np.int64) for name, _ in CALENDAR], axis=1)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. top_k = 0 keeps all tokens; top_p counts only then."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise ForecastError(f"sampling params out of range: {self}")
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """float32 [n, V], over the temperature, -inf where a token is dropped.
+
+        In float32 and in the published order, so that ties and borderline tokens fall as they do there.
+        """
+        scaled = logits / self.temperature
+        if self.top_k > 0:
+            kth = scaled.topk(min(self.top_k, scaled.shape[-1])).values[:, -1:]
+            return scaled.masked_fill(scaled < kth, float("-inf"))
+        if self.top_p >= 1:
+            return scaled
+        ranked, order = scaled.sort(descending=True)
+        above = ranked.softmax(-1).cumsum(-1) > self.top_p
+        drop = torch.cat((torch.zeros_like(above[:, :1]), above[:, :-1]), dim=-1)  # the token that crosses top_p stays
+        return scaled.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
+
+    def probabilities(self, logits: Tensor) -> np.ndarray:
+        """float64 [n, V], rows summing to 1."""
+        return self.logits(logits).double().softmax(-1).numpy()
+
+
+def uniforms(seed: int, step: int, start: int, stop: int) -> np.ndarray:
+    """For samples start..stop-1 of one window at one step: float64 [stop - start, 2], for the two tokens.
+
+    A sample's numbers depend on nothing else, so fewer samples are the first of more, and a longer horizon
+    begins as a shorter one does.
+    """
+    key = np.array([seed & (2**64 - 1), step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random((stop, 2))[start:]
+
+
+def inverse_cdf(probabilities: np.ndarray, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Token ids int64 [n]: for each u [n] the first token whose cumulative probability in its row exceeds it."""
+    cdf = probabilities.cumsum(axis=1)
+    cdf = cdf / cdf[:, -1:]
+    order = np.argsort(rows, kind="stable")
+    present, starts = np.unique(rows[order], return_index=True)
+    ids = np.empty(len(rows), dtype=np.int64)
+    for row, at in zip(present, np.split(order, starts[1:]), strict=True):
+        ids[at] = np.searchsorted(cdf[row], u[at], side="right")
+    return ids
+
+
+# ---- what encode leaves ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prefix:
+    """What the network says after a run of tokens."""
+
+    hidden: Tensor  # [d], of the last token, normed
+    keys: LayerCache  # of the dependency layer, [4, T, d / 4] each
+    layers: Sequence[LayerCache]  # of the transformer; empty where nothing follows the first step
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """One context, encoded."""
+
+    tokens: Tensor  # int64 [T, 2]
+    stamps: Tensor  # int64 [T + H - 1, 5]
+    mean: np.ndarray  # float32 [6]
+    scale: np.ndarray  # float32 [6]: the standard deviation + EPSILON
+    prefix: Prefix
+    s1_logits: Tensor  # float32 [2**s1_bits], on the CPU
+    decoder: Sequence[LayerCache]  # the tokenizer's decoder over the tokens that the final decode still sees
+
+    @property
+    def decoded(self) -> int:
+        """Bars in the decoder's prefix."""
+        return self.decoder[0][0].shape[1] if self.decoder else 0
+
+    @property
+    def nbytes(self) -> int:
+        caches = [*self.prefix.layers, self.prefix.keys, *self.decoder]
+        tensors = [self.tokens, self.stamps, self.prefix.hidden, self.s1_logits, *(t for pair in caches for t in pair)]
+        return sum(t.numel() * t.element_size() for t in tensors) + self.mean.nbytes + self.scale.nbytes
+
+
+class Table:
+    """Rows of numbers by integer key, filled when first asked for, bounded."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._keys = np.empty(0, dtype=np.int64)
+        self._rows: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + (0 if self._rows is None else self._rows.numel() * self._rows.element_size())
+
+    def get(self, keys: np.ndarray, compute: Callable[[np.ndarray], Tensor]) -> Tensor:
+        """Rows [n, k] for ascending distinct keys; `compute` is asked, once, for those that are not here."""
+        at = np.searchsorted(self._keys, keys)
+        known = at < len(self._keys)
+        known[known] = self._keys[at[known]] == keys[known]
+        if known.all() and self._rows is not None:
+            return self._rows[torch.from_numpy(at)]
+        fresh = compute(keys[~known])
+        out = fresh.new_empty(len(keys), fresh.shape[1])
+        out[torch.from_numpy(~known)] = fresh
+        if self._rows is not None:
+            out[torch.from_numpy(known)] = self._rows[torch.from_numpy(at[known])]
+        self._keep(keys[~known], fresh)
+        return out
+
+    def _keep(self, keys: np.ndarray, rows: Tensor) -> None:
+        room = self._limit - self.nbytes
+        count = min(len(keys), max(0, room // (8 + rows.shape[1] * rows.element_size())))
+        merged = np.concatenate([self._keys, keys[:count]])
+        order = np.argsort(merged, kind="stable")
+        rows = rows[:count] if self._rows is None else torch.cat([self._rows, rows[:count]])
+        self._keys, self._rows = merged[order], rows[torch.from_numpy(order)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedBars:
+    """Windows of one batch, and the tables that draws fill as they meet new tokens."""
+
+    windows: Sequence[Window]
+    horizon: int
+    s2_logits: Table = field(default_factory=lambda: Table(TABLE_BYTES))  # by window and first token
+    values: Table = field(default_factory=lambda: Table(TABLE_BYTES))  # by window and pair; horizon 1 only
+
+    @property
+    def nbytes(self) -> int:
+        return sum(window.nbytes for window in self.windows) + self.s2_logits.nbytes + self.values.nbytes
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Level:
+    """The distinct token pairs of one step: a level of the tree. Sorted by window."""
+
+    window: np.ndarray  # int64 [n]
+    tokens: Tensor  # int64 [n, 2]
+    path: Tensor  # int64 [n, depth]: its ancestors' numbers in the tree, its own last
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frontier:
+    """Where the next pair is drawn: one row a distinct path so far."""
+
+    window: np.ndarray  # int64 [n]
+    hidden: Tensor  # [n, d]
+    s1_logits: Tensor  # float32 [n, 2**s1_bits], on the CPU
+    keys: Sequence[LayerCache]  # of the dependency layer, one a window
+    own: Own | None  # the same of the generated tokens; None at the first step
+
+
+class Kronos:
+    """A tokenizer and a network that answer the forecaster contract."""
+
+    model = "kronos"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        network: Network,
+        *,
+        fingerprint: str,
+        network_context: int = NETWORK_CONTEXT,
+    ) -> None:
+        """The two on one device, the tokenizer in float32.
+
+        network_context: bars the network sees at most; a generated bar beyond them pushes out the oldest.
+        """
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
+        self.fingerprint, self.network_context = fingerprint, network_context
+        self.forwards = 0  # runs of the transformer: a window's (on a CPU) or a batch's prefix, a step of the suffixes
+        self._s1_size, self._s2_size = 2**network.config.s1_bits, 2**network.config.s2_bits
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.norm.weight.device
+
+    # -- encode --------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> EncodedBars:
+        """Everything about these contexts that does not depend on how we sample.
+
+        params: `max_context`, bars used of each context, the newest; `clip`, in standard deviations, where
+        normalised values are cut off. Raises ForecastError for bars that are too few or not finite and for a
+        horizon that leaves nothing of the context.
+        """
+        max_context, clip = int(params["max_context"]), float(params["clip"])
+        if max_context < MIN_BARS or clip <= 0:
+            raise ForecastError(f"max_context {max_context} or clip {clip} out of range")
+        if not 1 <= horizon < self.network_context:
+            raise ForecastError(f"horizon {horizon} must be below the network's context of {self.network_context} bars")
+        contexts = [bars.slice(max(0, len(bars) - max_context), len(bars)) for bars in contexts]
+        windows: list[Window | None] = [None] * len(contexts)
+        for batch in self._batches([len(bars) for bars in contexts]):
+            for at, window in zip(batch, self._encode([contexts[i] for i in batch], clip, horizon), strict=True):
+                windows[at] = window
+        return EncodedBars(windows=[w for w in windows if w is not None], horizon=horizon)
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of contexts to run together: equal lengths only, for the published code masks padding wrongly."""
+        batches: list[list[int]] = []
+        for length in sorted(set(lengths)):
+            same = [i for i, other in enumerate(lengths) if other == length]
+            size = 1 if self.device.type == "cpu" else max(1, PREFILL_TOKENS // length)
+            batches += [same[i : i + size] for i in range(0, len(same), size)]
+        return batches
+
+    def _encode(self, contexts: Sequence[Bars], clip: float, horizon: int) -> list[Window]:
+        columns = np.stack([columns_of(bars) for bars in contexts])  # [B, 6, T]
+        # numpy, float32, along contiguous memory: torch's mean and deviation differ in the last bit
+        mean, scale = columns.mean(axis=2), columns.std(axis=2) + np.float32(EPSILON)
+        normal = np.clip((columns - mean[..., None]) / scale[..., None], -clip, clip)
+        stamps = self._to_device(np.stack([calendar_of(bars.timestamps, horizon - 1) for bars in contexts]))
+        tokens = self.tokenizer.tokens(self._to_device(np.ascontiguousarray(normal.transpose(0, 2, 1))))  # [B, T, 2]
+        length, room = tokens.shape[1], self.network_context
+        seen = slice(max(0, length - room), length)
+        prefixes = self.prefill(tokens[:, seen], stamps[:, seen], keep=horizon > 1 and length < room)
+        decoder = self._decoder_prefix(tokens[:, max(0, length + horizon - room) :])
+        return [
+            Window(
+                tokens=tokens[i],
+                stamps=stamps[i],
+                mean=mean[i],
+                scale=scale[i],
+                prefix=prefix,
+                s1_logits=self.network.head.proj_s1(prefix.hidden).float().cpu(),
+                decoder=decoder[i],
+            )
+            for i, prefix in enumerate(prefixes)
+        ]
+
+    def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[Prefix]:
+        """tokens [B, T, 2], stamps [B, T, 5]: one Prefix a row; keep: with the transformer's keys and values."""
+        self.forwards += 1
+        x, layers = self.network.transformer.run(self.network.embed(tokens, stamps), keep=keep)
+        x = self.network.norm(x)
+        keys, values = self.network.dep_layer.keys_values(x)
+        return [
+            Prefix(hidden=x[i, -1].clone(), keys=(keys[i], values[i]), layers=[(k[i], v[i]) for k, v in layers])
+            for i in range(len(x))
+        ]
+
+    def _decoder_prefix(self, tokens: Tensor) -> list[list[LayerCache]]:
+        _, layers = self.tokenizer.decoder.run(self.tokenizer.embed_tokens(tokens), keep=True)
+        return [[(k[i], v[i]) for k, v in layers] for i in range(len(tokens))]
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    # -- draw ----------------------------------------------------------------------------------------------------------
+
+    def draw(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+        """Samples of the close, float64 [W, S, H]; see draw_columns. The published forecast is their mean."""
+        return self.draw_columns(encoded, params, seeds)[..., CLOSE]
+
+    @torch.inference_mode()
+    def draw_columns(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+        """Samples of all six columns, float64 [W, S, H, 6].
+
+        params: temperature, top_k, top_p, sample_count. seeds: one a window. Equal seeds and params give equal
+        samples; a smaller sample count gives a prefix of a larger one. Raises ForecastError.
+        """
+        sampling, count = sampling_of(params), int(params["sample_count"])
+        if count < 1:
+            raise ForecastError(f"sample_count {count}: at least 1 is needed")
+        _check_seeds(encoded, seeds)
+        out = np.empty((len(encoded.windows), count, encoded.horizon, len(COLUMNS)))
+        for windows, samples in self._chunks(encoded, count):
+            pick = _keyed_pick(sampling, [seeds[w] for w in windows], samples)
+            values = self.paths(encoded, windows, len(samples), pick)
+            out[windows.start : windows.stop, samples.start : samples.stop] = values
+        return _finite(out)
+
+    def _chunks(self, encoded: EncodedBars, count: int) -> list[tuple[range, range]]:
+        """Ranges of windows of one length, and of samples, to draw together within DRAW_ROWS and DRAW_BYTES."""
+        limit = DRAW_ROWS
+        if encoded.horizon > 1:
+            config, coder = self.network.config, self.tokenizer.config
+            per_bar = 8 * (config.d_model * (config.n_layers + 1) + coder.d_model * (coder.n_dec_layers - 1))
+            limit = max(1, min(limit, DRAW_BYTES // (per_bar * encoded.horizon)))
+        step = max(1, limit // count)
+        lengths = [len(window.tokens) for window in encoded.windows]
+        edges = [0, *(i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]), len(lengths)]
+        return [
+            (range(w, min(w + step, b)), range(s, min(s + limit, count)))
+            for a, b in pairwise(edges)
+            for w in range(a, b, step)
+            for s in range(0, count, limit)
+        ]
+
+    @torch.inference_mode()
+    def paths(self, encoded: EncodedBars, windows: range, count: int, pick: Pick) -> np.ndarray:
+        """`count` paths of each of these windows, drawn by `pick`: all columns, float64 [len(windows), count, H, 6].
+
+        The windows have contexts of one length. The samples that `pick` is asked for run window by window; samples
+        whose paths are equal so far share a row of logits.
+        """
+        chosen = [encoded.windows[w] for w in windows]
+        frontier, tree = _roots(chosen), None
+        rows = np.repeat(np.arange(len(chosen)), count)  # [W * S], each sample's row of the frontier
+        out = np.empty((encoded.horizon, len(rows), len(COLUMNS)), dtype=np.float32)
+        for step in range(encoded.horizon):
+            s1 = pick(frontier.s1_logits, rows, step, 0)
+            pairs, which = np.unique(rows * self._s1_size + s1, return_inverse=True)
+            s2 = pick(self._s2_logits(encoded, windows.start, frontier, pairs), which, step, 1)
+            codes, leaves = np.unique(pairs[which] * self._s2_size + s2, return_inverse=True)
+            if encoded.horizon == 1:
+                values = self._one_bar(encoded, windows.start, codes)
+            else:
+                tree = tree or _Tree(self, chosen, capacity=len(rows) * encoded.horizon)
+                parents, tokens = self._split(codes)
+                values = tree.grow(parents, frontier.window[parents], tokens)
+            out[step], rows = values.cpu().numpy()[leaves], leaves
+            if tree is not None and step + 1 < encoded.horizon:
+                frontier = tree.advance()
+        shaped = out.transpose(1, 0, 2).reshape(len(chosen), count, encoded.horizon, -1)
+        return np.stack(
+            [w.mean + values * w.scale for w, values in zip(chosen, shaped.astype(np.float64), strict=True)]
+        )
+
+    def _split(self, codes: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Codes of (row, s1, s2): the rows [n] and the tokens int64 [n, 2]."""
+        pairs, s2 = np.divmod(codes, self._s2_size)
+        rows, s1 = np.divmod(pairs, self._s1_size)
+        return rows, self._to_device(np.stack([s1, s2], axis=1))
+
+    def _s2_logits(self, encoded: EncodedBars, start: int, frontier: Frontier, pairs: np.ndarray) -> Tensor:
+        """For ascending distinct codes of (frontier row, s1): float32 [n, 2**s2_bits], on the CPU.
+
+        Those of the first step are kept in the table: they are the same for every draw. start: the first window.
+        """
+        shift = start * self._s1_size if frontier.own is None else 0
+
+        def compute(codes: np.ndarray) -> Tensor:
+            rows, s1 = np.divmod(codes - shift, self._s1_size)
+            at, own = self._to_device(rows), frontier.own
+            if own is not None:
+                own = Own(k=own.k, v=own.v, ancestors=own.ancestors[at], padding=None)
+            groups = groups_of(frontier.window[rows])
+            logits = self.network.s2_logits(self._to_device(s1), frontier.hidden[at], groups, frontier.keys, own)
+            return logits.float().cpu()
+
+        return encoded.s2_logits.get(pairs + shift, compute) if frontier.own is None else compute(pairs)
+
+    def _one_bar(self, encoded: EncodedBars, start: int, codes: np.ndarray) -> Tensor:
+        """Pairs decoded right after their windows' prefixes: ascending codes of (window - start, s1, s2) to [n, 6]."""
+        shift = start * self._s1_size * self._s2_size
+
+        def compute(fresh: np.ndarray) -> Tensor:
+            parts = []
+            for i in range(0, len(fresh), DRAW_ROWS):
+                rows, tokens = self._split(fresh[i : i + DRAW_ROWS])
+                used, window = np.unique(rows, return_inverse=True)
+                tree = _Tree(self, [encoded.windows[w] for w in used], capacity=len(rows))
+                parts.append(tree.grow(window, window, tokens).cpu())
+            return torch.cat(parts)
+
+        return encoded.values.get(codes + shift, compute)
+
+    # -- expect --------------------------------------------------------------------------------------------------------
+
+    def expect(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> Expectation:
+        """What the mean of the samples of the close tends to with their number, at horizon 1; see expect_columns."""
+        points, mass, bound = self.expect_columns(encoded, params, seeds)
+        return Expectation(points=points[:, None, CLOSE], mass=mass, bound=bound[:, None, CLOSE])
+
+    @torch.inference_mode()
+    def expect_columns(
+        self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The expectation of all columns, float64 [W, 6], the enumerated mass [W] and the error's bound [W, 6].
+
+        Sums over the pairs that temperature, top_k and top_p keep: all of them up to EXACT_PAIRS a window, else
+        the likeliest to EXACT_MASS or EXACT_PAIRS. The rest is sampled (EXACT_REST_DRAWS, keyed by the seed); the
+        bound is EXACT_SIGMAS standard errors of it, 0 where nothing was left. Raises ForecastError.
+        """
+        if encoded.horizon != 1:
+            raise ForecastError(f"the exact expectation needs horizon 1, not {encoded.horizon}")
+        _check_seeds(encoded, seeds)
+        sampling = sampling_of(params)
+        points, bound = np.empty((2, len(encoded.windows), len(COLUMNS)))
+        mass = np.empty(len(encoded.windows))
+        for w, window in enumerate(encoded.windows):
+            mean, mass[w], error = self._expect(encoded, w, sampling, seeds[w])
+            points[w], bound[w] = window.mean + mean * window.scale, error * window.scale
+        return _finite(points), mass, bound
+
+    def _expect(
+        self, encoded: EncodedBars, w: int, sampling: Sampling, seed: int
+    ) -> tuple[np.ndarray, float, np.ndarray]:
+        """One window's normalised expectation [6], enumerated mass and bound [6]."""
+        frontier = _roots([encoded.windows[w]])
+        first = sampling.probabilities(frontier.s1_logits)[0]
+        likely = np.sort(_likeliest(first, EXACT_FIRST, (1 + EXACT_MASS) / 2))
+        joint = first[likely, None] * sampling.probabilities(self._s2_logits(encoded, w, frontier, likely))  # [n, V]
+        taken = np.sort(_likeliest(joint.ravel(), EXACT_PAIRS, EXACT_MASS))
+        row, s2 = np.divmod(taken, self._s2_size)
+        weights = joint.ravel()[taken]
+        values = self._one_bar(encoded, w, likely[row] * self._s2_size + s2).cpu().double().numpy()
+        mean, mass = weights @ values, float(weights.sum())
+        left, rest = joint, first.copy()
+        left.ravel()[taken] = 0
+        rest[likely] = left.sum(axis=1)
+        if rest.sum() < EXACT_DUST:
+            return mean / mass, mass, np.zeros(len(COLUMNS))
+        draws = self._draw_rest(encoded, w, sampling, seed, rest, likely[row] * self._s2_size + s2)
+        error = (1 - mass) * draws.std(axis=0, ddof=1) / len(draws) ** 0.5
+        return mean + (1 - mass) * draws.mean(axis=0), mass, EXACT_SIGMAS * error
+
+    def _draw_rest(
+        self, encoded: EncodedBars, w: int, sampling: Sampling, seed: int, rest: np.ndarray, taken: np.ndarray
+    ) -> np.ndarray:
+        """Normalised values [EXACT_REST_DRAWS, 6] of pairs drawn from what is not enumerated.
+
+        rest: what is left of each first token's probability. taken: ascending codes of the enumerated pairs.
+        """
+        u = uniforms(seed, 0, 0, EXACT_REST_DRAWS)
+        s1, which = np.unique(inverse_cdf(rest[None], np.zeros(len(u), dtype=np.int64), u[:, 0]), return_inverse=True)
+        frontier = _roots([encoded.windows[w]])
+        second = sampling.probabilities(self._s2_logits(encoded, w, frontier, s1))
+        for i, code in enumerate(s1 * self._s2_size):
+            gone = taken[np.searchsorted(taken, code) : np.searchsorted(taken, code + self._s2_size)]
+            second[i, gone - code] = 0
+        s2 = inverse_cdf(second, which, u[:, 1])
+        codes, leaves = np.unique(s1[which] * self._s2_size + s2, return_inverse=True)
+        return self._one_bar(encoded, w, codes).double().numpy()[leaves]
+
+
+def _likeliest(probabilities: np.ndarray, limit: int, mass: float) -> np.ndarray:
+    """Indices of the non-zero entries: all up to `limit` of them, else the largest, to `mass` or `limit`."""
+    kept = np.flatnonzero(probabilities)
+    if len(kept) <= limit:
+        return kept
+    kept = kept[np.argsort(-probabilities[kept], kind="stable")]
+    return kept[: min(limit, int(np.searchsorted(probabilities[kept].cumsum(), mass)) + 1)]
+
+
+def _keyed_pick(sampling: Sampling, seeds: Sequence[int], samples: range) -> Pick:
+    """Draws these samples of windows with these seeds by inverse CDF, from uniforms that only they have."""
+
+    def pick(logits: Tensor, rows: np.ndarray, step: int, half: int) -> np.ndarray:
+        u = [uniforms(seed, step, samples.start, samples.stop)[:, half] for seed in seeds]
+        return inverse_cdf(sampling.probabilities(logits), rows, np.concatenate(u))
+
+    return pick
+
+
+def sampling_of(params: Mapping[str, Any]) -> Sampling:
+    return Sampling(temperature=float(params["temperature"]), top_k=int(params["top_k"]), top_p=float(params["top_p"]))
+
+
+def _check_seeds(encoded: EncodedBars, seeds: Sequence[int]) -> None:
+    if len(seeds) != len(encoded.windows):
+        raise ForecastError(f"{len(seeds)} seeds for {len(encoded.windows)} windows")
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ForecastError("the forecast is not finite numbers; check the prices and the checkpoint")
+    return values
+
+
+def _roots(windows: Sequence[Window]) -> Frontier:
+    return Frontier(
+        window=np.arange(len(windows)),
+        hidden=torch.stack([w.prefix.hidden for w in windows]),
+        s1_logits=torch.stack([w.s1_logits for w in windows]),
+        keys=[w.prefix.keys for w in windows],
+        own=None,
+    )
+
+
+class _Tree:
+    """The token pairs drawn so far for some windows, a level a step, and what the networks keep of them."""
+
+    def __init__(self, forecaster: Kronos, windows: Sequence[Window], capacity: int) -> None:
+        self._f, self._windows, self._capacity = forecaster, windows, capacity
+        self._levels: list[Level] = []
+        self._decoder = TreeCache(forecaster.tokenizer.decoder, capacity, device=forecaster.device, dtype=torch.float32)
+        self._trunk: TreeCache | None = None
+        self._own: LayerCache | None = None  # of the dependency layer, [capacity, 4, d / 4] each
+
+    def grow(self, parents: np.ndarray, window: np.ndarray, tokens: Tensor) -> Tensor:
+        """Add the next step's pairs, sorted by window, and decode them: normalised columns [n, 6]."""
+        device, tokenizer = self._f.device, self._f.tokenizer
+        first = sum(len(level.window) for level in self._levels)
+        ids = torch.arange(first, first + len(window), device=device)
+        before = [self._levels[-1].path[torch.from_numpy(parents).to(device)]] if self._levels else []
+        level = Level(window=window, tokens=tokens, path=torch.cat([*before, ids[:, None]], dim=1))
+        self._levels.append(level)
+        starts = np.array([w.decoded for w in self._windows])
+        out = extend(
+            tokenizer.decoder,
+            padded(tokenizer.embed_tokens, tokens),
+            positions=torch.from_numpy(starts[window] + len(self._levels) - 1).to(device),
+            nodes=ids,
+            ancestors=level.path,
+            padding=None,
+            groups=groups_of(window),
+            prefixes=[w.decoder for w in self._windows],
+            cache=self._decoder,
+        )
+        return padded(tokenizer.head, out)
+
+    def advance(self) -> Frontier:
+        """Run the last level through the transformer, or all of them where the oldest bar has dropped out."""
+        length, depth = len(self._windows[0].tokens), len(self._levels)
+        if length + depth <= self._f.network_context:
+            prefixes, levels = [w.prefix for w in self._windows], self._levels[-1:]
+        else:
+            # Every position and every state above the first layer changes with the bar that drops out: no cache of
+            # an earlier step is of use, but one prefix still serves all samples of a window.
+            prefixes, levels = self._slid(length + depth - self._f.network_context), self._levels
+            self._trunk = None
+        hidden, own = self._run(levels, prefixes)
+        return Frontier(
+            window=levels[-1].window,
+            hidden=hidden,
+            s1_logits=padded(self._f.network.head.proj_s1, hidden).float().cpu(),
+            keys=[prefix.keys for prefix in prefixes],
+            own=own,
+        )
+
+    def _slid(self, start: int) -> list[Prefix]:
+        """The windows' bars from `start` on, as prefixes of their own."""
+        batch = len(self._windows) if self._f.device.type != "cpu" else 1
+        prefixes = []
+        for i in range(0, len(self._windows), batch):
+            tokens = torch.stack([w.tokens[start:] for w in self._windows[i : i + batch]])
+            stamps = torch.stack([w.stamps[start : len(w.tokens)] for w in self._windows[i : i + batch]])
+            prefixes += self._f.prefill(tokens, stamps, keep=True)
+        return prefixes
+
+    def _run(self, levels: Sequence[Level], prefixes: Sequence[Prefix]) -> tuple[Tensor, Own]:
+        """Levels, the last of the tree, through the transformer after these prefixes: the last one's hidden [n, d]."""
+        network, device = self._f.network, self._f.device
+        total, deepest = sum(len(level.window) for level in self._levels), levels[-1].path.shape[1]
+        window = np.concatenate([level.window for level in levels])
+        order = torch.from_numpy(np.argsort(window, kind="stable")).to(device)
+        window = np.sort(window, kind="stable")
+        nodes = torch.arange(total - len(window), total, device=device)[order]
+        depth = torch.cat([torch.full((len(v.window),), v.path.shape[1], device=device) for v in levels])[order]
+        path = torch.cat([F.pad(level.path, (0, deepest - level.path.shape[1])) for level in levels])[order]
+        beyond = torch.arange(deepest, device=device) >= depth[:, None]
+        tokens = torch.cat([level.tokens for level in levels])[order]
+        stamps = torch.stack([w.stamps for w in self._windows])[
+            torch.from_numpy(window).to(device)
+        ]  # [n, T + H - 1, 5]
+        stamps = stamps[torch.arange(len(window), device=device), len(self._windows[0].tokens) + depth - 1]
+        if self._trunk is None:
+            self._trunk = TreeCache(network.transformer, self._capacity, device=device, dtype=network.norm.weight.dtype)
+        self._f.forwards += 1
+        x = extend(
+            network.transformer,
+            padded(network.embed, tokens, stamps),
+            positions=prefixes[0].keys[0].shape[1] + depth - 1,
+            nodes=nodes,
+            ancestors=path,
+            padding=beyond if len(levels) > 1 else None,
+            groups=groups_of(window),
+            prefixes=[prefix.layers for prefix in prefixes],
+            cache=self._trunk,
+        )
+        hidden = network.norm(x)
+        keys, values = self._remember(nodes, hidden)
+        last = torch.argsort(order, stable=True)[-len(levels[-1].window) :]
+        own = Own(k=keys, v=values, ancestors=levels[-1].path, padding=None)
+        return hidden[last], own
+
+    def _remember(self, nodes: Tensor, hidden: Tensor) -> LayerCache:
+        """Keep the dependency layer's keys and values of these nodes; those of all nodes."""
+        attention = self._f.network.dep_layer.cross_attn
+        shape = (attention.n_heads, attention.head_dim)
+        if self._own is None:
+            keys, values = hidden.new_empty(2, self._capacity, *shape)
+            self._own = keys, values
+        self._own[0][nodes] = padded(attention.k_proj, hidden).unflatten(-1, shape)
+        self._own[1][nodes] = padded(attention.v_proj, hidden).unflatten(-1, shape)
+        return self._own
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+_UNREAD = tuple(f"{part}_dropout_p" for part in ("ffn", "attn", "resid", "token"))  # of training only
+_UNREAD_TOKENIZER = (*_UNREAD, "beta", "gamma0", "gamma", "zeta", "group_size")
+_DROPPED = ("rotary.inv_freq", "tokenizer.bsq.basis", "tokenizer.bsq.group_basis")  # computed, or never read
+
+
+def _rename(stored: str) -> str | None:
+    return None if stored.endswith(_DROPPED) else stored
+
+
+def read_config(checkpoint: Checkpoint) -> NetworkConfig:
+    """A network's config.json. Raises CheckpointError on a key or a value that this network does not have."""
+    entries = checkpoint.config(_keys(NetworkConfig), _UNREAD)
+    path = checkpoint.folder / CONFIG
+    _need_sizes(entries, _keys(NetworkConfig)[:-1], path)
+    if type(entries["learn_te"]) is not bool:
+        raise CheckpointError(f"{path}: learn_te is {entries['learn_te']!r}, expected true or false")
+    if entries["d_model"] % DEPENDENCY_HEADS:
+        raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected a multiple of {DEPENDENCY_HEADS}")
+    return NetworkConfig(**{key: entries[key] for key in _keys(NetworkConfig)})
+
+
+def read_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
+    """A tokenizer's config.json. Raises CheckpointError on a key or a value that this tokenizer does not have."""
+    entries = checkpoint.config(_keys(TokenizerConfig), _UNREAD_TOKENIZER)
+    path = checkpoint.folder / CONFIG
+    _need_sizes(entries, _keys(TokenizerConfig), path)
+    if entries["d_in"] != len(COLUMNS):
+        raise CheckpointError(f"{path}: d_in is {entries['d_in']}, expected {len(COLUMNS)}: {', '.join(COLUMNS)}")
+    return TokenizerConfig(**{key: entries[key] for key in _keys(TokenizerConfig)})
+
+
+def _keys(cls: type[TokenizerConfig] | type[NetworkConfig]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
+def _need_sizes(entries: Mapping[str, Any], keys: Sequence[str], path: Path) -> None:
+    for key in keys:
+        if type(entries[key]) is not int or entries[key] < 1:
+            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, expected a positive whole number")
+    if entries["d_model"] % (2 * entries["n_heads"]):
+        raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected an even multiple of n_heads")
+    if entries["s1_bits"] > MAX_BITS or entries["s2_bits"] > MAX_BITS:
+        raise CheckpointError(f"{path}: tokens of more than {MAX_BITS} bits; expected at most {MAX_BITS}")
+
+
+def tokenizer_of(checkpoint: str) -> str:
+    """The tokenizer that belongs to a network: as published, else the folder `tokenizer` in the network's own."""
+    return TOKENIZERS.get(checkpoint, f"{checkpoint.rstrip('/')}/tokenizer")
+
+
+def inspect(
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    tokenizer_revision: str | None = None,
+    network_context: int | None = None,
+) -> str:
+    """The fingerprint that `load` would give, from the files' headers and bytes. Raises CheckpointError."""
+    pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
+    for found, module in zip(pair, _build(*pair), strict=True):
+        check(found, {name: tensor.shape for name, tensor in module.state_dict().items()}, _rename)
+    return _fingerprint(*pair, _context_of(checkpoint, network_context))
+
+
+def load(
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    tokenizer_revision: str | None = None,
+    network_context: int | None = None,
+) -> Kronos:
+    """Load a network and its tokenizer (`checkpoints.resolve`, each) onto a device.
+
+    tokenizer: the one that belongs to the network (`tokenizer_of`) unless named.
+    network_context: bars the network sees at most; as published unless given.
+    Raises CheckpointError.
+    """
+    pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
+    network, coder = _build(*pair)
+    load_into(pair[0], network, _rename)
+    load_into(pair[1], coder, _rename)
+    context = _context_of(checkpoint, network_context)
+    return Kronos(
+        coder.to(device), network.to(device), fingerprint=_fingerprint(*pair, context), network_context=context
+    )
+
+
+def _resolve(
+    checkpoint: str, revision: str | None, tokenizer: str | None, tokenizer_revision: str | None
+) -> tuple[Checkpoint, Checkpoint]:
+    found = resolve(checkpoint, revision=revision)
+    return found, resolve(tokenizer or tokenizer_of(checkpoint), revision=tokenizer_revision)
+
+
+def _build(checkpoint: Checkpoint, tokenizer: Checkpoint) -> tuple[Network, Tokenizer]:
+    """Both modules, without weights. Raises CheckpointError where they do not use the same tokens."""
+    config, coder = read_config(checkpoint), read_tokenizer_config(tokenizer)
+    if (config.s1_bits, config.s2_bits) != (coder.s1_bits, coder.s2_bits):
+        raise CheckpointError(
+            f"the tokenizer {tokenizer.source!r} makes tokens of {coder.s1_bits}+{coder.s2_bits} bits, the network "
+            f"{checkpoint.source!r} reads {config.s1_bits}+{config.s2_bits}; name the tokenizer published with it"
+        )
+    with torch.device("meta"):
+        return Network(config), Tokenizer(coder)
+
+
+def _context_of(checkpoint: str, network_context: int | None) -> int:
+    return network_context or NETWORK_CONTEXTS.get(checkpoint, NETWORK_CONTEXT)
+
+
+def _fingerprint(checkpoint: Checkpoint, tokenizer: Checkpoint, network_context: int) -> str:
+    identity = f"kronos {checkpoint.digest} {tokenizer.digest} {network_context} float32"
+    return hashlib.sha256(identity.encode()).hexdigest()
