@@ -205,6 +205,9 @@ class Table:
         self._keys = np.empty(0, dtype=np.int64)
         self._rows: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     @property
     def nbytes(self) -> int:
         return self._keys.nbytes + (0 if self._rows is None else self._rows.numel() * self._rows.element_size())
