@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,7 @@ from torch import nn
 from forecasters import Bars
 from forecasters.kronos import Kronos, sampling_of
 from forecasters.kronos_network import Network, NetworkConfig, Tokenizer, TokenizerConfig
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import plain_kronos  # noqa: E402
+from tests import plain_kronos
 
 BASE = NetworkConfig(s1_bits=10, s2_bits=10, n_layers=12, d_model=832, n_heads=16, ff_dim=2048, learn_te=True)
 TOKENIZER = TokenizerConfig(

@@ -9,7 +9,7 @@ aggregates, studies or the command line; the networks themselves are in kronos_n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +49,7 @@ TABLE_BYTES = 64 << 20  # of each lazily filled table, per encoded batch
 PREFILL_TOKENS = 8192  # a batch on an accelerator; on a CPU one window at a time is as fast and keeps windows apart
 EXACT_PAIRS = 4096  # pairs enumerated a window; beyond them (top_k = 0, high temperature) the rest is sampled
 EXACT_FIRST = 256  # first tokens of them: each costs a row of second logits
+EXACT_WINDOWS = 8  # together: their joint probabilities are 2 MiB each at worst
 EXACT_MASS = 0.9999  # enumerated at least, where EXACT_PAIRS allows
 EXACT_REST_DRAWS = 256  # from what is not enumerated
 EXACT_DUST = 1e-9  # of probability, not worth drawing from
@@ -202,38 +203,50 @@ class Table:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._keys = np.empty(0, dtype=np.int64)
-        self._rows: Tensor | None = None
+        self._keys = np.empty(0, dtype=np.int64)  # ascending
+        self._places = np.empty(0, dtype=np.int64)  # of the keys' rows
+        self._rows: Tensor | None = None  # room for more than there are: rows are not moved at each draw
 
     def __len__(self) -> int:
         return len(self._keys)
 
     @property
     def nbytes(self) -> int:
-        return self._keys.nbytes + (0 if self._rows is None else self._rows.numel() * self._rows.element_size())
+        rows = 0 if self._rows is None else self._rows.numel() * self._rows.element_size()
+        return self._keys.nbytes + self._places.nbytes + rows
 
     def get(self, keys: np.ndarray, compute: Callable[[np.ndarray], Tensor]) -> Tensor:
         """Rows [n, k] for ascending distinct keys; `compute` is asked, once, for those that are not here."""
         at = np.searchsorted(self._keys, keys)
-        known = at < len(self._keys)
+        known = at < len(self)
         known[known] = self._keys[at[known]] == keys[known]
+        places = torch.from_numpy(self._places[at[known]])
         if known.all() and self._rows is not None:
-            return self._rows[torch.from_numpy(at)]
+            return self._rows[places]
         fresh = compute(keys[~known])
         out = fresh.new_empty(len(keys), fresh.shape[1])
         out[torch.from_numpy(~known)] = fresh
         if self._rows is not None:
-            out[torch.from_numpy(known)] = self._rows[torch.from_numpy(at[known])]
+            out[torch.from_numpy(known)] = self._rows[places]
         self._keep(keys[~known], fresh)
         return out
 
-    def _keep(self, keys: np.ndarray, rows: Tensor) -> None:
-        room = self._limit - self.nbytes
-        count = min(len(keys), max(0, room // (8 + rows.shape[1] * rows.element_size())))
+    def _keep(self, keys: np.ndarray, fresh: Tensor) -> None:
+        most = self._limit // (16 + fresh.shape[1] * fresh.element_size())  # rows, with their keys and places
+        used = len(self)
+        count = min(len(keys), most - used)
+        if count <= 0:
+            return
+        if self._rows is None or used + count > len(self._rows):
+            grown = fresh.new_empty(min(most, max(used + count, 2 * used)), fresh.shape[1])
+            if self._rows is not None:
+                grown[:used] = self._rows[:used]
+            self._rows = grown
+        self._rows[used : used + count] = fresh[:count]
         merged = np.concatenate([self._keys, keys[:count]])
         order = np.argsort(merged, kind="stable")
-        rows = rows[:count] if self._rows is None else torch.cat([self._rows, rows[:count]])
-        self._keys, self._rows = merged[order], rows[torch.from_numpy(order)]
+        self._keys = merged[order]
+        self._places = np.concatenate([self._places, np.arange(used, used + count)])[order]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -506,32 +519,42 @@ class Kronos:
         sampling = sampling_of(params)
         points, bound = np.empty((2, len(encoded.windows), len(COLUMNS)))
         mass = np.empty(len(encoded.windows))
-        for w, window in enumerate(encoded.windows):
-            mean, mass[w], error = self._expect(encoded, w, sampling, seeds[w])
-            points[w], bound[w] = window.mean + mean * window.scale, error * window.scale
+        for start in range(0, len(encoded.windows), EXACT_WINDOWS):
+            windows = encoded.windows[start : start + EXACT_WINDOWS]
+            for w, (mean, summed, error) in enumerate(self._expect(encoded, start, windows, sampling, seeds), start):
+                points[w] = encoded.windows[w].mean + mean * encoded.windows[w].scale
+                mass[w], bound[w] = summed, error * encoded.windows[w].scale
         return _finite(points), mass, bound
 
     def _expect(
-        self, encoded: EncodedBars, w: int, sampling: Sampling, seed: int
-    ) -> tuple[np.ndarray, float, np.ndarray]:
-        """One window's normalised expectation [6], enumerated mass and bound [6]."""
-        frontier = _roots([encoded.windows[w]])
-        first = sampling.probabilities(frontier.s1_logits)[0]
-        likely = np.sort(_likeliest(first, EXACT_FIRST, (1 + EXACT_MASS) / 2))
-        joint = first[likely, None] * sampling.probabilities(self._s2_logits(encoded, w, frontier, likely))  # [n, V]
-        taken = np.sort(_likeliest(joint.ravel(), EXACT_PAIRS, EXACT_MASS))
-        row, s2 = np.divmod(taken, self._s2_size)
-        weights = joint.ravel()[taken]
-        values = self._one_bar(encoded, w, likely[row] * self._s2_size + s2).cpu().double().numpy()
-        mean, mass = weights @ values, float(weights.sum())
-        left, rest = joint, first.copy()
-        left.ravel()[taken] = 0
-        rest[likely] = left.sum(axis=1)
-        if rest.sum() < EXACT_DUST:
-            return mean / mass, mass, np.zeros(len(COLUMNS))
-        draws = self._draw_rest(encoded, w, sampling, seed, rest, likely[row] * self._s2_size + s2)
-        error = (1 - mass) * draws.std(axis=0, ddof=1) / len(draws) ** 0.5
-        return mean + (1 - mass) * draws.mean(axis=0), mass, EXACT_SIGMAS * error
+        self, encoded: EncodedBars, start: int, windows: Sequence[Window], sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, float, np.ndarray]]:
+        """For each of these windows, from `start` on: normalised expectation [6], enumerated mass and bound [6]."""
+        frontier = _roots(windows)
+        first = sampling.probabilities(frontier.s1_logits)  # [W, V1]
+        likely = [np.sort(_likeliest(row, EXACT_FIRST, (1 + EXACT_MASS) / 2)) for row in first]
+        pairs = np.concatenate([w * self._s1_size + s1 for w, s1 in enumerate(likely)])
+        second = sampling.probabilities(self._s2_logits(encoded, start, frontier, pairs))  # [pairs, V2]
+        joints = np.split(first.ravel()[pairs, None] * second, np.cumsum([len(s1) for s1 in likely])[:-1])
+        taken = [np.sort(_likeliest(joint.ravel(), EXACT_PAIRS, EXACT_MASS)) for joint in joints]
+        chosen = [
+            s1[at // self._s2_size] * self._s2_size + at % self._s2_size for s1, at in zip(likely, taken, strict=True)
+        ]
+        codes = np.concatenate([w * self._s1_size * self._s2_size + code for w, code in enumerate(chosen)])
+        values = self._one_bar(encoded, start, codes).cpu().double().numpy()  # [codes, 6]
+        values = np.split(values, np.cumsum([len(at) for at in taken])[:-1])
+        for w, (joint, at, value) in enumerate(zip(joints, taken, values, strict=True)):
+            weights = joint.ravel()[at]
+            mean, mass = weights @ value, float(weights.sum())
+            left, rest = joint.copy(), first[w].copy()
+            left.ravel()[at] = 0
+            rest[likely[w]] = left.sum(axis=1)
+            if rest.sum() < EXACT_DUST:
+                yield mean / mass, mass, np.zeros(len(COLUMNS))
+                continue
+            draws = self._draw_rest(encoded, start + w, sampling, seeds[start + w], rest, chosen[w])
+            error = (1 - mass) * draws.std(axis=0, ddof=1) / len(draws) ** 0.5
+            yield mean + (1 - mass) * draws.mean(axis=0), mass, EXACT_SIGMAS * error
 
     def _draw_rest(
         self, encoded: EncodedBars, w: int, sampling: Sampling, seed: int, rest: np.ndarray, taken: np.ndarray
@@ -557,8 +580,9 @@ def _likeliest(probabilities: np.ndarray, limit: int, mass: float) -> np.ndarray
     kept = np.flatnonzero(probabilities)
     if len(kept) <= limit:
         return kept
+    kept = kept[np.argpartition(-probabilities[kept], limit)[:limit]]
     kept = kept[np.argsort(-probabilities[kept], kind="stable")]
-    return kept[: min(limit, int(np.searchsorted(probabilities[kept].cumsum(), mass)) + 1)]
+    return kept[: int(np.searchsorted(probabilities[kept].cumsum(), mass)) + 1]
 
 
 def _keyed_pick(sampling: Sampling, seeds: Sequence[int], samples: range) -> Pick:
