@@ -120,7 +120,7 @@ def one_step(kronos: Kronos, windows: list[Bars], out: Measured) -> None:
         later = out.add(f"P=1 second trial, {name}", seconds(lambda s=sampling: kronos.draw(encoded[0], s, seeds)), "s")
         out.add("    first / second", (encode + draw) / later, "x (at least 30)")
     exact = kronos.encode(windows, params, 1)
-    out.add("P=1 exact, top_k 24", seconds(lambda: kronos.expect(exact, FIRST, seeds)), "s")
+    out.add("P=1 exact, top_k 24", seconds(lambda: kronos.exact(exact, FIRST, seeds)), "s")
     tokens, stamps = encoded[0].windows[0].tokens[None], encoded[0].windows[0].stamps[None]
     with torch.inference_mode():
         prefill = seconds(lambda: kronos.prefill(tokens, stamps, keep=False), 10)

@@ -56,11 +56,21 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expectation:
-    """What the samples' mean tends to as their number grows."""
+    """An exact answer of a model that is asked for the mean only: what it tends to as samples grow in number."""
 
     points: np.ndarray  # float64 [W, H]
     mass: np.ndarray  # float64 [W], probability that was summed over; the rest was sampled
     bound: np.ndarray  # float64 [W, H], four standard errors of the sampled rest; 0 where nothing was left
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StudentMixture:
+    """An exact answer of a model whose samples are drawn from this: K Student's t a step, in price. All [W, H, K]."""
+
+    probs: np.ndarray  # float64, summing to 1 over K
+    df: np.ndarray
+    loc: np.ndarray
+    scale: np.ndarray
 
 
 class Forecaster(Protocol):
@@ -83,6 +93,15 @@ class Forecaster(Protocol):
 
         seeds: one a window, each below 2**64. Equal seeds and params give equal samples; a smaller
         sample count gives a prefix of a larger one.
+        """
+        ...
+
+    def exact(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> Expectation | StudentMixture:
+        """What any number of samples are drawn from, or their mean's limit; nothing of it is left to chance.
+
+        params: as for `draw`; the number of samples is not looked at. seeds: as for `draw`, for what is too wide
+        to sum over. objectives/exact.py makes points of it. Raises ForecastError where there is no such answer:
+        beyond Toto's first patch, beyond Kronos' first step.
         """
         ...
 

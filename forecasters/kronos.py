@@ -1,6 +1,6 @@
 """Kronos: bars to tokens, tokens to sampled bars, a stage at a time.
 
-`encode` runs the networks over a window's bars once; `draw` samples from what that left, `expect` sums over it.
+`encode` runs the networks over a window's bars once; `draw` samples from what that left, `exact` sums over it.
 A sample is a path through a tree of token pairs: everything that two samples of a window share is computed once,
 the prefix for all of them, a generated token for all paths that begin alike. Knows nothing of windows' origins,
 aggregates, studies or the command line; the networks themselves are in kronos_network.py.
@@ -496,15 +496,15 @@ class Kronos:
 
         return encoded.values.get(codes + shift, compute)
 
-    # -- expect --------------------------------------------------------------------------------------------------------
+    # -- exact ---------------------------------------------------------------------------------------------------------
 
-    def expect(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> Expectation:
-        """What the mean of the samples of the close tends to with their number, at horizon 1; see expect_columns."""
-        points, mass, bound = self.expect_columns(encoded, params, seeds)
+    def exact(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> Expectation:
+        """What the mean of the samples of the close tends to with their number, at one step; see exact_columns."""
+        points, mass, bound = self.exact_columns(encoded, params, seeds)
         return Expectation(points=points[:, None, CLOSE], mass=mass, bound=bound[:, None, CLOSE])
 
     @torch.inference_mode()
-    def expect_columns(
+    def exact_columns(
         self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The expectation of all columns, float64 [W, 6], the enumerated mass [W] and the error's bound [W, 6].

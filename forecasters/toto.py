@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forecasters import Bars, CheckpointError, ForecastError
+from forecasters import Bars, CheckpointError, ForecastError, StudentMixture
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 
@@ -510,6 +510,25 @@ class Toto:
                 uniforms = np.stack([_stream(seed).random((count, steps, 3)) for seed in seeds[rows]])
                 samples[rows] = _first_patch(encoded, rows, uniforms)
         return _finite(samples)
+
+    def exact(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> StudentMixture:
+        """The mixtures that samples are drawn from, in price. Neither params nor seeds are looked at.
+
+        Raises ForecastError beyond the first patch, where a mixture depends on what was drawn before.
+        """
+        del params, seeds
+        if encoded.prefixes:
+            patch = self.network.config.patch_size
+            raise ForecastError(
+                f"horizon {encoded.horizon}: the exact mixture is known for the first {patch} steps only"
+            )
+        affine_loc, affine_scale = encoded.affine_loc[:, None, None], encoded.affine_scale[:, None, None]
+        return StudentMixture(
+            probs=encoded.probs,
+            df=encoded.df,
+            loc=encoded.loc * affine_scale + affine_loc,
+            scale=encoded.scale * affine_scale,
+        )
 
     def mean(self, encoded: Encoded) -> np.ndarray:
         """The mixtures' means, float64 [W, H]; past the first patch each patch's mean is fed back as if observed.

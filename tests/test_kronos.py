@@ -210,7 +210,7 @@ def test_the_network_runs_once_a_window_and_once_a_step():
     encoded = forecaster.encode(windows, PARAMS, 1)
     assert forecaster.forwards == len(windows)
     forecaster.draw(encoded, WIDE, [1, 2, 3])
-    forecaster.expect(encoded, WIDE, [1, 2, 3])
+    forecaster.exact(encoded, WIDE, [1, 2, 3])
     assert forecaster.forwards == len(windows)
     assert not encoded.windows[0].prefix.layers  # no step follows that could read them
     forecaster.draw(forecaster.encode(windows, PARAMS, 5), WIDE, [1, 2, 3])
@@ -259,21 +259,21 @@ def draws_for_exact(forecaster: Kronos, params: dict) -> tuple[kronos.EncodedBar
 @pytest.mark.parametrize("params", [NARROW, WIDE, WIDE | {"temperature": 2.0, "top_p": 1.0}])
 def test_the_expectation_is_the_limit_of_the_draws(still: Kronos, params: dict):
     encoded, mean, error = draws_for_exact(still, params)
-    points, mass, bound = still.expect_columns(encoded, params, [1, 2])
+    points, mass, bound = still.exact_columns(encoded, params, [1, 2])
     assert np.abs((points - mean) / np.maximum(error, 1e-9 * np.abs(mean))).max() < 4
     np.testing.assert_allclose(mass, 1, atol=1e-9)
     assert (bound == 0).all()
-    expectation = still.expect(encoded, params, [1, 2])
+    expectation = still.exact(encoded, params, [1, 2])
     np.testing.assert_array_equal(expectation.points, points[:, None, 3])
 
 
 def test_what_is_too_wide_to_enumerate_is_sampled_and_bounded(still: Kronos, monkeypatch: pytest.MonkeyPatch):
     flat = WIDE | {"temperature": 3.0, "top_p": 1.0}
     encoded = still.encode(contexts(2), PARAMS, 1)
-    exact, _, _ = still.expect_columns(encoded, flat, [1, 2])
+    exact, _, _ = still.exact_columns(encoded, flat, [1, 2])
     monkeypatch.setattr(kronos, "EXACT_PAIRS", 200)
     monkeypatch.setattr(kronos, "EXACT_FIRST", 20)
-    points, mass, bound = still.expect_columns(encoded, flat, [1, 2])
+    points, mass, bound = still.exact_columns(encoded, flat, [1, 2])
     assert ((mass > 0.2) & (mass < 0.95)).all()
     assert (bound > 0).all()
     assert (np.abs(points - exact) <= bound).all()
@@ -281,7 +281,7 @@ def test_what_is_too_wide_to_enumerate_is_sampled_and_bounded(still: Kronos, mon
 
 def test_the_expectation_needs_one_step(still: Kronos):
     with pytest.raises(ForecastError, match="horizon 1"):
-        still.expect(still.encode(contexts(1), PARAMS, 2), WIDE, [1])
+        still.exact(still.encode(contexts(1), PARAMS, 2), WIDE, [1])
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
