@@ -96,6 +96,10 @@ class Forecaster(Protocol):
         """
         ...
 
+
+class ExactForecaster(Forecaster, Protocol):
+    """A forecaster that also answers without samples, as both models do."""
+
     def exact(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> Expectation | StudentMixture:
         """What any number of samples are drawn from, or their mean's limit; nothing of it is left to chance.
 
@@ -127,7 +131,7 @@ MODELS: Mapping[str, Model] = {
 
 def load(
     model: str, *, checkpoint: str, revision: str | None = None, device: str = "cpu", **options: Any
-) -> Forecaster:
+) -> ExactForecaster:
     """Load a model's checkpoint onto a device ("cpu", "cuda:0").
 
     checkpoint: a bundled name, a local folder or a hub id (see checkpoints.py).
