@@ -329,11 +329,19 @@ class Kronos:
         if not 1 <= horizon < self.network_context:
             raise ForecastError(f"horizon {horizon} must be below the network's context of {self.network_context} bars")
         contexts = [bars.slice(max(0, len(bars) - max_context), len(bars)) for bars in contexts]
-        windows: list[Window | None] = [None] * len(contexts)
-        for batch in self._batches([len(bars) for bars in contexts]):
-            for at, window in zip(batch, self._encode([contexts[i] for i in batch], clip, horizon), strict=True):
-                windows[at] = window
-        return EncodedBars(windows=[w for w in windows if w is not None], horizon=horizon)
+        windows: dict[int, Window] = {}
+        batches = self._batches([len(bars) for bars in contexts])
+        while batches:
+            batch = batches.pop()
+            try:
+                encoded = self._encode([contexts[i] for i in batch], clip, horizon)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise ForecastError(f"out of memory on {self.device} with one window") from error
+                batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                continue
+            windows.update(zip(batch, encoded, strict=True))
+        return EncodedBars(windows=[windows[i] for i in range(len(contexts))], horizon=horizon)
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of contexts to run together: equal lengths only, for the published code masks padding wrongly."""
@@ -406,7 +414,10 @@ class Kronos:
         out = np.empty((len(encoded.windows), count, encoded.horizon, len(COLUMNS)))
         for windows, samples in self._chunks(encoded, count):
             pick = _keyed_pick(sampling, [seeds[w] for w in windows], samples)
-            values = self.paths(encoded, windows, len(samples), pick)
+            try:
+                values = self.paths(encoded, windows, len(samples), pick)
+            except torch.OutOfMemoryError as error:  # DRAW_BYTES bounds what is drawn together
+                raise ForecastError(f"out of memory on {self.device} with {len(samples)} samples") from error
             out[windows.start : windows.stop, samples.start : samples.stop] = values
         return _finite(out)
 

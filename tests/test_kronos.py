@@ -226,6 +226,26 @@ def test_encoded_counts_its_bytes(still: Kronos):
     assert still.encode(contexts(1), PARAMS, 2).nbytes > before
 
 
+def test_a_batch_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch):
+    forecaster, windows = load("kronos-a"), contexts()
+    whole = forecaster.draw(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3])
+    real, sizes, most = forecaster.prefill, [], 1
+
+    def prefill(tokens: torch.Tensor, stamps: torch.Tensor, *, keep: bool) -> list[kronos.Prefix]:
+        sizes.append(len(tokens))
+        if len(tokens) > most:
+            raise torch.OutOfMemoryError
+        return real(tokens, stamps, keep=keep)
+
+    monkeypatch.setattr(forecaster, "_batches", lambda lengths: [list(range(len(lengths)))])
+    monkeypatch.setattr(forecaster, "prefill", prefill)
+    np.testing.assert_array_equal(forecaster.draw(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3]), whole)
+    assert sizes == [3, 2, 1, 1, 1]
+    most = 0
+    with pytest.raises(ForecastError, match="out of memory on cpu with one window"):
+        forecaster.encode(windows, PARAMS, 1)
+
+
 def test_no_forecast_sees_its_target():
     """A jump at a target bar, and all after it, changes no forecast made before it."""
     whole = bars_of("kronos-a")
