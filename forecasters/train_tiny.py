@@ -1,7 +1,8 @@
-"""`python -m forecasters.train_tiny toto`: the bundled tiny checkpoint, from nothing, in about ten minutes.
+"""`python -m forecasters.train_tiny toto`: a bundled tiny checkpoint, from nothing, in about ten minutes.
 
 Owns how toto-tiny was made: the daily closes of two indices up to 2016, their augmentation, the loss, the schedule.
 Prints the loss and, at the end, the skill of the result on 2017 and 2018, whatever it is. Nothing imports this module.
+kronos-tiny is in train_tiny_kronos.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from arch.data import nasdaq, sp500
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forecasters import Bars, toto
+from forecasters import Bars, toto, train_tiny_kronos
 from forecasters.checkpoints import BUNDLED, CONFIG, WEIGHTS
 
 LAST_TRAINING_DAY = "2016-12-31"
@@ -186,12 +187,17 @@ def report(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a bundled tiny checkpoint.")
-    parser.add_argument("model", choices=["toto"])
-    parser.add_argument("--out", type=Path, default=BUNDLED / "toto-tiny", help="folder to write to")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("model", choices=["toto", "kronos"])
+    parser.add_argument("--out", type=Path, help="folder to write to, by default where the bundled one is")
+    parser.add_argument("--steps", type=int, help="by default as the bundled one")
     args = parser.parse_args()
-    save(train_toto(args.steps), args.out)
-    report(args.out)
+    out = args.out or BUNDLED / f"{args.model}-tiny"
+    if args.model == "kronos":
+        train_tiny_kronos.save(*train_tiny_kronos.train(args.steps or train_tiny_kronos.STEPS), out)
+        train_tiny_kronos.report(out)
+    else:
+        save(train_toto(args.steps or STEPS), out)
+        report(out)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import pandas as pd
 import plain_kronos
 import pytest
 import torch
+from arch.data import sp500
 
 from forecasters import Bars, CheckpointError, ForecastError, kronos
+from forecasters.checkpoints import BUNDLED
 from forecasters.kronos import Kronos, Sampling
 from objectives.windows import split
 
@@ -442,3 +444,29 @@ def test_the_tokenizer_is_looked_for_beside_the_network(tmp_path: Path):
     assert loaded.network_context == 512
     assert kronos.inspect(str(tmp_path / "x")) == loaded.fingerprint
     assert loaded.fingerprint != load("kronos-a").fingerprint  # its network sees fewer bars
+
+
+# ---- kronos-tiny -----------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_checkpoint_is_small_and_keeps_the_close():
+    files = [path for path in (BUNDLED / "kronos-tiny").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 2_000_000
+    tokenizer = kronos.load("kronos-tiny").tokenizer
+    x = torch.randn(1, 300, 6, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    with torch.inference_mode():
+        out = tokenizer.head(tokenizer.decoder.run(tokenizer.embed_tokens(tokenizer.tokens(x)))[0])
+    assert (out - x)[..., kronos.CLOSE].abs().max() < 0.6 * 6 / 256  # cells of 6 / 256, so half of one and rounding
+
+
+def test_the_bundled_checkpoint_is_about_as_good_as_no_change():
+    table = sp500.load()["2016-01":"2017-06"]
+    columns = {name.lower(): table[name].to_numpy(float) for name in ("Open", "High", "Low", "Close", "Volume")}
+    bars = Bars(timestamps=table.index.to_numpy().astype("datetime64[ns]"), **columns)
+    windows = split(bars, symbol="SP500", validation=100, test=1).validation
+    forecaster = kronos.load("kronos-tiny")
+    params = {"max_context": 192, "clip": 3.0, "temperature": 0.3, "top_k": 48, "top_p": 1.0}
+    encoded = forecaster.encode(windows.contexts(range(100)), params, 1)
+    points = forecaster.exact(encoded, params, windows.seeds(0)).points
+    errors = np.abs([points - windows.actuals, windows.last_closes[:, None] - windows.actuals]).mean(axis=(1, 2))
+    assert errors[0] < 1.1 * errors[1]
