@@ -704,10 +704,8 @@ class _Tree:
         path = torch.cat([F.pad(level.path, (0, deepest - level.path.shape[1])) for level in levels])[order]
         beyond = torch.arange(deepest, device=device) >= depth[:, None]
         tokens = torch.cat([level.tokens for level in levels])[order]
-        stamps = torch.stack([w.stamps for w in self._windows])[
-            torch.from_numpy(window).to(device)
-        ]  # [n, T + H - 1, 5]
-        stamps = stamps[torch.arange(len(window), device=device), len(self._windows[0].tokens) + depth - 1]
+        bar = len(self._windows[0].tokens) + depth - 1
+        stamps = torch.stack([w.stamps for w in self._windows])[torch.from_numpy(window).to(device), bar]  # [n, 5]
         if self._trunk is None:
             self._trunk = TreeCache(network.transformer, self._capacity, device=device, dtype=network.norm.weight.dtype)
         self._f.forwards += 1

@@ -287,6 +287,8 @@ def test_the_expectation_is_the_limit_of_the_draws(still: Kronos, params: dict):
     assert (bound == 0).all()
     expectation = still.exact(encoded, params, [1, 2])
     np.testing.assert_array_equal(expectation.points, points[:, None, 3])
+    alone = still.exact(still.encode(contexts(2)[1:], PARAMS, 1), params, [2])
+    np.testing.assert_array_equal(alone.points, expectation.points[1:])
 
 
 def test_what_is_too_wide_to_enumerate_is_sampled_and_bounded(still: Kronos, monkeypatch: pytest.MonkeyPatch):
@@ -460,7 +462,7 @@ def test_the_bundled_checkpoint_is_small_and_keeps_the_close():
 
 
 def test_the_bundled_checkpoint_is_about_as_good_as_no_change():
-    table = sp500.load()["2016-01":"2017-06"]
+    table = sp500.load().loc["2016-01":"2017-06"]
     columns = {name.lower(): table[name].to_numpy(float) for name in ("Open", "High", "Low", "Close", "Volume")}
     bars = Bars(timestamps=table.index.to_numpy().astype("datetime64[ns]"), **columns)
     windows = split(bars, symbol="SP500", validation=100, test=1).validation
