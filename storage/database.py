@@ -10,13 +10,14 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar, cast
 
 import optuna
 import sqlalchemy
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -25,12 +26,14 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from storage import DatabaseUnavailable
+from storage import DatabaseUnavailable, trials
+from storage.trials import Changes
 
 T = TypeVar("T")
 
 SCHEMA_LOCK = 0x5EED0001  # advisory lock key: any constant that every worker shares
 METRIC_NAMES = "study:metric_names"  # the system attribute behind Study.set_metric_names
+DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
 CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
 
 # Only what a restarting or crashed server, or a deadlock, answers. A wrong password or a missing table is not retried.
@@ -71,6 +74,7 @@ class RetryingStorage(RDBStorage):
 
     def __init__(self, url: URL, *, wait_s: float) -> None:
         self.wait_s = wait_s
+        self._deferred: dict[int, tuple[Changes, float]] = {}  # by trial: what waits, and since when
         super().__init__(
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
             # Small pools: every worker holds one, and a server has 100 to 200 connections.
@@ -110,6 +114,15 @@ class RetryingStorage(RDBStorage):
                 time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
                 attempt += 1
 
+    def _trial_transaction(self, run: Callable[[Connection], T]) -> T:
+        """One attempt, its errors as Optuna's own methods raise them."""
+        try:
+            return self._transaction(run)
+        except SQLAlchemyError as error:
+            raise StorageInternalError(first_line(error)) from error
+
+    # Below, what a trial costs: Optuna's methods with one statement in the place of many.
+
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         claim = template_trial.system_attrs.get(CLAIM_ATTR) if template_trial else None
 
@@ -117,8 +130,8 @@ class RetryingStorage(RDBStorage):
             if attempt and claim is not None:
                 trial_id = self._trial_of_claim(study_id, claim)
                 if trial_id is not None:  # the broken attempt had been committed
-                    return super(RetryingStorage, self).get_trial(trial_id)
-            return super(RetryingStorage, self)._create_new_trial(study_id, template_trial)
+                    return _found(self._trial_transaction(lambda c: trials.read_one(c, trial_id)))
+            return _found(self._trial_transaction(lambda c: trials.create(c, study_id, template_trial)))
 
         return self._retry(create)
 
@@ -132,17 +145,118 @@ class RetryingStorage(RDBStorage):
                 {"study_id": study_id, "key": CLAIM_ATTR, "claim": json.dumps(claim)},
             ).scalar()
 
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        def set_state(attempt: int) -> bool:
-            try:
-                return super(RetryingStorage, self).set_trial_state_values(trial_id, state, values)
-            except UpdateFinishedTrialError:
-                # After a broken attempt our own commit may have gone through: the state tells.
-                if attempt and super(RetryingStorage, self).get_trial(trial_id).state == state:
-                    return True
-                raise
+    def defer_writes(self, trial_id: int) -> None:
+        """Gather what is set on a running trial of ours until `write_deferred`, the trial's end, or DEFER_S passed.
 
-        return self._retry(set_state)
+        This storage's own reads have it at once; what a killed process had gathered is gone, as if it was not set.
+        """
+        self._deferred[trial_id] = (Changes(), time.monotonic())
+
+    def write_deferred(self, trial_id: int) -> None:
+        """Write what was gathered and go on gathering. Raises UpdateFinishedTrialError."""
+        changes, _ = self._deferred[trial_id]
+        self._write(trial_id, changes)
+        self.defer_writes(trial_id)
+
+    def _set(self, trial_id: int, new: Changes) -> None:
+        if trial_id not in self._deferred:
+            self._write(trial_id, new)
+            return
+        changes, since = self._deferred[trial_id]
+        changes.add(new)
+        if time.monotonic() - since > DEFER_S:
+            self.write_deferred(trial_id)
+
+    def _write(self, trial_id: int, changes: Changes) -> None:
+        was = self._retry(lambda attempt: self._trial_transaction(lambda c: trials.write(c, trial_id, changes)))
+        self.check_trial_is_updatable(trial_id, _found(was))
+
+    def _set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+        previous_distribution: BaseDistribution | None,
+    ) -> None:
+        if previous_distribution is None:
+            previous_distribution = self._retry(
+                lambda attempt: self._trial_transaction(lambda c: trials.any_distribution(c, trial_id, param_name))
+            )
+        if previous_distribution is not None:
+            try:
+                check_distribution_compatibility(previous_distribution, distribution)
+            except ValueError:
+                self.check_trial_is_updatable(trial_id, self.get_trial(trial_id).state)  # that comes first
+                raise
+        self._set(trial_id, Changes(params={param_name: (float(param_value_internal), distribution)}))
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        self._set(trial_id, Changes(reports={int(step): float(intermediate_value)}))
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._set(trial_id, Changes(user_attrs={key: json.dumps(value)}))
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._set(trial_id, Changes(system_attrs={key: json.dumps(value)}))
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        if not state.is_finished():  # a waiting trial is taken up
+            return self._retry(
+                lambda attempt: super(RetryingStorage, self).set_trial_state_values(trial_id, state, values)
+            )
+        changes, _ = self._deferred.get(trial_id, (Changes(), 0.0))
+        told = [float(value) for value in values or ()]
+
+        def end(attempt: int) -> bool:
+            was = _found(self._trial_transaction(lambda c: trials.write(c, trial_id, changes, state, told)))
+            # After a broken attempt our own commit may have gone through: the state tells.
+            if not (attempt and was == state):
+                self.check_trial_is_updatable(trial_id, was)
+            return True
+
+        try:
+            return self._retry(end)
+        finally:
+            self._deferred.pop(trial_id, None)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        read = self._retry(lambda attempt: self._trial_transaction(lambda c: trials.read_one(c, trial_id)))
+        return self._with_deferred(_found(read))
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        ids = [trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than]
+        wanted = None if states is None else [state for state in TrialState if state in states]
+        read = self._retry(
+            lambda attempt: self._trial_transaction(
+                lambda c: trials.read_some(c, study_id, after=trial_id_greater_than, ids=ids, states=wanted)
+            )
+        )
+        if not read:
+            self.get_study_name_from_id(study_id)  # raises KeyError where there is no study
+        return [self._with_deferred(trial) for trial in read]
+
+    def _with_deferred(self, trial: FrozenTrial) -> FrozenTrial:
+        if trial._trial_id in self._deferred and not trial.state.is_finished():
+            self._deferred[trial._trial_id][0].apply(trial)
+        return trial
+
+    # As BaseStorage has them, from get_trial: one statement, and what is deferred is in it.
+    get_trial_param = BaseStorage.get_trial_param
+    get_trial_user_attrs = BaseStorage.get_trial_user_attrs
+    get_trial_system_attrs = BaseStorage.get_trial_system_attrs
+
+
+def _found(found: T | None) -> T:
+    if found is None:
+        raise KeyError(models.NOT_FOUND_MSG)
+    return found
 
 
 def _retried(name: str) -> Callable[..., Any]:
@@ -167,16 +281,7 @@ for _name in (
     "get_study_user_attrs",
     "get_study_system_attrs",
     "get_all_studies",
-    "_set_trial_param",
-    "get_trial_param",
-    "set_trial_intermediate_value",
-    "set_trial_user_attr",
-    "set_trial_system_attr",
-    "get_trial_user_attrs",
-    "get_trial_system_attrs",
     "get_trial_id_from_study_id_trial_number",
-    "get_trial",
-    "_get_trials",
     "_get_best_trial_id",
 ):
     setattr(RetryingStorage, _name, _retried(_name))
