@@ -163,9 +163,20 @@ def finish(storage: RetryingStorage, slot: Slot, *, result: Mapping[str, Any] | 
 
 
 def release(storage: RetryingStorage, slot: Slot) -> None:
-    """Give a claimed row back unworked."""
-    statement = text("update slots set state = 'free', claim = null where claim = :claim and state = 'busy'")
-    storage.transaction(lambda c: c.execute(statement, {"claim": slot.claim}))
+    """Give a claimed row back unworked, whatever its worker was at: a running trial fails, a finished one counts."""
+    held = text("select 1 from slots where claim = :claim and state = 'busy' for update")
+    statement = text(
+        "update slots set state = :state, lease_until = null, claim = case when :state = 'done' then claim end "
+        "where claim = :claim"
+    )
+
+    def give_back(connection: Connection) -> None:
+        if connection.execute(held, {"claim": slot.claim}).first() is None:
+            return
+        finished = slot.stage == TRIAL and _fail_orphans(connection, slot.study_id, slot.claim)
+        connection.execute(statement, {"claim": slot.claim, "state": "done" if finished else "free"})
+
+    storage.transaction(give_back)
 
 
 def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:

@@ -115,6 +115,18 @@ def test_a_trial_told_before_the_death_counts(storage: RetryingStorage) -> None:
     assert must_claim(storage, study_id).stage == CONFIRMATION  # the slot is done, no second trial runs in it
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_what_is_given_back_leaves_no_trial_running_and_none_twice(storage: RetryingStorage, told: bool) -> None:
+    study_id = make_study(storage, budget=1)
+    slot = must_claim(storage, study_id)
+    trial_id = start_trial(storage, slot)
+    if told:
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+    slots.release(storage, slot)
+    assert storage.get_trial(trial_id).state == (TrialState.COMPLETE if told else TrialState.FAIL)
+    assert must_claim(storage, study_id).stage == (CONFIRMATION if told else TRIAL)
+
+
 def test_renewal_keeps_a_slow_slot(storage: RetryingStorage) -> None:
     study_id = make_study(storage, budget=1)
     slot = must_claim(storage, study_id, lease_s=0.3)
