@@ -6,6 +6,7 @@ Knows Optuna and the slots. Knows nothing of processes, devices or commands.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -367,47 +368,55 @@ def work(storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *
 def _run_trial(
     storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str
 ) -> Outcome:
-    study = run.optuna_study
-    trial = _new_trial(run, slot, worker=worker, device=device)
-    params = run.space.suggest(trial)
+    trial = _new_trial(storage, run, slot, worker=worker, device=device)
+    reported: list[float] = []
 
     def report(windows_done: int, mae: float) -> None:
+        reported.append(mae)
         trial.report(mae, step=windows_done)
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    label = " ".join(f"{name}={params[name]}" for name in run.space.choices)
+    # Not Study.tell, which reads the trial before and after.
+    def end(state: TrialState, *values: float) -> None:
+        storage.set_trial_state_values(trial._trial_id, state, values or None)
+
     try:
         try:
+            params = run.space.suggest(trial)
+            storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
             measured = evaluator.measure(run.split.validation, params, pass_number=SEARCH_PASS, on_rung=report)
+            trial.set_user_attr("measured", describe(measured))
         except optuna.TrialPruned:
-            frozen = study.tell(trial, state=TrialState.PRUNED)
+            end(TrialState.PRUNED, reported[-1])
             slots.finish(storage, slot)
-            return Outcome(state="pruned", number=trial.number, text=f"{label} mae={frozen.value:.6g}")
+            return Outcome(state="pruned", number=trial.number, text=f"{_label(trial)} mae={reported[-1]:.6g}")
         except BaseException:  # an error or a second signal: nothing may stay RUNNING
-            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            with contextlib.suppress(UpdateFinishedTrialError):
+                end(TrialState.FAIL)
             raise
-        trial.set_user_attr("measured", describe(measured))
-        study.tell(trial, measured.mae)
+        end(TrialState.COMPLETE, measured.mae)
         slots.finish(storage, slot)
-    except UpdateFinishedTrialError:
-        return Outcome(state="lost", number=trial.number, text=label)
-    except ValueError as error:
-        if "Cannot tell" not in str(error):  # Optuna's word for a trial that another one finished
-            raise
-        return Outcome(state="lost", number=trial.number, text=label)
-    text = f"{label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
+    except UpdateFinishedTrialError:  # the lease was lost, and with it the trial
+        return Outcome(state="lost", number=trial.number, text=_label(trial))
+    text = f"{_label(trial)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
     return Outcome(state="complete", number=trial.number, text=text)
 
 
-def _new_trial(run: Run, slot: Slot, *, worker: str, device: str) -> optuna.Trial:
+def _label(trial: optuna.Trial) -> str:
+    return " ".join(f"{name}={value}" for name, value in trial.params.items())
+
+
+def _new_trial(storage: RetryingStorage, run: Run, slot: Slot, *, worker: str, device: str) -> optuna.Trial:
     """A RUNNING trial that carries its claim from its first moment, so that a crash leaves no unowned one."""
     attrs: dict[str, Any] = {database.CLAIM_ATTR: slot.claim}
     if slot.params is not None:
         attrs["fixed_params"] = dict(slot.params)
     user_attrs = {"worker": worker, "device": device} | ({"label": slot.label} if slot.label else {})
     template = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=attrs, user_attrs=user_attrs)
+    run.optuna_study._thread_local.cached_all_trials = None  # as Study.ask does: the sampler is to read anew
     trial_id = run.optuna_study._storage.create_new_trial(run.study.study_id, template_trial=template)
+    storage.defer_writes(trial_id)
     return optuna.Trial(run.optuna_study, trial_id)
 
 
