@@ -25,7 +25,7 @@ from forecasters import Bars, ForecastError
 from objectives import windows
 from objectives.mae import Evaluator, Measurement, measure_no_change
 from objectives.windows import Split
-from storage import configs, database, slots
+from storage import DatabaseUnavailable, configs, database, slots
 from storage.database import RetryingStorage
 from storage.slots import Slot
 from studies import sampler
@@ -391,6 +391,8 @@ def _run_trial(
             end(TrialState.PRUNED, reported[-1])
             slots.finish(storage, slot)
             return Outcome(state="pruned", number=trial.number, text=f"{_label(trial)} mae={reported[-1]:.6g}")
+        except DatabaseUnavailable:  # it was waited for: whoever reaps the lease fails the trial
+            raise
         except BaseException:  # an error or a second signal: nothing may stay RUNNING
             with contextlib.suppress(UpdateFinishedTrialError):
                 end(TrialState.FAIL)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+from wsgiref.util import setup_testing_defaults
 
+import optuna
+import optuna_dashboard
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.pruners import PercentilePruner
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import event
 
-from storage import database
+from forecasters import ForecastError
+from objectives.mae import Measurement
+from storage import database, slots
 from storage.database import RetryingStorage
+from studies import sampler
+from studies import study as studying
+from studies.space import Space
+from studies.study import Run
 
 DISTRIBUTIONS = {
     "x": FloatDistribution(-1e9, 1e9),
@@ -177,3 +192,211 @@ def test_equal_operations_give_equal_answers_and_trials(
     for trial_id in set(ours._deferred):
         ours.write_deferred(trial_id)
     assert [plain(trial) for trial in stock.get_all_trials(new.study_id)] == wanted
+
+
+def test_numbers_have_no_gap_and_no_repeat_with_stock_optuna_creating_too(
+    ours: RetryingStorage, stock: RDBStorage, database_url: str
+) -> None:
+    study_id = stock.create_new_study([StudyDirection.MINIMIZE], "s")
+    storages = [ours, stock, database.open_storage(database_url, create=False)] * 2
+
+    def create(storage: RDBStorage) -> None:
+        for _ in range(15):
+            storage.create_new_trial(study_id)
+
+    threads = [threading.Thread(target=create, args=(storage,)) for storage in storages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    trials = stock.get_all_trials(study_id)
+    assert [trial.number for trial in sorted(trials, key=lambda trial: trial._trial_id)] == list(range(90))
+    storages[2].engine.dispose()
+
+
+def test_of_two_that_end_a_trial_one_succeeds(ours: RetryingStorage, stock: RDBStorage) -> None:
+    study_id = stock.create_new_study([StudyDirection.MINIMIZE], "s")
+    for _ in range(20):
+        trial_id = ours.create_new_trial(study_id)
+        ended: list[object] = []
+
+        def end(storage: RDBStorage, value: float, trial_id: int = trial_id, ended: list[object] = ended) -> None:
+            ended.append(answer(lambda: storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])))
+
+        threads = [threading.Thread(target=end, args=each) for each in ((ours, 1.0), (ours, 2.0), (stock, 3.0))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert Counter(ended) == {True: 1, UpdateFinishedTrialError: 2}
+
+
+def test_what_is_deferred_is_shown_to_others_in_time(
+    ours: RetryingStorage, stock: RDBStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial_id = ours.create_new_trial(stock.create_new_study([StudyDirection.MINIMIZE], "s"))
+    ours.defer_writes(trial_id)
+    ours.set_trial_param(trial_id, "x", 0.5, DISTRIBUTIONS["x"])
+    ours.set_trial_intermediate_value(trial_id, 0, 0.5)
+    assert ours.get_trial(trial_id).intermediate_values == {0: 0.5}
+    assert stock.get_trial(trial_id).intermediate_values == {}
+    ours.write_deferred(trial_id)
+    assert stock.get_trial(trial_id).params == {"x": 0.5}
+    monkeypatch.setattr(database, "DEFER_S", 0.0)
+    ours.set_trial_intermediate_value(trial_id, 1, 0.25)
+    assert stock.get_trial(trial_id).intermediate_values == {0: 0.5, 1: 0.25}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of nan and inf among what is compared
+def test_our_pruner_decides_as_optunas(database_url: str) -> None:
+    rng = random.Random(0)
+    pruners = sampler.make_pruner(0.25), PercentilePruner(75, n_startup_trials=sampler.STARTUP_TRIALS)
+    for direction in ("minimize", "maximize"):
+        study = optuna.create_study(storage=database_url, direction=direction)
+        decided = set()
+        for _ in range(60):
+            trial = study.ask()
+            for step in rng.sample(range(6), 4):
+                trial.report(rng.choice((rng.random(), rng.random(), math.nan, math.inf)), step)
+                frozen = study._storage.get_trial(trial._trial_id)
+                ours, optunas = (bool(pruner.prune(study, frozen)) for pruner in pruners)
+                assert ours == optunas
+                decided.add(ours)
+            study.tell(trial, rng.random(), state=rng.choice((TrialState.COMPLETE, None)))
+        assert decided == {False, True}
+
+
+# --- a worker's trial --------------------------------------------------------------------------------------------
+
+SPACE = Space(model="toto", choices={"a": tuple(range(20)), "b": ("x", "y", "z"), "c": (1, 2, 4, 8)}, fixed={})
+
+
+class Evaluator:
+    """Ten reports, then what the test asks for."""
+
+    def __init__(self, *, value: float = 0.5, at_end: Callable[[], None] = lambda: None) -> None:
+        self.value, self.at_end = value, at_end
+
+    def measure(
+        self, windows: object, params: Mapping[str, Any], *, pass_number: int, on_rung: Callable[[int, float], None]
+    ) -> Measurement:
+        for step in range(10):
+            on_rung(step, self.value)
+        self.at_end()
+        mae = self.value
+        return Measurement(
+            mae=mae,
+            price_mae=mae,
+            mae_percent=mae,
+            no_change_mae=1.0,
+            skill=1 - mae,
+            errors=(mae,) * 30,
+            windows=30,
+            seconds={"encode": 0.1, "draw": 0.2, "aggregate": 0.3},
+        )
+
+
+@pytest.fixture
+def run(ours: RetryingStorage) -> Run:
+    def fill(connection: Any, study_id: int) -> None:
+        slots.add(connection, study_id, slots.TRIAL, 0, label="incumbent", params={"a": 3, "b": "y", "c": 8})
+        slots.raise_budget(connection, study_id, 30)
+
+    study_id = database.create_study(ours, "s", {"definition": {}}, "mae", fill)
+    return Run(
+        study=studying.Study(study_id=study_id, name="s", symbol="S", model="toto", as_of="", definition={}),
+        space=SPACE,
+        split=cast(Any, SimpleNamespace(validation=None)),
+        optuna_study=optuna.load_study(
+            study_name="s", storage=ours, sampler=sampler.make_sampler(), pruner=sampler.make_pruner(0.25)
+        ),
+    )
+
+
+def work(ours: RetryingStorage, run: Run, evaluator: Evaluator) -> studying.Outcome:
+    slot = slots.claim(ours, run.study.study_id, worker="w:1", lease_s=60)
+    assert slot is not None
+    return studying.work(ours, run, slot, cast(Any, evaluator), worker="w:1", device="cpu")
+
+
+def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage, run: Run) -> None:
+    for _ in range(12):
+        assert work(ours, run, Evaluator()).state == "complete"
+    found: Counter[str] = Counter()
+    event.listen(ours.engine, "before_cursor_execute", lambda *_: found.update(["statement"]))
+    event.listen(ours.engine, "begin", lambda *_: found.update(["transaction"]))
+    assert work(ours, run, Evaluator()).state == "complete"
+    # Claim 2, create 2, read the new trial 1, sample 2 to 4, params 1, prune 1, end 1, finish the slot 1.
+    assert found["statement"] <= 13
+    assert found["transaction"] <= 11
+    found.clear()
+    assert work(ours, run, Evaluator(value=0.9)).state == "pruned"
+    assert found["statement"] <= 13
+    first, *_, last = stock_trials(run)
+    assert (first.params, first.user_attrs["label"]) == ({"a": 3, "b": "y", "c": 8}, "incumbent")
+    assert (last.value, last.intermediate_values, last.params.keys()) == (0.9, {0: 0.9}, SPACE.choices.keys())
+    (complete,) = [trial for trial in stock_trials(run) if trial.number == 12]
+    assert complete.intermediate_values == dict.fromkeys(range(10), 0.5)
+    assert complete.user_attrs["measured"]["seconds"] == {"encode": 0.1, "draw": 0.2, "aggregate": 0.3}
+
+
+def stock_trials(run: Run) -> list[FrozenTrial]:
+    """As plain Optuna reads them."""
+    url = run.optuna_study._storage._backend.engine.url  # type: ignore[attr-defined]
+    study = optuna.load_study(study_name="s", storage=url.render_as_string(hide_password=False))
+    return study.get_trials(deepcopy=False)
+
+
+def test_others_see_the_params_of_a_trial_at_work(ours: RetryingStorage, run: Run) -> None:
+    seen: list[FrozenTrial] = []
+    work(ours, run, Evaluator(at_end=lambda: seen.extend(stock_trials(run))))
+    assert (seen[0].state, seen[0].params) == (TrialState.RUNNING, {"a": 3, "b": "y", "c": 8})
+
+
+def test_an_error_fails_the_trial_with_what_it_reported(ours: RetryingStorage, run: Run) -> None:
+    for error in (ForecastError("NaN"), KeyboardInterrupt()):
+
+        def fail(error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            work(ours, run, Evaluator(at_end=fail))
+        trial = stock_trials(run)[-1]
+        assert (trial.state, len(trial.intermediate_values)) == (TrialState.FAIL, 10)
+
+
+def test_a_trial_that_another_ended_is_lost_and_left_alone(ours: RetryingStorage, run: Run) -> None:
+    def reap() -> None:
+        slots.expire(ours, "w:1")
+        assert slots.reap(ours, [run.study.study_id]) == 1
+
+    assert work(ours, run, Evaluator(at_end=reap)).state == "lost"
+    trial = stock_trials(run)[-1]
+    assert (trial.state, trial.values, trial.intermediate_values) == (TrialState.FAIL, None, {})
+    assert slots.progress(ours)[run.study.study_id].done == 0
+
+
+def test_the_dashboard_reads_our_trials(ours: RetryingStorage, run: Run) -> None:
+    for _ in range(3):
+        work(ours, run, Evaluator())
+    url = ours.engine.url.render_as_string(hide_password=False)
+    dashboard = optuna_dashboard.wsgi(RDBStorage(url))
+
+    def get(path: str) -> Any:
+        environ: dict[str, Any] = {"PATH_INFO": path}
+        setup_testing_defaults(environ)
+        status: list[str] = []
+        body = b"".join(dashboard(environ, cast(Any, lambda line, *_: status.append(line))))
+        assert status == ["200 OK"]
+        return json.loads(body)
+
+    (summary,) = get("/api/studies")["study_summaries"]
+    assert summary["study_name"] == "s"
+    trials = get(f"/api/studies/{summary['study_id']}")["trials"]
+    assert [(trial["state"], trial["values"]) for trial in trials] == [("Complete", [0.5])] * 3
+    assert [len(trial["intermediate_values"]) for trial in trials] == [10] * 3
+    assert {param["name"]: param["param_external_value"] for param in trials[0]["params"]} == {
+        "a": "3",
+        "b": "y",
+        "c": "8",
+    }
