@@ -64,7 +64,7 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command, resolved to a Config; and its errors as one line."""
 
     @click.option("--config", "config_path", type=click.Path(path_type=Path), envvar="STUDIES_CONFIG",
-                  show_envvar=True, metavar="FILE", help="TOML settings; 'demo' names the demonstration's.")  # fmt: skip
+                  show_envvar=True, metavar="FILE", help="TOML settings; 'demo': the demonstration's.")  # fmt: skip
     @click.option("--storage", envvar=["STUDIES_STORAGE", "OPTUNA_STORAGE"], show_envvar=True, metavar="URL",
                   help="postgresql://USER@HOST/DATABASE; none: a private server.")  # fmt: skip
     @click.option("--data-dir", type=click.Path(path_type=Path), envvar="STUDIES_DATA_DIR", show_envvar=True,

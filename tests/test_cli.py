@@ -1,0 +1,326 @@
+"""Bad input is one line that names what to mend, exit 1 (2 for usage), and nothing is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
+
+import forecasters
+from launch import cli
+from objectives import windows
+from storage import database
+from studies import study as studying
+
+TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
+
+
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The last lines of a real price file, header first."""
+    folder = tmp_path_factory.mktemp("bars")
+    lines = windows.demo_bars(folder)[0].read_text().splitlines()
+    return [lines[0], *lines[-300:]]
+
+
+class Place:
+    def __init__(self, folder: Path, url: str, bars: list[str]) -> None:
+        self.folder, self.url, self.bars = folder, url, bars
+        self.data = folder / "bars"
+        self.data.mkdir()
+        self.write("SP500.csv", bars)
+        self.settings = folder / "studies.toml"
+        self.settings.write_text(
+            '[data]\ndir = "bars"\n[toto]\ncheckpoint = "toto-tiny"\n[workers]\nlog_dir = "logs"\n'
+            '[hyperparams]\ndir = "hyperparams"\n'
+        )
+        self.storage = database.open_storage(url, wait_s=5, create=False)
+
+    def write(self, name: str, lines: list[str]) -> Path:
+        path = self.data / name
+        path.write_text("\n".join([*lines, ""]))
+        return path
+
+    def invoke(self, command: click.Command, *words: str, url: str | None = None) -> Result:
+        options = ["--config", str(self.settings), "--storage", url or self.url]
+        return CliRunner().invoke(command, [*words, *options])
+
+    def launch(self, *words: str, url: str | None = None) -> Result:
+        return self.invoke(cli.launch_workers, "--cpus", "1", *words, url=url)
+
+    def refused(self, result: Result, *words: str, code: int = 1) -> str:
+        """Asserts one line with these words, that exit status, and that nothing was made."""
+        assert result.exit_code == code, result.output + repr(result.exception)
+        lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "Error:"))]
+        assert len(lines) == 1, result.stderr
+        for word in words:
+            assert word in lines[0]
+        assert "Traceback" not in result.output
+        assert result.stdout == ""
+        assert studying.list_studies(self.storage) == []
+        assert not (self.folder / "logs").exists()
+        return lines[0]
+
+
+@pytest.fixture
+def place(tmp_path: Path, database_url: str, bars: list[str]) -> Iterator[Place]:
+    found = Place(tmp_path, database_url, bars)
+    yield found
+    found.storage.engine.dispose()
+
+
+def with_cell(lines: list[str], row: int, column: int, value: str) -> list[str]:
+    cells = lines[row - 1].split(",")
+    cells[column] = value
+    return [*lines[: row - 1], ",".join(cells), *lines[row:]]
+
+
+@pytest.mark.parametrize("value", ["", "nan", "0", "-3.5", "n/a", "inf"])
+def test_a_price_that_is_none_names_file_and_row(place: Place, value: str) -> None:
+    place.write("SP500.csv", with_cell(place.bars, 57, 4, value))
+    place.refused(place.launch(), "SP500.csv", "row 57", "close")
+
+
+def test_no_close_column(place: Place) -> None:
+    place.write("SP500.csv", ["timestamp,open", "2024-01-01,3"])
+    place.refused(place.launch(), "SP500.csv", "no close column")
+
+
+def test_too_few_bars(place: Place) -> None:
+    place.write("SP500.csv", place.bars[:150])
+    place.refused(place.launch(), "SP500", "149 bars", "178")
+
+
+def test_a_missing_folder_and_a_missing_symbol(place: Place) -> None:
+    place.refused(place.launch("--data-dir", str(place.folder / "none")), "none", "--data-dir")
+    place.refused(place.launch("--symbols", "BTCUSD"), "BTCUSD", "SP500")
+
+
+@pytest.mark.parametrize("symbol", ["../x", "a/b", "sp500", ".hidden", "SP 500"])
+def test_what_is_no_symbol(place: Place, symbol: str) -> None:
+    place.refused(place.launch("--symbols", symbol), repr(symbol), code=2)
+
+
+def test_a_file_that_is_no_price_series_is_passed_over_with_a_line(place: Place) -> None:
+    place.write("data_summary.csv", ["symbol,rows", "SP500,300"])
+    place.write("NOTES.csv", ["a,b", "1,2"])
+    series, notes = studying.read_series(cli.configuration.load(place.settings), [])
+    assert [item.symbol for item in series] == ["SP500"]
+    assert [note for note in notes if "data_summary.csv" in note]
+    assert [note for note in notes if "NOTES.csv" in note and "neither a time nor a close column" in note]
+
+
+def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> None:
+    cells = place.bars[-1].split(",")
+    place.write("SP500.csv", [*place.bars, ",".join([*cells[:4], "9999", cells[5]])])
+    series, notes = studying.read_series(cli.configuration.load(place.settings), [])
+    assert series[0].bars.close[-1] == 9999
+    assert len([note for note in notes if "repeat a timestamp" in note]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--models", "totto"], ["totto", "toto"]),
+        (["--trials", "0"], ["--trials"]),
+        (["--gpus", "0", "--cpus", "1"], ["exclude each other"]),
+        (["--gpus", "x"], ["--gpus", "'x'"]),
+        (["--symbols", ","], ["--symbols"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_usage(place: Place, words: list[str], said: list[str]) -> None:
+    place.refused(place.launch(*words), *said, code=2)
+
+
+def test_a_gpu_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    place.refused(place.invoke(cli.launch_workers, "--gpus", "7"), "--gpus 7", "no such GPU")
+
+
+def test_an_unknown_aggregate_in_the_settings(place: Place) -> None:
+    place.settings.write_text(place.settings.read_text() + "\n[search]\n")
+    place.settings.write_text(place.settings.read_text().replace("[workers]", 'aggregates = ["meen"]\n[workers]'))
+    place.refused(place.launch(), "[toto] aggregates", "meen")
+
+
+def test_databases_that_cannot_be_used(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.refused(place.launch(url="postgresql://u:hunter2@127.0.0.1:1/d"), "refused")
+    monkeypatch.setenv("PGPASSWORD", "hunter2")
+    wrong = place.launch(url=place.url.replace("studies@", "studies:hunter3@"))
+    line = place.refused(wrong, "password authentication failed")
+    assert "hunter" not in line
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def missing_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.unembed.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def extra_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "surplus": np.zeros(3, np.float32)}, folder / "model.safetensors")
+
+
+def wrong_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.unembed.bias": np.zeros(3, np.float32)}, folder / "model.safetensors")
+
+
+def pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncated, "model.safetensors"),
+        (missing_tensor, "unembed.weight"),
+        (extra_tensor, "surplus"),
+        (wrong_shape, "unembed.bias"),
+        (pickle, "safetensors"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(place: Place, damage: Callable[[Path], None], said: str) -> None:
+    folder = place.folder / "weights"
+    shutil.copytree(TINY, folder)
+    damage(folder)
+    place.settings.write_text(place.settings.read_text().replace("toto-tiny", "./weights"))
+    place.refused(place.launch(), said)
+
+
+def test_a_hub_that_cannot_be_reached_says_how_to_name_a_folder(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    place.settings.write_text(place.settings.read_text().replace("toto-tiny", "Datadog/Toto-Open-Base-1.0"))
+    place.refused(place.launch(), "Datadog/Toto-Open-Base-1.0", "folder")
+
+
+def test_a_corrupt_promoted_file_is_left_as_it_is(place: Place) -> None:
+    path = place.folder / "hyperparams" / "best" / "SP500.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"symbol": "SP500", ')
+    place.refused(place.launch(), "best/SP500.json")
+    assert path.read_text() == '{"symbol": "SP500", '
+
+
+def test_promote_before_any_study(place: Place) -> None:
+    place.refused(place.invoke(cli.promote), "launch-workers")
+    place.refused(place.invoke(cli.promote, "--min-improvement", "2"), "--min-improvement", code=2)
+
+
+def open_study(place: Place) -> studying.Study:
+    """A study as launch-workers opens it, unfinished."""
+    config = cli.configuration.load(place.settings)
+    series, _ = studying.read_series(config, [])
+    checkpoint = cli.checkpoint_fingerprint(config, "toto")
+    (opened,) = studying.open_studies(place.storage, config, series, ["toto"], {"toto": checkpoint})
+    return opened.study
+
+
+def mismatch(place: Place) -> str:
+    result = place.launch()
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert not (place.folder / "logs").exists()
+    return line
+
+
+def test_changed_history_under_an_unfinished_study(place: Place) -> None:
+    study = open_study(place)
+    place.write("SP500.csv", with_cell(place.bars, 20, 4, "1234.5"))
+    line = mismatch(place)
+    assert study.name in line
+    assert "the bars up to its last bar" in line
+    assert "studies retire" in line
+    # Rows that are appended change nothing: the study goes on at the bars it was opened on.
+    later = "2019-01-02," + place.bars[-1].split(",", 1)[1]
+    place.write("SP500.csv", [*place.bars, later])
+    assert open_study(place) == study
+
+
+def test_changed_search_space_under_an_existing_study(place: Place) -> None:
+    open_study(place)
+    place.settings.write_text(place.settings.read_text().replace("[workers]", "num_samples = [64]\n[workers]"))
+    assert "search space" in mismatch(place)
+
+
+def test_retire_makes_room_for_a_new_study(place: Place) -> None:
+    study = open_study(place)
+    place.settings.write_text(place.settings.read_text().replace("[workers]", "num_samples = [64]\n[workers]"))
+    result = place.invoke(cli.studies, "retire", study.name)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{study.name}~")
+    fresh = open_study(place)
+    assert fresh.name == study.name
+    assert fresh.study_id != study.study_id
+    assert place.invoke(cli.studies, "retire", "NONE/toto@2020-01-01").exit_code == 1
+
+
+def test_list_and_show(place: Place) -> None:
+    empty = place.invoke(cli.studies, "list", "--json")
+    assert json.loads(empty.stdout) == []
+    study = open_study(place)
+    (row,) = json.loads(place.invoke(cli.studies, "list", "--json").stdout)
+    assert (row["study"], row["state"], row["done"], row["budget"]) == (study.name, "running", 0, 100)
+    assert study.name in place.invoke(cli.studies, "list").stdout
+    shown: dict[str, Any] = json.loads(place.invoke(cli.studies, "show", study.name, "--json").stdout)
+    assert shown["definition"]["as_of"] == study.as_of
+    assert study.name in place.invoke(cli.studies, "show", study.name).stdout
+    missing = place.invoke(cli.studies, "show", "NONE/toto@2020-01-01")
+    assert missing.exit_code == 1
+    assert "studies list" in missing.stderr
+
+
+def test_url_hides_the_password(place: Place, database_server: Any) -> None:
+    password = database_server.passfile.read_text().strip().rsplit(":", 1)[1]
+    url = place.url.replace("studies@", f"studies:{password}@")
+    for words in (["url"], ["url", "--export"]):
+        result = place.invoke(cli.studies, *words, url=url)
+        assert result.exit_code == 0
+        assert password not in result.output
+        assert "postgresql://studies@127.0.0.1" in result.stdout
+
+
+def test_the_private_server_is_started_used_and_stopped(place: Place, scratch: Path) -> None:
+    folder = scratch / "private"
+    place.settings.write_text(place.settings.read_text() + f'[storage]\ndata_dir = "{folder}"\n')
+
+    def studies(*words: str) -> Result:
+        return CliRunner().invoke(cli.studies, [*words, "--config", str(place.settings)], env=dict(os.environ))
+
+    before = studies("list")
+    assert before.exit_code == 1
+    assert "launch-workers" in before.stderr
+    assert not folder.exists()
+    exported = studies("url", "--export").stdout.splitlines()
+    assert exported[0].startswith("export OPTUNA_STORAGE=postgresql://studies@127.0.0.1:")
+    assert exported[1] == f"export PGPASSFILE={folder / 'pgpass'}"
+    assert studies("list", "--json").stdout == "[]\n"
+    assert studies("stop").stdout == "stopped\n"
+    assert studies("stop").stdout == "not running\n"
+
+
+@pytest.mark.parametrize("command", [cli.launch_workers, cli.promote, *cli.studies.commands.values()])
+def test_every_command_has_help_with_an_example(command: click.Command) -> None:
+    text = CliRunner().invoke(command, ["--help"]).stdout
+    assert command.help
+    assert "--config" in text
+    assert "STUDIES_CONFIG" in text
+    assert f"studies {command.name}" in text or f"\n  {command.name} " in text
