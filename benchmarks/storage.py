@@ -58,7 +58,7 @@ class Mixed(Space):
         return floats | {name: trial.suggest_categorical(name, choices) for name, choices in KINDS.items()}
 
 
-SPACE = Mixed(model="toto", choices={}, fixed={})
+SPACE = Mixed(model="toto", knobs={}, fixed={})
 
 
 def value(params: Mapping[str, Any]) -> float:
@@ -132,7 +132,7 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
         optuna_study=optuna.load_study(
             study_name=name,
             storage=storage,
-            sampler=sampler.make_sampler(),
+            sampler=sampler.make_sampler(conditional=False),
             pruner=sampler.make_pruner(PRUNE_WORST),
         ),
     )

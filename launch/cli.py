@@ -202,6 +202,8 @@ def open_storage(config: Config, *, start: bool = False) -> Any:
 def checked_models(models: Sequence[Sequence[str]], config: Config) -> tuple[str, ...]:
     """The models asked for. Usage error for an unknown one."""
     names = flat(models) or config.search.models
+    if "both" in names:
+        names = tuple(MODELS)
     for name in names:
         if name not in MODELS:
             raise click.BadParameter(
@@ -221,7 +223,9 @@ def checked_symbols(symbols: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 
 symbols_option = click.option("--symbols", type=Names(), multiple=True, help="Only these symbols.")
-models_option = click.option("--models", type=Names(), multiple=True, help=f"Of {','.join(MODELS)}.")
+models_option = click.option(
+    "--models", type=Names(), multiple=True, help=f"Of {','.join(MODELS)}; 'both' are all.  [default: both]"
+)
 
 
 # --- launch-workers -------------------------------------------------------------------------------------------
@@ -233,6 +237,9 @@ models_option = click.option("--models", type=Names(), multiple=True, help=f"Of 
 @symbols_option
 @models_option
 @click.option("--trials", type=click.IntRange(min=1), help="Finished trials a study; more raises a study's budget.")
+@click.option(
+    "--objective", type=click.Choice(["sampled", "exact"]), help="exact: no sampling noise.  [default: sampled]"
+)
 @shared
 def launch_workers(
     config: Config,
@@ -241,6 +248,7 @@ def launch_workers(
     symbols: Sequence[Sequence[str]],
     models: Sequence[Sequence[str]],
     trials: int | None,
+    objective: str | None,
 ) -> None:
     """Search: go on with every unfinished study of the symbols and models, open those that are missing.
 
@@ -260,8 +268,15 @@ def launch_workers(
     if gpus and cpus:
         raise click.UsageError("--gpus and --cpus exclude each other: start one launch-workers for each")
     model_names, symbol_names = checked_models(models, config), checked_symbols(symbols)
-    if trials:
-        config = replace(config, search=replace(config.search, trials=trials))
+    config = replace(
+        config,
+        search=replace(
+            config.search,
+            models=model_names,
+            trials=trials or config.search.trials,
+            objective=objective or config.search.objective,
+        ),
+    )
     seats = devices.seats(flat(gpus) or None, cpus)
     series, notes = studying.read_series(config, symbol_names)
     checkpoints = {model: checkpoint_fingerprint(config, model) for model in model_names}
@@ -340,8 +355,9 @@ class Progress:
 def checkpoint_fingerprint(config: Config, model: str) -> str:
     """Of the weights that the settings name. Raises CheckpointError."""
     import forecasters
+    from launch.worker import checkpoint_of
 
-    return forecasters.inspect(model, checkpoint=config.toto.checkpoint, revision=config.toto.revision or None)
+    return forecasters.inspect(model, **checkpoint_of(config, model))
 
 
 def plural(word: str, count: int) -> str:

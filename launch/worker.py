@@ -17,15 +17,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import forecasters
-from forecasters import CheckpointError, Forecaster, ForecastError
+from forecasters import CheckpointError, ForecastError
 from objectives.mae import Evaluator
 from objectives.windows import DataError
 from storage import DatabaseUnavailable, configs, database, slots
 from storage.database import RetryingStorage
 from storage.slots import Slot
 from studies import config as configuration
+from studies import space as spaces
 from studies import study as studying
 from studies.config import Config, ConfigError
 from studies.study import Run, Series, Study, StudyMismatch
@@ -226,24 +228,32 @@ class Worker:
         return self.series[symbol]
 
     def _load(self, model: str) -> Evaluator:
-        forecaster = load_forecaster(self.config, model, self.device)
+        forecaster = forecasters.load(model, device=self.device, **checkpoint_of(self.config, model))
         return Evaluator(
             forecaster,
-            cache_bytes=cache_bytes(self.config, workers=len(self.job.devices)),
+            cache_bytes=cache_bytes(self.config, workers=len(self.job.devices) * len(self.config.search.models)),
             chunk_size=self.config.search.rung,
-            max_num_samples=max(self.config.toto.num_samples),
+            max_num_samples=max(spaces.sample_counts(model, self.config)),
+            exact=self.config.search.objective == "exact",
         )
 
 
-def load_forecaster(config: Config, model: str, device: str) -> Forecaster:
-    """The settings' checkpoint of a model on a device. Raises CheckpointError."""
-    return forecasters.load(
-        model, checkpoint=config.toto.checkpoint, revision=config.toto.revision or None, device=device
-    )
+def checkpoint_of(config: Config, model: str) -> dict[str, Any]:
+    """Where the settings say a model's weights are, as `forecasters.load` and `inspect` take it."""
+    if model == "toto":
+        return {"checkpoint": config.toto.checkpoint, "revision": config.toto.revision or None}
+    kronos = config.kronos
+    return {
+        "checkpoint": kronos.checkpoint,
+        "revision": kronos.revision or None,
+        "tokenizer": kronos.tokenizer or None,
+        "tokenizer_revision": kronos.tokenizer_revision or None,
+        "network_context": kronos.network_context,
+    }
 
 
 def cache_bytes(config: Config, *, workers: int) -> int:
-    """How many bytes of encoded windows one worker may keep."""
+    """How many bytes of encoded windows each of so many evaluators may keep."""
     if config.workers.cache_mib:
         return config.workers.cache_mib * 2**20
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

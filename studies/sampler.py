@@ -113,9 +113,12 @@ class _AsRead:
         return self.complete
 
 
-def make_sampler() -> optuna.samplers.BaseSampler:
-    """Unseeded: two workers with one seed would propose the same trials (measured)."""
-    return DistinctTPESampler(multivariate=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS)
+def make_sampler(*, conditional: bool) -> optuna.samplers.BaseSampler:
+    """Unseeded: two workers with one seed would propose the same trials (measured).
+
+    conditional: some knob is not in every trial.
+    """
+    return DistinctTPESampler(multivariate=True, constant_liar=True, group=conditional, n_startup_trials=STARTUP_TRIALS)
 
 
 def make_pruner(prune_worst: float) -> optuna.pruners.BasePruner:

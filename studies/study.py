@@ -131,7 +131,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
         "model": model,
         "as_of": as_of,
         "metric": METRIC,
-        "objective": "sampled",
+        "objective": config.search.objective,
         "bars": windows.bars_fingerprint(bars),
         "windows": {
             "horizon": counts.horizon,
@@ -147,11 +147,11 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
 
 
 MISMATCHES = {
+    "objective": "its objective is another (sampled or exact), which never mix; set --objective back",
     "bars": "the bars up to its last bar are not those it was opened on; restore the file's history",
     "windows": "[windows] or [search] rung differ from those it was opened with; set them back",
     "space": "the model's search space differs from the one it was opened with; set it back",
     "checkpoint": "the model's checkpoint is not the one it was opened with; set it back",
-    "objective": "its objective differs; set it back",
     "metric": "its metric differs",
 }
 
@@ -333,14 +333,15 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
     """Make ready to work on a study. Raises DataError, StudyMismatch."""
     definition = define(config, series, study.model, study.as_of, checkpoint)
     check_definition(study, definition)
+    space = spaces.make(study.model, config)
     return Run(
         study=study,
-        space=spaces.make(study.model, config),
+        space=space,
         split=split_windows(config, study.symbol, windows.bars_until(series.bars, study.as_of)),
         optuna_study=optuna.load_study(
             study_name=study.name,
             storage=storage,
-            sampler=sampler.make_sampler(),
+            sampler=sampler.make_sampler(conditional=space.conditional),
             pruner=sampler.make_pruner(config.search.prune_worst),
         ),
     )
@@ -430,7 +431,7 @@ def confirm(storage: RetryingStorage, run: Run, evaluator: Evaluator) -> dict[st
     best = best_trial(run)
     candidate = None
     if best is not None:
-        params = {**run.space.fixed, **best.params}
+        params = run.space.complete(best.params)
         candidate = {"trial": best.number, "params": params, **_measure_both(run, evaluator, params)}
     baselines = {
         label: {"params": result["params"], **_measure_both(run, evaluator, result["params"])}

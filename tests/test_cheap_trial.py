@@ -268,7 +268,7 @@ def test_our_pruner_decides_as_optunas(database_url: str) -> None:
 
 # --- a worker's trial --------------------------------------------------------------------------------------------
 
-SPACE = Space(model="toto", choices={"a": tuple(range(20)), "b": ("x", "y", "z"), "c": (1, 2, 4, 8)}, fixed={})
+SPACE = Space(model="toto", knobs={"a": tuple(range(20)), "b": ("x", "y", "z"), "c": (1, 2, 4, 8)}, fixed={})
 
 
 class Evaluator:
@@ -308,7 +308,10 @@ def run(ours: RetryingStorage) -> Run:
         space=SPACE,
         split=cast(Any, SimpleNamespace(validation=None)),
         optuna_study=optuna.load_study(
-            study_name="s", storage=ours, sampler=sampler.make_sampler(), pruner=sampler.make_pruner(0.25)
+            study_name="s",
+            storage=ours,
+            sampler=sampler.make_sampler(conditional=False),
+            pruner=sampler.make_pruner(0.25),
         ),
     )
 
@@ -334,7 +337,7 @@ def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage
     assert found["statement"] <= 11
     first, *_, last = stock_trials(run)
     assert (first.params, first.user_attrs["label"]) == ({"a": 3, "b": "y", "c": 8}, "incumbent")
-    assert (last.value, last.intermediate_values, last.params.keys()) == (0.9, {0: 0.9}, SPACE.choices.keys())
+    assert (last.value, last.intermediate_values, last.params.keys()) == (0.9, {0: 0.9}, SPACE.knobs.keys())
     (complete,) = [trial for trial in stock_trials(run) if trial.number == 12]
     assert complete.intermediate_values == dict.fromkeys(range(10), 0.5)
     assert complete.user_attrs["measured"]["seconds"] == {"encode": 0.1, "draw": 0.2, "aggregate": 0.3}

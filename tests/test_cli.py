@@ -40,7 +40,8 @@ class Place:
         self.write("SP500.csv", bars)
         self.settings = folder / "studies.toml"
         self.settings.write_text(
-            '[data]\ndir = "bars"\n[toto]\ncheckpoint = "toto-tiny"\n[workers]\nlog_dir = "logs"\n'
+            '[data]\ndir = "bars"\n[search]\nmodels = ["toto"]\n'
+            '[kronos]\ncheckpoint = "kronos-tiny"\n[toto]\ncheckpoint = "toto-tiny"\n[workers]\nlog_dir = "logs"\n'
             '[hyperparams]\ndir = "hyperparams"\n'
         )
         self.storage = database.open_storage(url, wait_s=5, create=False)
@@ -148,7 +149,6 @@ def test_a_gpu_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_unknown_aggregate_in_the_settings(place: Place) -> None:
-    place.settings.write_text(place.settings.read_text() + "\n[search]\n")
     place.settings.write_text(place.settings.read_text().replace("[workers]", 'aggregates = ["meen"]\n[workers]'))
     place.refused(place.launch(), "[toto] aggregates", "meen")
 

@@ -35,6 +35,13 @@ checkpoint = "toto-tiny"
 context_length = 256
 num_samples = [64, 128, 256]
 aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
+[kronos]
+checkpoint = "kronos-tiny"
+max_context = [128, 192]
+clip = [1.0, 1.4]
+sample_count = [96, 128]
+[search]
+models = ["toto"]
 [workers]
 lease_s = 2.0
 log_dir = "logs"
@@ -73,13 +80,14 @@ class Place:
             assert time.monotonic() < deadline, "the run does not get on"
             time.sleep(0.02)
 
-    def trials(self, symbol: str) -> list[optuna.trial.FrozenTrial]:
-        (study,) = [study for study in studying.list_studies(self.storage) if study.symbol == symbol]
+    def trials(self, symbol: str, model: str = "toto") -> list[optuna.trial.FrozenTrial]:
+        names = (symbol, model)
+        (study,) = [study for study in studying.list_studies(self.storage) if (study.symbol, study.model) == names]
         return optuna.load_study(study_name=study.name, storage=self.storage).get_trials(deepcopy=False)
 
-    def assert_exact(self, budget: int, *symbols: str) -> None:
+    def assert_exact(self, budget: int, *symbols: str, model: str = "toto") -> None:
         for symbol in symbols:
-            trials = self.trials(symbol)
+            trials = self.trials(symbol, model)
             states = [trial.state for trial in trials]
             assert states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED) == budget
             assert TrialState.RUNNING not in states
@@ -181,12 +189,66 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     place.assert_exact(15, "NASDAQ")
 
 
+@pytest.mark.parametrize("objective", ["sampled", "exact"])
+def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -> None:
+    kronos = {"temperature": 0.15, "top_p": 0.82, "top_k": 16, "sample_count": 208, "max_context": 192, "clip": 1.8}
+    incumbent(place, "SP500", kronos, model="kronos")
+    place.run("launch-workers", "--cpus", "2", "--models", "both", "--trials", "12", "--objective", objective)
+    for model in ("toto", "kronos"):
+        place.assert_exact(12, "SP500", "NASDAQ", model=model)
+    counts = {"toto": "num_samples", "kronos": "sample_count"}
+    for model, name in counts.items():
+        assert all((name in t.params) is (objective == "sampled") for t in place.trials("SP500", model))
+
+    rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--json").stdout)}
+    studies = {study.name: study for study in studying.list_studies(place.storage)}
+    for symbol, row in rows.items():
+        assert set(row["candidates"]) == {"toto", "kronos"} if "kronos" in row["candidates"] else {"toto"}
+        assert studies[row["study"]].definition["objective"] == objective
+        for model in row["candidates"]:
+            best = min(t.value for t in place.trials(symbol, model) if t.state == TrialState.COMPLETE and t.value)
+            assert row["candidates"][model] == best
+    # The settings say toto alone, so promote considered toto alone; asked for both, the better one is promoted.
+    rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--models", "both", "--json").stdout)}
+    row = rows["SP500"]
+    assert row["candidates"][row["model"]] == min(row["candidates"].values())
+    files = {
+        folder: json.loads((place.folder / f"hyperparams/{folder}/NASDAQ.json").read_text())
+        for folder in ("best", "toto", "kronos")
+    }
+    assert files["kronos"]["model"] == "kronos"
+    assert files["toto"]["model"] == "toto"
+    assert files["best"] == files[files["best"]["model"]]
+    again = json.loads(place.run("promote", "--models", "both", "--json").stdout)
+    assert [row["written"] for row in again] == [[], []]
+
+
+def test_an_incumbent_of_the_other_model_is_compared_where_it_was_measured(place: Place) -> None:
+    kronos = {"temperature": 0.4, "top_p": 0.95, "top_k": 0, "sample_count": 96, "max_context": 128, "clip": 1.0}
+    incumbent(place, "SP500", kronos, model="kronos")
+    place.run("launch-workers", "--cpus", "2", "--models", "toto", "--trials", "8", "--symbols", "SP500")
+    (row,) = json.loads(place.run("promote", "--json").stdout)
+    assert (row["decision"], row["reason"]) == ("kept", "not comparable")  # no study has measured it yet
+    place.run("launch-workers", "--cpus", "2", "--models", "kronos", "--trials", "8", "--symbols", "SP500")
+    (row,) = json.loads(place.run("promote", "--json", "--models", "toto").stdout)
+    assert row["incumbent_model"] == "kronos"
+    assert row["incumbent_mae"] > 0
+    assert row["improvement"] == pytest.approx((row["incumbent_mae"] - row["best_mae"]) / row["incumbent_mae"])
+
+
+def test_sampled_and_exact_never_mix(place: Place) -> None:
+    place.run("launch-workers", "--cpus", "1", "--trials", "3", "--symbols", "SP500")
+    refused = place.run("launch-workers", "--cpus", "1", "--symbols", "SP500", "--objective", "exact", code=1)
+    assert "objective" in refused.stderr
+    assert "studies retire" in refused.stderr
+
+
 def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
     # A space of two cells makes every trial a repeat, of both workers and in any order of warm and cold caches.
     text = SETTINGS.replace("[64, 128, 256]", "[64, 128]").replace(
         'aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]', 'aggregates = ["median"]'
     )
-    (place.folder / "studies.toml").write_text(text + "[search]\nprune_worst = 0.0\n")
+    (place.folder / "studies.toml").write_text(text.replace("[search]", "[search]\nprune_worst = 0.0"))
     place.run("launch-workers", "--cpus", "2", "--trials", "24", "--symbols", "SP500")
     values, workers = defaultdict(set), defaultdict(set)
     for trial in place.trials("SP500"):

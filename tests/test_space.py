@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import optuna
@@ -29,7 +30,7 @@ def test_context_length_becomes_a_knob_where_it_is_a_list(tmp_path: Path) -> Non
     path = tmp_path / "c.toml"
     path.write_text("[toto]\ncontext_length = [512, 4096]\n")
     space = spaces.make("toto", configuration.load(path))
-    assert space.choices["context_length"] == (512, 4096)
+    assert space.knobs["context_length"] == (512, 4096)
     assert space.fixed == {}
 
 
@@ -41,11 +42,77 @@ def test_what_the_search_cannot_propose_is_not_contained(space: spaces.Space) ->
 
 
 def test_the_fingerprint_follows_choices_and_their_order(space: spaces.Space) -> None:
-    other = spaces.Space(model="toto", choices=space.choices, fixed={"context_length": 512})
-    turned = spaces.Space(
-        model="toto", choices={**space.choices, "num_samples": space.choices["num_samples"][::-1]}, fixed=space.fixed
-    )
+    other = spaces.Space(model="toto", knobs=space.knobs, fixed={"context_length": 512})
+    turned = spaces.Space(model="toto", knobs={**space.knobs, "num_samples": (64, 4096)}, fixed=space.fixed)
     assert len({space.fingerprint(), other.fingerprint(), turned.fingerprint()}) == 3
+
+
+@pytest.fixture
+def kronos() -> spaces.Space:
+    return spaces.make("kronos", configuration.load())
+
+
+def test_kronos_searches_top_p_only_where_top_k_is_0(kronos: spaces.Space) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    seen = set()
+    for _ in range(60):
+        trial = study.ask()
+        params = kronos.suggest(trial)
+        seen.add(params["top_k"] == 0)
+        assert ("top_p" in trial.params) is (params["top_k"] == 0)
+        assert (params["top_p"] == spaces.DEAD_TOP_P) is (params["top_k"] != 0)
+        assert kronos.contains(params)
+        assert kronos.searched(params) == trial.params
+        assert kronos.complete(trial.params) == params
+        assert round(params["clip"] * 5) == pytest.approx(params["clip"] * 5)
+        study.tell(trial, 0.0)
+    assert seen == {True, False}
+
+
+def test_a_kronos_space_survives_json(kronos: spaces.Space) -> None:
+    again = spaces.Space.from_json("kronos", json.loads(json.dumps(kronos.to_json())))
+    assert again == kronos
+    assert again.fingerprint() == kronos.fingerprint()
+
+
+def test_kronos_promoted_config_round_trip(kronos: spaces.Space) -> None:
+    stored = {"temperature": 0.15, "top_p": 0.82, "top_k": 16, "sample_count": 208, "max_context": 224, "clip": 1.8}
+    params = spaces.from_promoted("kronos", stored, kronos)
+    assert params == {**stored, "top_p": spaces.DEAD_TOP_P}  # dead beside top_k 16
+    assert not kronos.contains(params)  # 208 samples are no choice: measured, not searched
+    assert kronos.contains({**params, "sample_count": 224})
+    assert not kronos.contains({**params, "sample_count": 224, "clip": 1.85})
+    assert spaces.to_promoted("kronos", params, kronos) == params
+    for name in stored:
+        with pytest.raises(ValueError, match=name):
+            spaces.from_promoted("kronos", {**stored, name: None}, kronos)
+
+
+def test_an_exact_objective_searches_no_number_of_samples(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[search]\nobjective = "exact"\n')
+    config = configuration.load(path)
+    toto, kronos = spaces.make("toto", config), spaces.make("kronos", config)
+    assert "num_samples" not in toto.knobs
+    assert "sample_count" not in kronos.knobs
+    assert spaces.to_promoted("toto", {"aggregate": "mean", "context_length": 4096}, toto)["num_samples"] == 4096
+    params = {"temperature": 0.1, "top_k": 12, "top_p": 1.0, "max_context": 128, "clip": 2.0}
+    assert spaces.to_promoted("kronos", params, kronos)["sample_count"] == 320
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[windows]\nhorizon = 128\n",
+        '[windows]\nhorizon = 7\n[search]\nobjective = "exact"\n',
+        "[windows]\nhorizon = 64\n[kronos]\nnetwork_context = 64\n",
+    ],
+)
+def test_horizons_that_kronos_has_no_answer_for(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(configuration.ConfigError, match=r"\[windows\] horizon .*--models toto"):
+        spaces.make("kronos", configuration.load(path))
 
 
 @pytest.mark.parametrize("num_samples", [1, 16, 48, 64, 96, 97, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 5000])
