@@ -100,82 +100,74 @@ class Evaluator:
             if done and on_rung is not None:
                 on_rung(len(done), float(_errors(windows, points)[done].mean()))
             rows = list(chunk)
-            chunk_seeds = tuple(seeds[row] for row in chunk)
-            if self.exact:
-                points[rows] = self._exact_points(windows, chunk, plan, chunk_seeds, aggregate, seconds)
-            else:
-                points[rows] = self._sampled_points(windows, chunk, plan, chunk_seeds, aggregate, seconds)
+            asked = _Chunk(windows=windows, indices=chunk, seeds=tuple(seeds[row] for row in chunk))
+            points_of = self._exact_points if self.exact else self._sampled_points
+            points[rows] = points_of(asked, plan, aggregate, seconds)
             bad = ~np.isfinite(points[rows]).all(axis=1)
             _check(windows, chunk, int(bad.argmax()) if bad.any() else None)
             done += rows
         return _measurement(windows, points, seconds)
 
     def _sampled_points(
-        self,
-        windows: Windows,
-        chunk: Sequence[int],
-        plan: _Plan,
-        seeds: tuple[int, ...],
-        aggregate: Aggregate,
-        seconds: dict[str, float],
+        self, chunk: _Chunk, plan: _Plan, aggregate: Aggregate, seconds: dict[str, float]
     ) -> np.ndarray:
         """Points of the chunk's windows, [W, H], from the samples that params ask for."""
-        encode_key = self._encode_key(windows, chunk, plan)
-        key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, seeds)
+        encode_key = self._encode_key(chunk, plan)
+        key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, chunk.seeds)
         draw = self._cache.get(key)
         if not isinstance(draw, Draw) or (plan.count is not None and plan.count > draw.count):
-            with _naming(windows.symbol):
-                encoded = self._encoded(encode_key, windows, chunk, plan, seconds)
+            with _naming(chunk.windows.symbol):
+                encoded = self._encoded(encode_key, chunk, plan, seconds)
                 with _timed(seconds, "draw"):
-                    samples = self.forecaster.draw(encoded, plan.asked, seeds)
+                    samples = self.forecaster.draw(encoded, plan.asked, chunk.seeds)
                     draw = Draw(samples)
             self._cache.put(encode_key, encoded)  # after its use: what Kronos looked up has made it larger
-            expected = (len(chunk), draw.count if plan.drawn is None else plan.drawn, windows.horizon)
+            expected = (len(chunk.indices), draw.count if plan.drawn is None else plan.drawn, chunk.windows.horizon)
             if samples.shape != expected:
                 raise ValueError(f"{self.forecaster.model} drew {list(samples.shape)} and not {list(expected)}")
         with _timed(seconds, "aggregate"):
-            _check(windows, chunk, draw.non_finite_window(plan.count))
+            _check(chunk.windows, chunk.indices, draw.non_finite_window(plan.count))
             points = draw.aggregate(aggregate, plan.count)
         self._cache.put(key, draw)  # after its use: sorting has made it larger
         return points
 
-    def _exact_points(
-        self,
-        windows: Windows,
-        chunk: Sequence[int],
-        plan: _Plan,
-        seeds: tuple[int, ...],
-        aggregate: Aggregate,
-        seconds: dict[str, float],
-    ) -> np.ndarray:
+    def _exact_points(self, chunk: _Chunk, plan: _Plan, aggregate: Aggregate, seconds: dict[str, float]) -> np.ndarray:
         """Points of the chunk's windows, [W, H], without samples."""
-        key = self._encode_key(windows, chunk, plan)
-        with _naming(windows.symbol):
-            encoded = self._encoded(key, windows, chunk, plan, seconds)
+        key = self._encode_key(chunk, plan)
+        with _naming(chunk.windows.symbol):
+            encoded = self._encoded(key, chunk, plan, seconds)
             with _timed(seconds, "draw"):
-                answer = cast(ExactForecaster, self.forecaster).exact(encoded, plan.draw_params, seeds)
+                answer = cast(ExactForecaster, self.forecaster).exact(encoded, plan.draw_params, chunk.seeds)
             self._cache.put(key, encoded)
             with _timed(seconds, "aggregate"):
                 return exact_points(answer, aggregate)
 
-    def _encode_key(self, windows: Windows, chunk: Sequence[int], plan: _Plan) -> tuple[Hashable, ...]:
+    def _encode_key(self, chunk: _Chunk, plan: _Plan) -> tuple[Hashable, ...]:
         # Whole chunks, not windows, are kept: then no window is ever in a batch of other company.
         return (
             self.forecaster.fingerprint,
             tuple(plan.encode_params.items()),
-            windows.horizon,
-            windows.digest(chunk),
+            chunk.windows.horizon,
+            chunk.windows.digest(chunk.indices),
         )
 
-    def _encoded(
-        self, key: Hashable, windows: Windows, chunk: Sequence[int], plan: _Plan, seconds: dict[str, float]
-    ) -> Any:
+    def _encoded(self, key: Hashable, chunk: _Chunk, plan: _Plan, seconds: dict[str, float]) -> Any:
         encoded: Any = self._cache.get(key)
         if encoded is None:
             with _timed(seconds, "encode"):
-                encoded = self.forecaster.encode(windows.contexts(chunk), plan.encode_params, windows.horizon)
+                contexts = chunk.windows.contexts(chunk.indices)
+                encoded = self.forecaster.encode(contexts, plan.encode_params, chunk.windows.horizon)
             self._cache.put(key, encoded)
         return encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Windows that are always computed together."""
+
+    windows: Windows
+    indices: Sequence[int]
+    seeds: tuple[int, ...]  # one a window
 
 
 @dataclass(frozen=True, kw_only=True)

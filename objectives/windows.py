@@ -493,7 +493,7 @@ def timestamp_text(timestamp: np.datetime64) -> str:
     raise ValueError(f"{timestamp} is not a time")
 
 
-# --- fingerprints ------------------------------------------------------------------------------------------
+# --- fingerprint -------------------------------------------------------------------------------------------
 
 
 def bars_fingerprint(bars: Bars) -> str:
@@ -512,12 +512,6 @@ def bars_fingerprint(bars: Bars) -> str:
         if column is not None:
             digest.update(np.ascontiguousarray(column, dtype=column.dtype.newbyteorder("<")).data)
     return digest.hexdigest()
-
-
-def windows_fingerprint(windows: Windows) -> str:
-    """Of the origins as times and the horizon: bars added before or after change nothing."""
-    times = " ".join(map(str, windows.timestamps.astype(np.int64)))
-    return _hash(f"windows {windows.horizon}\n{times}".encode()).hexdigest()
 
 
 def _hash(data: bytes, *, size: int = 16) -> Any:

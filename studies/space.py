@@ -5,8 +5,6 @@ Knows Optuna's trial. Knows nothing of how a forecast is made or where trials ar
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -104,10 +102,6 @@ class Space:
         """The inverse of `to_json`."""
         knobs = {name: Range(**k) if isinstance(k, Mapping) else tuple(k) for name, k in values["knobs"].items()}
         return Space(model=model, knobs=knobs, fixed=values["fixed"])
-
-    def fingerprint(self) -> str:
-        """Changes with any knob, choice, their order (Optuna refuses a changed order) or fixed setting."""
-        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
 
 
 def make(model: str, config: Config) -> Space:

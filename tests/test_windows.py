@@ -471,11 +471,3 @@ def test_fingerprints_see_every_value_and_only_the_bars_given() -> None:
     seen.add(w.bars_fingerprint(replace(bars, volume=np.zeros(30))))
     assert len(seen) == 11
     assert w.bars_fingerprint(bars_of(40).slice(0, 30)) == w.bars_fingerprint(bars)  # appended rows do not matter
-
-
-def test_windows_fingerprint_is_of_times_and_horizon() -> None:
-    windows = Windows(symbol="A", bars=bars_of(40), origins=(20, 25), horizon=2)
-    moved = Windows(symbol="A", bars=bars_of(60).slice(10, 60), origins=(10, 15), horizon=2)
-    assert w.windows_fingerprint(moved) == w.windows_fingerprint(windows)
-    assert w.windows_fingerprint(replace(windows, horizon=1)) != w.windows_fingerprint(windows)
-    assert w.windows_fingerprint(replace(windows, origins=(20, 26))) != w.windows_fingerprint(windows)
