@@ -135,7 +135,7 @@ def _folder(data_dir: Path) -> Path:
     """The resolved data_dir, made if need be."""
     folder = data_dir.expanduser().resolve()
     try:
-        if not folder.exists():
+        with suppress(FileExistsError):  # another process may be making it at this moment
             folder.mkdir(parents=True)
             folder.chmod(0o711 if os.geteuid() == 0 else 0o700)  # the server's user must pass through it
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -228,7 +228,7 @@ def _root_home(owner: pwd.struct_passwd) -> Path:
 
 
 def _make_root_home() -> None:
-    if not _ROOT_HOME.exists():
+    with suppress(FileExistsError):
         _ROOT_HOME.mkdir(parents=True)
         _ROOT_HOME.chmod(0o711)
 
