@@ -6,6 +6,7 @@ Imports no torch: the modules behind `load` do. Knows nothing of windows, studie
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,12 @@ import numpy as np
 
 class ForecastError(RuntimeError):
     """The forecaster could not answer for these inputs (non-finite samples, out of memory, horizon too long)."""
+
+
+def out_of_memory(device: object, what: str, error: Exception) -> ForecastError:
+    """The error of a device that could not hold even this much; `error` is torch's, which may say what it wanted."""
+    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    return ForecastError(f"out of memory on {device} with {what}{f', wanting {wanted[1]} more' if wanted else ''}")
 
 
 class CheckpointError(ValueError):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forecasters import Bars, CheckpointError, Expectation, ForecastError
+from forecasters import Bars, CheckpointError, Expectation, ForecastError, out_of_memory
 from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
 from forecasters.kronos_network import (
     CALENDAR,
@@ -307,6 +307,10 @@ class Kronos:
         self.network = network.eval().requires_grad_(False)
         self.fingerprint, self.network_context = fingerprint, network_context
         self.forwards = 0  # runs of the transformer: a window's (on a CPU) or a batch's prefix, a step of the suffixes
+        # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
+        # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.
+        self._prefill_tokens = 0 if self.device.type == "cpu" else PREFILL_TOKENS  # 0: one window at a time
+        self._draw_rows, self._exact_windows = DRAW_ROWS, EXACT_WINDOWS
         self._s1_size, self._s2_size = 2**network.config.s1_bits, 2**network.config.s2_bits
 
     @property
@@ -330,27 +334,19 @@ class Kronos:
             raise ForecastError(f"horizon {horizon} must be below the network's context of {self.network_context} bars")
         contexts = [bars.slice(max(0, len(bars) - max_context), len(bars)) for bars in contexts]
         windows: dict[int, Window] = {}
-        batches = self._batches([len(bars) for bars in contexts])
-        while batches:
-            batch = batches.pop()
+        while left := [i for i in range(len(contexts)) if i not in windows]:
+            # Together: equal lengths only, for the published code masks padding wrongly.
+            length = len(contexts[left[0]])
+            batch = [i for i in left if len(contexts[i]) == length][: max(1, self._prefill_tokens // length)]
             try:
                 encoded = self._encode([contexts[i] for i in batch], clip, horizon)
             except torch.OutOfMemoryError as error:
                 if len(batch) == 1:
-                    raise ForecastError(f"out of memory on {self.device} with one window") from error
-                batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                    raise out_of_memory(self.device, f"one window of {length} bars", error) from error
+                self._prefill_tokens = -(-len(batch) // 2) * length
                 continue
             windows.update(zip(batch, encoded, strict=True))
         return EncodedBars(windows=[windows[i] for i in range(len(contexts))], horizon=horizon)
-
-    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of contexts to run together: equal lengths only, for the published code masks padding wrongly."""
-        batches: list[list[int]] = []
-        for length in sorted(set(lengths)):
-            same = [i for i, other in enumerate(lengths) if other == length]
-            size = 1 if self.device.type == "cpu" else max(1, PREFILL_TOKENS // length)
-            batches += [same[i : i + size] for i in range(0, len(same), size)]
-        return batches
 
     def _encode(self, contexts: Sequence[Bars], clip: float, horizon: int) -> list[Window]:
         columns = np.stack([columns_of(bars) for bars in contexts])  # [B, 6, T]
@@ -412,18 +408,29 @@ class Kronos:
             raise ForecastError(f"sample_count {count}: at least 1 is needed")
         _check_seeds(encoded, seeds)
         out = np.empty((len(encoded.windows), count, encoded.horizon, len(COLUMNS)))
-        for windows, samples in self._chunks(encoded, count):
+        chunks = self._chunks(encoded, count)[::-1]  # the next one last
+        while chunks:
+            windows, samples = chunks.pop()
+            rows = len(windows) * len(samples)
+            if rows > self._draw_rows:
+                chunks += reversed(_halves(windows, samples))
+                continue
             pick = _keyed_pick(sampling, [seeds[w] for w in windows], samples)
             try:
                 values = self.paths(encoded, windows, len(samples), pick)
-            except torch.OutOfMemoryError as error:  # DRAW_BYTES bounds what is drawn together
-                raise ForecastError(f"out of memory on {self.device} with {len(samples)} samples") from error
+            except torch.OutOfMemoryError as error:
+                if rows == 1:
+                    what = f"one sample of {encoded.horizon} bars"
+                    raise out_of_memory(self.device, what, error) from error
+                self._draw_rows = -(-rows // 2)
+                chunks.append((windows, samples))
+                continue
             out[windows.start : windows.stop, samples.start : samples.stop] = values
         return _finite(out)
 
     def _chunks(self, encoded: EncodedBars, count: int) -> list[tuple[range, range]]:
         """Ranges of windows of one length, and of samples, to draw together within DRAW_ROWS and DRAW_BYTES."""
-        limit = DRAW_ROWS
+        limit = self._draw_rows
         if encoded.horizon > 1:
             config, coder = self.network.config, self.tokenizer.config
             per_bar = 8 * (config.d_model * (config.n_layers + 1) + coder.d_model * (coder.n_dec_layers - 1))
@@ -498,8 +505,8 @@ class Kronos:
 
         def compute(fresh: np.ndarray) -> Tensor:
             parts = []
-            for i in range(0, len(fresh), DRAW_ROWS):
-                rows, tokens = self._split(fresh[i : i + DRAW_ROWS])
+            for i in range(0, len(fresh), self._draw_rows):
+                rows, tokens = self._split(fresh[i : i + self._draw_rows])
                 used, window = np.unique(rows, return_inverse=True)
                 tree = _Tree(self, [encoded.windows[w] for w in used], capacity=len(rows))
                 parts.append(tree.grow(window, window, tokens).cpu())
@@ -530,11 +537,20 @@ class Kronos:
         sampling = sampling_of(params)
         points, bound = np.empty((2, len(encoded.windows), len(COLUMNS)))
         mass = np.empty(len(encoded.windows))
-        for start in range(0, len(encoded.windows), EXACT_WINDOWS):
-            windows = encoded.windows[start : start + EXACT_WINDOWS]
-            for w, (mean, summed, error) in enumerate(self._expect(encoded, start, windows, sampling, seeds), start):
+        start = 0
+        while start < len(encoded.windows):
+            windows = encoded.windows[start : start + self._exact_windows]
+            try:
+                expected = list(self._expect(encoded, start, windows, sampling, seeds))
+            except torch.OutOfMemoryError as error:
+                if len(windows) == 1:
+                    raise out_of_memory(self.device, f"{EXACT_PAIRS} pairs of one window", error) from error
+                self._exact_windows = -(-len(windows) // 2)
+                continue
+            for w, (mean, summed, error) in enumerate(expected, start):
                 points[w] = encoded.windows[w].mean + mean * encoded.windows[w].scale
                 mass[w], bound[w] = summed, error * encoded.windows[w].scale
+            start += len(windows)
         return _finite(points), mass, bound
 
     def _expect(
@@ -594,6 +610,15 @@ def _likeliest(probabilities: np.ndarray, limit: int, mass: float) -> np.ndarray
     kept = kept[np.argpartition(-probabilities[kept], limit)[:limit]]
     kept = kept[np.argsort(-probabilities[kept], kind="stable")]
     return kept[: int(np.searchsorted(probabilities[kept].cumsum(), mass)) + 1]
+
+
+def _halves(windows: range, samples: range) -> list[tuple[range, range]]:
+    """Both halves of what was to be drawn together: of the windows, else of one window's samples."""
+    if len(windows) > 1:
+        middle = len(windows) // 2
+        return [(windows[:middle], samples), (windows[middle:], samples)]
+    middle = len(samples) // 2
+    return [(windows, samples[:middle]), (windows, samples[middle:])]
 
 
 def _keyed_pick(sampling: Sampling, seeds: Sequence[int], samples: range) -> Pick:

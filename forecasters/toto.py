@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forecasters import Bars, CheckpointError, ForecastError, StudentMixture
+from forecasters import Bars, CheckpointError, ForecastError, StudentMixture, out_of_memory
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 
@@ -452,6 +452,10 @@ class Toto:
         self.network = network.eval().requires_grad_(False)
         self.fingerprint = fingerprint
         self.forwards = 0
+        # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
+        # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.
+        self._batch_tokens = BATCH_TOKENS
+        self._windows_together = BLOCK_TOKENS // TRAJECTORIES
 
     @property
     def device(self) -> torch.device:
@@ -468,20 +472,18 @@ class Toto:
         rows = [_closes(bars, int(params["context_length"])) for bars in contexts]
         if not rows:
             raise ForecastError("no contexts: at least one window is needed")
-        patch = self.network.config.patch_size
-        together = max(1, BATCH_TOKENS // -(-max(map(len, rows)) // patch))
+        patches = -(-max(map(len, rows)) // self.network.config.patch_size)
         parts, start = [], 0
         while start < len(rows):
+            batch = rows[start : start + max(1, self._batch_tokens // patches)]
             try:
-                parts.append(self._prefill(rows[start : start + together], horizon))
+                parts.append(self._prefill(batch, horizon))
             except torch.OutOfMemoryError as error:
-                if together == 1:
-                    raise ForecastError(
-                        f"out of memory on {self.device} with one window of {len(rows[start])}"
-                    ) from error
-                together = -(-together // 2)
+                if len(batch) == 1:
+                    raise out_of_memory(self.device, f"one window of {len(batch[0])} points", error) from error
+                self._batch_tokens = -(-len(batch) // 2) * patches
                 continue
-            start += together
+            start += len(batch)
         # Float64 on the CPU from here on, where a seed gives the same samples on every device.
         columns = [np.concatenate([part[0][i] for part in parts]) for i in range(6)]
         names = ("probs", "df", "loc", "scale", "affine_loc", "affine_scale")
@@ -501,8 +503,11 @@ class Toto:
             raise ForecastError(f"{len(seeds)} seeds for {len(encoded.probs)} windows")
         samples = np.empty((len(seeds), count, steps))
         if encoded.prefixes:
-            for start, stop, prefix in self._groups(encoded):
+
+            def fill(start: int, stop: int, prefix: Prefix) -> None:
                 self._draw_long(encoded, prefix, start, seeds[start:stop], samples[start:stop])
+
+            self._in_groups(encoded, TRAJECTORIES, fill)
         else:
             together = max(1, DRAW_BYTES // (count * steps * (24 + encoded.probs.shape[-1])))
             for start in range(0, len(seeds), together):
@@ -539,12 +544,14 @@ class Toto:
         if not encoded.prefixes:
             return _finite(first)
         points = np.empty((len(first), encoded.horizon))
-        for start, stop, prefix in self._groups(encoded):
 
-            def price(mixture: Mixture, loc: Tensor, scale: Tensor, _done: int) -> np.ndarray:
-                return _array(mixture.mean() * scale[..., None] + loc[..., None])
+        def price(mixture: Mixture, loc: Tensor, scale: Tensor, _done: int) -> np.ndarray:
+            return _array(mixture.mean() * scale[..., None] + loc[..., None])
 
+        def fill(start: int, stop: int, prefix: Prefix) -> None:
             points[start:stop] = self._decode(prefix, first[start:stop, None], encoded.horizon, price)[:, 0]
+
+        self._in_groups(encoded, 1, fill)
         return _finite(points)
 
     @torch.inference_mode()
@@ -563,14 +570,26 @@ class Toto:
         tensors = (mixture.probs, mixture.df, mixture.loc, mixture.scale, loc, scale)
         return [_array(tensor[:, 0]) for tensor in tensors], prefix
 
-    def _groups(self, encoded: Encoded) -> Iterator[tuple[int, int, Prefix]]:
-        """Windows to decode together: bounded by tokens, and the same for every number of samples."""
-        start, together = 0, BLOCK_TOKENS // TRAJECTORIES
+    def _in_groups(self, encoded: Encoded, trajectories: int, decode: Callable[[int, int, Prefix], None]) -> None:
+        """Call decode(first window, last + 1, their prefix) for windows to decode together, until all are.
+
+        Bounded by tokens, and the same for every number of samples. trajectories: of a window at a time.
+        """
+        start = 0
         for prefix in encoded.prefixes:
-            for row in range(0, len(prefix.pads), together):
-                part = prefix.rows(row, min(row + together, len(prefix.pads)))
-                yield start, start + len(part.pads), part
-                start += len(part.pads)
+            row = 0
+            while row < len(prefix.pads):
+                part = prefix.rows(row, min(row + self._windows_together, len(prefix.pads)))
+                count = len(part.pads)
+                try:
+                    decode(start, start + count, part)
+                except torch.OutOfMemoryError as error:
+                    if count == 1:
+                        what = f"{trajectories} trajectories of one window, {encoded.horizon} steps"
+                        raise out_of_memory(self.device, what, error) from error
+                    self._windows_together = -(-count // 2)
+                    continue
+                row, start = row + count, start + count
 
     def _draw_long(
         self, encoded: Encoded, prefix: Prefix, start: int, seeds: Sequence[int], samples: np.ndarray

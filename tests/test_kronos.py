@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -179,7 +181,7 @@ def test_small_chunks_change_no_bit(still: Kronos, monkeypatch: pytest.MonkeyPat
         encoded = still.encode(contexts(), PARAMS, horizon)
         whole = still.draw(encoded, WIDE, [1, 2, 3])
         with monkeypatch.context() as small:
-            small.setattr(kronos, "DRAW_ROWS", 16)
+            small.setattr(still, "_draw_rows", 16)
             small.setattr(kronos, "TABLE_BYTES", 2000)
             again = still.encode(contexts(), PARAMS, horizon)
             np.testing.assert_array_equal(whole, still.draw(again, WIDE, [1, 2, 3]))
@@ -239,13 +241,61 @@ def test_a_batch_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch):
             raise torch.OutOfMemoryError
         return real(tokens, stamps, keep=keep)
 
-    monkeypatch.setattr(forecaster, "_batches", lambda lengths: [list(range(len(lengths)))])
+    monkeypatch.setattr(forecaster, "_prefill_tokens", kronos.PREFILL_TOKENS)  # as on a GPU
     monkeypatch.setattr(forecaster, "prefill", prefill)
     np.testing.assert_array_equal(forecaster.draw(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3]), whole)
     assert sizes == [3, 2, 1, 1, 1]
+    sizes.clear()
+    forecaster.encode(windows, PARAMS, 1)
+    assert sizes == [1, 1, 1]  # what did not fit once is not tried again
     most = 0
-    with pytest.raises(ForecastError, match="out of memory on cpu with one window"):
+    with pytest.raises(ForecastError, match=r"out of memory on cpu with one window of \d+ bars"):
         forecaster.encode(windows, PARAMS, 1)
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_drawing_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch, horizon: int):
+    forecaster, windows = load("kronos-a"), contexts()
+    whole = forecaster.draw(forecaster.encode(windows, PARAMS, horizon), WIDE, [1, 2, 3])
+    count = whole.shape[1]
+    real, sizes, most = forecaster.paths, [], count // 2
+
+    def paths(encoded: kronos.EncodedBars, which: range, count: int, pick: kronos.Pick) -> np.ndarray:
+        sizes.append(len(which) * count)
+        if len(which) * count > most:
+            raise torch.OutOfMemoryError
+        return real(encoded, which, count, pick)
+
+    monkeypatch.setattr(forecaster, "paths", paths)
+    again = forecaster.draw(forecaster.encode(windows, PARAMS, horizon), WIDE, [1, 2, 3])
+    np.testing.assert_allclose(again, whole, rtol=1e-5)
+    assert sizes[0] == 3 * count
+    sizes.clear()
+    forecaster.draw(forecaster.encode(windows, PARAMS, horizon), WIDE, [1, 2, 3])
+    assert max(sizes) <= most
+    most = 0
+    with pytest.raises(ForecastError, match=f"out of memory on cpu with one sample of {horizon} bars"):
+        forecaster.draw(forecaster.encode(windows, PARAMS, horizon), WIDE, [1, 2, 3])
+
+
+def test_the_exact_expectation_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch):
+    forecaster, windows = load("kronos-a"), contexts()
+    whole = forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3]).points
+    real, sizes, most = forecaster._expect, [], 2
+
+    def expect(encoded: kronos.EncodedBars, start: int, chosen: Sequence[kronos.Window], *rest: Any) -> Any:
+        sizes.append(len(chosen))
+        if len(chosen) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+        return real(encoded, start, chosen, *rest)
+
+    monkeypatch.setattr(forecaster, "_expect", expect)
+    np.testing.assert_allclose(forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3]).points, whole)
+    forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3])
+    assert sizes == [3, 2, 1, 2, 1]
+    most = 0
+    with pytest.raises(ForecastError, match="out of memory on cpu with 4096 pairs of one window"):
+        forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3])
 
 
 def test_no_forecast_sees_its_target():

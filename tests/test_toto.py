@@ -245,28 +245,62 @@ def test_drawing_calls_the_network_only_past_the_first_patch(univariate: toto.To
     assert beyond.nbytes > within.nbytes > 0
 
 
-def test_windows_are_split_when_memory_runs_out(univariate: toto.Toto, monkeypatch: pytest.MonkeyPatch):
+def test_windows_are_split_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch):
+    univariate = toto.load(str(GOLDENS / "toto-a"))  # one of its own: it remembers
     prices, whole = golden("toto-a")[2][0], univariate.network.prefill
     contexts = [bars(prices[:n]) for n in (64, 70, 80, 90, 96)]
     expected = univariate.encode(contexts, {"context_length": 96}, 40)
-    limit = 2
+    limit, tried = 2, []
 
     def limited(series, *args, **kwargs):
+        tried.append(len(series))
         if len(series) > limit:
-            raise torch.OutOfMemoryError
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total of 2 GiB.")
         return whole(series, *args, **kwargs)
 
     monkeypatch.setattr(univariate.network, "prefill", limited)
     split = univariate.encode(contexts, {"context_length": 96}, 40)
     assert len(split.prefixes) == 3
+    assert tried == [5, 3, 2, 2, 1]
+    tried.clear()
+    again = univariate.encode(contexts, {"context_length": 96}, 40)
+    assert tried == [2, 2, 1]  # what did not fit once is not tried again
+    np.testing.assert_array_equal(again.loc, split.loc)
     np.testing.assert_allclose(split.loc, expected.loc, rtol=1e-5, atol=1e-5)
     seeds = range(5)
     np.testing.assert_allclose(
         univariate.draw(split, {"num_samples": 10}, seeds), univariate.draw(expected, {"num_samples": 10}, seeds), 1e-4
     )
     limit = 0
-    with pytest.raises(ForecastError, match="out of memory"):
+    message = "out of memory on cpu with one window of 64 points, wanting 1.50 GiB more"
+    with pytest.raises(ForecastError, match=message):
         univariate.encode(contexts, {"context_length": 96}, 1)
+
+
+def test_decoding_is_split_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch):
+    univariate = toto.load(str(GOLDENS / "toto-a"))
+    prices, whole = golden("toto-a")[2][0], toto.Trajectories.advance
+    contexts = [bars(prices[:n]) for n in (64, 70, 80, 90, 96)]
+    encoded, asked = univariate.encode(contexts, {"context_length": 96}, 40), {"num_samples": 100}
+    expected, means = univariate.draw(encoded, asked, range(5)), univariate.mean(encoded)
+    limit, tried = 2, []
+
+    def limited(self, latest, *args):
+        tried.append(len(latest))
+        if len(latest) > limit:
+            raise torch.OutOfMemoryError
+        return whole(self, latest, *args)
+
+    monkeypatch.setattr(toto.Trajectories, "advance", limited)
+    np.testing.assert_allclose(univariate.draw(encoded, asked, range(5)), expected, 1e-4)
+    assert [size for size in tried if size > limit] == [5, 3]
+    tried.clear()
+    univariate.draw(encoded, asked, range(5))
+    np.testing.assert_allclose(univariate.mean(encoded), means, 1e-4)
+    assert max(tried) == limit
+    limit = 0
+    with pytest.raises(ForecastError, match="out of memory on cpu with 64 trajectories of one window, 40 steps"):
+        univariate.draw(encoded, asked, range(5))
 
 
 def test_a_sample_that_is_no_number_is_an_error(univariate: toto.Toto):
