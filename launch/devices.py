@@ -1,4 +1,4 @@
-"""Which devices the workers of this machine sit on. Asks the driver: no CUDA context in the supervisor."""
+"""Which devices and how much memory this machine has. Asks the driver: no CUDA context in the supervisor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 
 class DeviceError(ValueError):
@@ -55,3 +56,40 @@ def _cpu_seat() -> Seat:
     # One thread a worker: the numbers do not depend on how many workers share the cores.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return Seat(device="cpu", environment={"CUDA_VISIBLE_DEVICES": "", **one_thread})
+
+
+def memory_bytes(physical: int | None = None, *, root: Path = Path("/")) -> int:
+    """The memory that this process may use: the machine's, or less where a container or a batch job is held to less.
+
+    physical: the machine's memory. root: where proc and sys/fs/cgroup are.
+    """
+    if physical is None:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *_cgroup_limits(root)])
+
+
+def _cgroup_limits(root: Path) -> list[int]:
+    """The limits of our group and of every group above it, of version 2 and 1; no limit is a word or an enormity."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    mounted, limits = root / "sys/fs/cgroup", []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            place, name = mounted, "memory.max"
+        elif "memory" in controllers.split(","):
+            place, name = mounted / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        path = PurePosixPath(group.lstrip("/"))
+        for folder in (
+            path,
+            *path.parents,
+        ):  # the path may be the host's: then only its top is here
+            try:
+                limits.append(int((place / folder / name).read_text()))
+            except (OSError, ValueError):
+                continue
+    return limits

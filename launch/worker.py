@@ -21,6 +21,7 @@ from typing import Any
 
 import forecasters
 from forecasters import CheckpointError, ForecastError
+from launch import devices
 from objectives.mae import Evaluator
 from objectives.windows import DataError
 from storage import DatabaseUnavailable, configs, database, slots
@@ -231,7 +232,7 @@ class Worker:
         forecaster = forecasters.load(model, device=self.device, **checkpoint_of(self.config, model))
         return Evaluator(
             forecaster,
-            cache_bytes=cache_bytes(self.config, workers=len(self.job.devices) * len(self.config.search.models)),
+            cache_bytes=cache_bytes(self.config, workers=len(self.job.devices)),
             chunk_size=self.config.search.rung,
             max_num_samples=max(spaces.sample_counts(model, self.config)),
             exact=self.config.search.objective == "exact",
@@ -252,12 +253,12 @@ def checkpoint_of(config: Config, model: str) -> dict[str, Any]:
     }
 
 
-def cache_bytes(config: Config, *, workers: int) -> int:
-    """How many bytes of encoded windows each of so many evaluators may keep."""
-    if config.workers.cache_mib:
-        return config.workers.cache_mib * 2**20
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return memory // 4 // workers
+def cache_bytes(config: Config, *, workers: int, memory: int | None = None) -> int:
+    """How many bytes of encoded windows each model's evaluator of each of this machine's workers may keep."""
+    a_worker = config.workers.cache_mib * 2**20
+    if not a_worker:
+        a_worker = (memory or devices.memory_bytes()) // 4 // workers
+    return a_worker // len(config.search.models)
 
 
 def die_with_parent() -> None:
