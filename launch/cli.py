@@ -186,7 +186,7 @@ def storage_url(config: Config, *, start: bool) -> str:
     folder = server_folder(config)
     if not start and not folder.exists():
         raise DatabaseUnavailable(f"{folder}: no studies yet; make some with launch-workers, or name a --storage")
-    server = embedded.start(folder)
+    server = embedded.start(folder, listen=config.storage.listen)
     os.environ["PGPASSFILE"] = str(server.passfile)
     os.environ.pop("PGPASSWORD", None)  # another server's password must not go before the file
     return server.url
@@ -524,16 +524,28 @@ def retire(config: Config, name: str) -> None:
 
 @studies.command()
 @click.option("--export", is_flag=True, help='As shell commands: eval "$(studies url --export)".')
+@click.option("--host", metavar="HOST", help="How other hosts call this machine; [storage] listen must let them in.")
 @shared
-def url(config: Config, export: bool) -> None:
+def url(config: Config, export: bool, host: str | None) -> None:
     """The storage's URL, without its password.
 
     \b
     eval "$(studies url --export)"; optuna-dashboard "$OPTUNA_STORAGE"
     """
+    from ipaddress import ip_address
+
     from storage import database
 
-    shown = database.without_password(database.parse_url(storage_url(config, start=True)))
+    listen = ip_address(config.storage.listen)
+    if host and config.storage.url:
+        raise ConfigError("--host is for the private server's URL; the storage is a server of yours")
+    if host and listen.is_loopback:
+        raise ConfigError(f"[storage] listen is {listen}, which lets no other host in; set it, then: studies stop")
+    parsed = database.parse_url(storage_url(config, start=True))
+    if not config.storage.url and not listen.is_loopback:
+        # 0.0.0.0 is no address to call: without --host the URL is for this machine.
+        parsed = parsed.set(host=host or (parsed.host if listen.is_unspecified else str(listen)))
+    shown = database.without_password(parsed)
     if not export:
         click.echo(shown)
         return

@@ -82,7 +82,8 @@ def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 2
 
     Safe to call from any number of processes at once. The server outlives the caller. `listen` is one more address
     to listen on beside the loopback ("0.0.0.0", "10.0.0.5"), reachable from the machine's own subnets and always by
-    password; it and `max_connections` take effect when the server starts, not while it runs.
+    password; it and `max_connections` take effect when the server starts, not while it runs: of another `listen`
+    than that of a running server a warning tells.
     Raises DatabaseUnavailable, and ValueError for a `listen` that is not an address.
     """
     if not re.fullmatch(r"[A-Za-z0-9.:*-]+", listen):
@@ -94,6 +95,12 @@ def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 2
             _initialise(place)
             place = _bring_up(place, listen, max_connections)
             _create_database(place)
+        elif (addresses := _listening(place)) != _addresses(listen):
+            _log.warning(
+                "the private server listens on %s, not on %s as set: 'studies stop' and the next start apply it",
+                addresses.replace(",", ", "),
+                _addresses(listen).replace(",", ", "),
+            )
         return _server(place)
 
 
@@ -301,6 +308,8 @@ def _bring_up(place: _Place, listen: str, max_connections: int) -> _Place:
 def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections: int) -> _Place:
     """Start a postmaster that inherits `server_lock`, on the remembered port or else on another."""
     loopback_only, owner = _is_loopback(listen), _owner(place)
+    if not _is_of_this_machine(listen):  # Postgres would start and listen on the loopback alone
+        raise DatabaseUnavailable(f"{place.folder}: cannot listen on {listen}, which is no address of this machine")
     if owner and not _reaches(owner, place.home):
         raise DatabaseUnavailable(f"the user {owner.pw_name}, who owns {place.cluster}, cannot reach it any more")
     binaries = _binaries(place)
@@ -351,12 +360,10 @@ def _pg_ctl_start(
 
 def _configure(place: _Place, owner: pwd.struct_passwd | None, listen: str, max_connections: int) -> None:
     loopback_only = _is_loopback(listen)
-    everywhere = listen in ("*", "0.0.0.0")
-    addresses = "127.0.0.1" if loopback_only else listen if everywhere else f"127.0.0.1,{listen}"
     _write(
         place.cluster / "studies.conf",
         f"port = {place.port}\n"
-        f"listen_addresses = '{addresses}'\n"
+        f"listen_addresses = '{_addresses(listen)}'\n"
         "unix_socket_directories = ''\n"
         f"max_connections = {max_connections}\n"
         "shared_buffers = '64MB'\n"
@@ -450,6 +457,34 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _listening(place: _Place) -> str:
+    """What the running server was told to listen on."""
+    with closing(_connect(place, _NAME)) as connection, connection.cursor() as cursor:
+        cursor.execute("show listen_addresses")
+        row = cursor.fetchone()
+    return row[0] if row else ""
+
+
+def _addresses(listen: str) -> str:
+    """Postgres' listen_addresses: the loopback is always among them."""
+    if _is_loopback(listen):
+        return "127.0.0.1"
+    return listen if listen in ("*", "0.0.0.0") else f"127.0.0.1,{listen}"
+
+
+def _is_of_this_machine(listen: str) -> bool:
+    try:
+        family = socket.AF_INET6 if ip_address(listen).version == 6 else socket.AF_INET
+    except ValueError:
+        return True  # a name or "*": Postgres says what is wrong with it
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((listen, 0))
+        except OSError:
+            return False
+        return True
 
 
 def _is_loopback(listen: str) -> bool:

@@ -9,6 +9,7 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -74,6 +75,7 @@ class Kronos:
 class Storage:
     url: str
     data_dir: Path
+    listen: str
     wait_s: float
 
 
@@ -240,6 +242,14 @@ def _models(names: tuple[str, ...]) -> str | None:
     return None
 
 
+def _address(value: str) -> str | None:
+    try:
+        ip_address(value)
+    except ValueError:
+        return "must be an IP address of this machine, or 0.0.0.0 for all of them"
+    return None
+
+
 def _counts(values: tuple[int, ...]) -> str | None:
     if not values or min(values) < 1 or len(set(values)) != len(values):
         return "must be different whole numbers of at least 1"
@@ -299,6 +309,7 @@ RULES: Mapping[tuple[str, str], Callable[[Any], str | None]] = {
     ("kronos", "top_k"): _tops,
     ("kronos", "top_p"): _range(0.01, 1.0),
     ("kronos", "sample_count"): _counts,
+    ("storage", "listen"): _address,
     ("storage", "wait_s"): _at_least(0),
     ("workers", "lease_s"): _at_least(2),
     ("workers", "cache_mib"): _at_least(0),

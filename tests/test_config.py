@@ -79,6 +79,7 @@ def test_json_round_trip_keeps_all_but_the_url(tmp_path: Path) -> None:
         ("[kronos]\nclip = [3.0, 1.0]", ["[kronos] clip", "[lowest, highest]"]),
         ("[kronos]\ntop_k = [-1]", ["[kronos] top_k", "whole numbers"]),
         ("[kronos]\ntemperature = [0.0, 0.4]", ["[kronos] temperature", "between"]),
+        ("[storage]\nlisten = 'db.example'", ["[storage] listen", "IP address"]),
         ("[promotion]\nmin_improvement = -0.1", ["[promotion] min_improvement", "share"]),
         ("[workers]\nlease_s = 1", ["[workers] lease_s", "at least 2"]),
         ("[data\n", ["not valid TOML"]),

@@ -392,3 +392,23 @@ def test_listening_beyond_the_loopback_still_asks_for_the_password(stopped: Path
     assert rules == [("scram-sha-256",)]
     assert _query(server, "select count(*) from pg_hba_file_rules where address = 'samenet'") == [(1,)]
     assert (stopped / "pgpass").read_text().startswith(f"*:{_port(server)}:*:studies:")
+
+
+def test_another_listen_than_that_of_the_running_server_is_told(
+    stopped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    embedded.start(stopped)
+    embedded.start(stopped)
+    assert caplog.text == ""
+    server = embedded.start(stopped, listen="0.0.0.0")
+    (record,) = caplog.records
+    said = "the private server listens on 127.0.0.1, not on 0.0.0.0 as set: 'studies stop' and the next start apply it"
+    assert record.getMessage() == said
+    assert _query(server, "show listen_addresses") == [("127.0.0.1",)]
+
+
+def test_an_address_of_another_machine_is_refused(stopped: Path) -> None:
+    with pytest.raises(
+        DatabaseUnavailable, match=r"cannot listen on 192\.0\.2\.1, which is no address of this machine"
+    ):
+        embedded.start(stopped, listen="192.0.2.1")
