@@ -298,7 +298,9 @@ def test_url_hides_the_password(place: Place, database_server: Any) -> None:
         assert "postgresql://studies@127.0.0.1" in result.stdout
 
 
-def test_the_private_server_is_started_used_and_stopped(place: Place, scratch: Path) -> None:
+def test_the_private_server_is_started_used_and_stopped(
+    place: Place, scratch: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = scratch / "private"
     place.settings.write_text(place.settings.read_text() + f'[storage]\ndata_dir = "{folder}"\n')
 
@@ -313,6 +315,19 @@ def test_the_private_server_is_started_used_and_stopped(place: Place, scratch: P
     assert exported[0].startswith("export OPTUNA_STORAGE=postgresql://studies@127.0.0.1:")
     assert exported[1] == f"export PGPASSFILE={folder / 'pgpass'}"
     assert studies("list", "--json").stdout == "[]\n"
+
+    alone = studies("url", "--host", "db.lan")
+    assert alone.exit_code == 1
+    assert alone.stderr.startswith("error: [storage] listen is 127.0.0.1, which lets no other host in")
+    place.settings.write_text(place.settings.read_text() + 'listen = "0.0.0.0"\n')
+    here = studies("url")
+    assert here.stdout.startswith("postgresql://studies@127.0.0.1:")
+    assert "'studies stop' and the next start apply it" in caplog.text
+    caplog.clear()
+    assert studies("stop").stdout == "stopped\n"
+    there = studies("url", "--host", "db.lan")
+    assert there.stdout.startswith("postgresql://studies@db.lan:")
+    assert caplog.text == there.stderr == ""
     assert studies("stop").stdout == "stopped\n"
     assert studies("stop").stdout == "not running\n"
 
