@@ -123,6 +123,7 @@ class Run:
         self.storage = database.open_storage(self.server.url, wait_s=60)
         self.deaths: Counter[int] = Counter()  # by worker number, in this supervisor's life
         self.frozen: set[int] = set()
+        self.timers: list[threading.Timer] = []  # that thaw them
         self.launch()
 
     def launch(self) -> None:
@@ -154,7 +155,7 @@ class Run:
         total = self.plan.studies * self.plan.trials
         faults = self.plan.faults()
         self.random.shuffle(faults)
-        moments = sorted(self.random.randrange(1, int(0.85 * total)) for _ in faults)
+        moments = sorted(self.random.randrange(1, int(0.8 * total)) for _ in faults)
         dealt: Counter[str] = Counter()
         for moment, fault in zip(moments, faults, strict=True):
             self.wait_for(f"{moment} trials", lambda moment=moment: self.finished() >= moment)
@@ -220,11 +221,8 @@ class Run:
 
     # --- from start to end
 
-    timers: list[threading.Timer]
-
     def __call__(self) -> Result:
         result, began = Result(), time.monotonic()
-        self.timers = []
         try:
             dealt = self.deal()
             status = self.supervisor.wait(timeout=300)

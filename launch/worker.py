@@ -279,7 +279,10 @@ def main(arguments: Sequence[str]) -> int:
     database.quiet_optuna()
     try:
         job = Job.read(folder)
-        storage = database.open_storage(os.environ["OPTUNA_STORAGE"], wait_s=job.config.storage.wait_s, create=False)
+        # Patient: the supervisor has used this URL, and may start a worker again while the server is away.
+        storage = database.open_storage(
+            os.environ["OPTUNA_STORAGE"], wait_s=job.config.storage.wait_s, create=False, patient=True
+        )
         return Worker(job, storage, job.devices[number], stopping).work()
     except EXPECTED as error:
         log.error("%s", error)

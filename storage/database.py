@@ -315,21 +315,26 @@ def hand_over(url: URL) -> tuple[str, dict[str, str]]:
     return without_password(url), {} if password is None else {"PGPASSWORD": str(password)}
 
 
-def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True) -> RetryingStorage:
+def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False) -> RetryingStorage:
     """Connect, making the schema where it is missing.
 
-    wait_s: how long each later call waits for a server that went away; the first connection is tried once.
+    wait_s: how long each later call waits for a server that went away.
+    patient: the first connection waits as long; else it is tried once, since the URL may be wrong.
     Raises DatabaseUnavailable in one line that never holds the password.
     """
     parsed = parse_url(url)
     if create:
         create_schema(url)
-    try:
-        return RetryingStorage(parsed, wait_s=wait_s)
-    except (StorageInternalError, SQLAlchemyError) as error:
-        raise _unavailable(parsed, error) from None
-    except RuntimeError as error:  # Optuna: the schema is of another Optuna version
-        raise DatabaseUnavailable(f"{without_password(parsed)}: {first_line(error)}") from None
+    give_up_at = time.monotonic() + wait_s
+    while True:
+        try:
+            return RetryingStorage(parsed, wait_s=wait_s)
+        except (StorageInternalError, SQLAlchemyError) as error:
+            if not (patient and is_transient(error) and time.monotonic() < give_up_at):
+                raise _unavailable(parsed, error) from None
+        except RuntimeError as error:  # Optuna: the schema is of another Optuna version
+            raise DatabaseUnavailable(f"{without_password(parsed)}: {first_line(error)}") from None
+        time.sleep(0.5 + random.random())
 
 
 def create_schema(url: str) -> None:

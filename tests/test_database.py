@@ -188,3 +188,16 @@ def test_a_password_with_braces_and_at_signs_reaches_the_server(
     monkeypatch.delenv("PGPASSFILE")
     url = storage.engine.url.set(username="odd", password="{a}@b/c:d").render_as_string(hide_password=False)
     assert database.open_storage(url).get_all_studies() == []
+
+
+def test_a_patient_opener_waits_for_the_server(own_server: embedded.Server) -> None:
+    database.create_schema(own_server.url)
+    embedded.stop(own_server.data_dir)
+    with pytest.raises(DatabaseUnavailable):
+        database.open_storage(own_server.url, wait_s=60, create=False)
+    back = threading.Timer(1.0, embedded.start, [own_server.data_dir])
+    back.start()
+    storage = database.open_storage(own_server.url, wait_s=60, create=False, patient=True)
+    back.join()
+    assert storage.get_all_studies() == []
+    storage.engine.dispose()
