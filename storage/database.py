@@ -65,6 +65,10 @@ create unique index if not exists slots_claim on slots (claim) where claim is no
 """
 
 
+class ClaimLost(Exception):
+    """A trial was to begin for a claim that is no longer on its slot."""
+
+
 class RetryingStorage(RDBStorage):
     """An Optuna RDBStorage whose every method outlasts an absent server.
 
@@ -131,7 +135,11 @@ class RetryingStorage(RDBStorage):
                 trial_id = self._trial_of_claim(study_id, claim)
                 if trial_id is not None:  # the broken attempt had been committed
                     return _found(self._trial_transaction(lambda c: trials.read_one(c, trial_id)))
-            return _found(self._trial_transaction(lambda c: trials.create(c, study_id, template_trial)))
+            made = self._trial_transaction(lambda c: trials.create(c, study_id, template_trial, claim=claim))
+            if made is None and claim is not None:
+                self.get_study_name_from_id(study_id)  # raises KeyError where there is no study
+                raise ClaimLost(claim)
+            return _found(made)
 
         return self._retry(create)
 

@@ -102,6 +102,11 @@ params as (
 
 # Optuna's own creation takes the same lock: numbers have no gap and no repeat, whoever creates.
 LOCK_STUDY = text("select study_id from studies where study_id = :study_id for update")
+# And, for a trial of a claim, the claim too: who lost it while frozen must not begin, for nobody would end the trial.
+LOCK_CLAIM = text(
+    "select study_id from studies join slots using (study_id) "
+    "where study_id = :study_id and claim = :claim and slots.state = 'busy' for update"
+)
 CREATE = text(
     "\n".join(
         (
@@ -162,12 +167,18 @@ ANY_DISTRIBUTION = text(
 )
 
 
-def create(connection: Connection, study_id: int, template: FrozenTrial | None) -> FrozenTrial | None:
+def create(
+    connection: Connection, study_id: int, template: FrozenTrial | None, *, claim: str | None = None
+) -> FrozenTrial | None:
     """Make a trial like the template (none: a running one without contents). None: there is no such study.
 
+    claim: make it only while this claim of a slot is held; None is then returned also where it is lost.
     Two statements: the second must see what was committed while the first waited for the lock.
     """
-    if connection.execute(LOCK_STUDY, {"study_id": study_id}).first() is None:
+    lock, values = LOCK_STUDY, {"study_id": study_id}
+    if claim is not None:
+        lock, values = LOCK_CLAIM, {"study_id": study_id, "claim": claim}
+    if connection.execute(lock, values).first() is None:
         return None
     trial = copy.deepcopy(template) if template else create_trial(state=TrialState.RUNNING)
     values = {

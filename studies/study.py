@@ -26,7 +26,7 @@ from objectives import windows
 from objectives.mae import Evaluator, Measurement, measure_no_change
 from objectives.windows import Split
 from storage import DatabaseUnavailable, configs, database, slots
-from storage.database import RetryingStorage
+from storage.database import ClaimLost, RetryingStorage
 from storage.slots import Slot
 from studies import sampler
 from studies import space as spaces
@@ -369,7 +369,10 @@ def work(storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *
 def _run_trial(
     storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str
 ) -> Outcome:
-    trial = _new_trial(storage, run, slot, worker=worker, device=device)
+    try:
+        trial = _new_trial(storage, run, slot, worker=worker, device=device)
+    except ClaimLost:  # frozen between the claim and here
+        return Outcome(state="lost", number=slot.number, text="before its trial began")
     reported: list[float] = []
 
     def report(windows_done: int, mae: float) -> None:

@@ -120,7 +120,7 @@ class Operations:
             params={name: self.value(name) for name in names},
             distributions={name: DISTRIBUTIONS[name] for name in names},
             user_attrs={"given": self.random.choice(ATTRS)},
-            system_attrs={"claim": str(self.random.random())},
+            system_attrs={"by": str(self.random.random())},
             intermediate_values={step: self.random.choice(finite) for step in range(3)},
         )
 

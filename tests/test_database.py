@@ -16,7 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from storage import DatabaseUnavailable, database, embedded
+from storage import DatabaseUnavailable, database, embedded, slots
 from storage.database import CLAIM_ATTR
 
 
@@ -94,7 +94,10 @@ def test_a_server_that_stays_away_is_one_line(own_server: embedded.Server) -> No
 def test_create_new_trial_repeated_after_its_commit_is_one_trial(database_url: str) -> None:
     storage = database.open_storage(database_url, wait_s=5, create=False)
     study = optuna.create_study(storage=storage, study_name="s")
-    template = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs={CLAIM_ATTR: "c1"})
+    storage.transaction(lambda c: slots.raise_budget(c, study._study_id, 1))
+    slot = slots.claim(storage, study._study_id, worker="w", lease_s=60)
+    assert slot is not None
+    template = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs={CLAIM_ATTR: slot.claim})
     first = storage.create_new_trial(study._study_id, template)
     # What a broken attempt looks like to the next one: the row is there already.
     retry = storage._retry

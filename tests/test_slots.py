@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from storage import database, slots
-from storage.database import CLAIM_ATTR, RetryingStorage
+from storage.database import CLAIM_ATTR, ClaimLost, RetryingStorage
 from storage.slots import BASELINE, CONFIRMATION, TRIAL, Slot
 
 
@@ -102,6 +102,18 @@ def test_a_lost_lease_frees_the_slot_and_fails_its_trial(storage: RetryingStorag
     slots.fail(storage, slot, "late")
     slots.release(storage, slot)
     assert slots.finish(storage, again)
+
+
+def test_a_claim_lost_before_its_trial_began_begins_none(storage: RetryingStorage) -> None:
+    study_id = make_study(storage, budget=1)
+    slot = must_claim(storage, study_id, lease_s=0.01)
+    time.sleep(0.05)
+    slots.reap(storage, [study_id])
+    again = must_claim(storage, study_id)
+    with pytest.raises(ClaimLost):  # it would finish beside the other's: two trials in one slot
+        start_trial(storage, slot)
+    start_trial(storage, again)
+    assert sum(database.trial_states(storage, study_id).values()) == 1
 
 
 def test_a_trial_told_before_the_death_counts(storage: RetryingStorage) -> None:
