@@ -307,7 +307,7 @@ def launch_workers(
     study_ids = [study.study_id for study in working]
     kinds = sorted({seat.device.split(":")[0] for seat in seats})
     say(f"{len(seats)} {'/'.join(kinds)} {plural('worker', len(seats))}; logs in {folder}")
-    status = supervisor.Supervisor(
+    supervising = supervisor.Supervisor(
         job,
         folder,
         seats,
@@ -316,13 +316,23 @@ def launch_workers(
         environment={"OPTUNA_STORAGE": url, **secret},
         say=say,
         report=Progress(storage, study_ids),
-    ).run()
-    show_studies(storage, [item.study.study_id for item in opened], as_json=False)
-    progress = slots.progress(storage)
-    for study in working:
-        for parked in slots.parked(storage, study.study_id)[:1]:
-            say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
-            status = status or 1
+    )
+    status = supervising.run()
+    if supervising.signals >= 2:
+        sys.stderr.flush()
+        os._exit(status)  # no table, no taking down of the interpreter: at once
+    if status == supervisor.EXIT_INTERRUPTED:
+        storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
+    try:
+        show_studies(storage, [item.study.study_id for item in opened], as_json=False)
+        progress = slots.progress(storage)
+        for study in working:
+            for parked in slots.parked(storage, study.study_id)[:1]:
+                say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
+                status = status or 1
+    except DatabaseUnavailable as error:
+        say(str(error))
+        status = status or 1
     sys.exit(status)
 
 

@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,8 @@ from storage.database import RetryingStorage
 POLL_S = 0.2
 MAX_CRASHES = 3  # of one device
 CRASH_WINDOW_S = 600.0
-SECOND_SIGNAL_GRACE_S = 1.0  # a worker inside a long network call cannot hear a signal
+SECOND_SIGNAL_GRACE_S = 0.5  # a worker inside a long network call cannot hear a signal
+CLERK_GRACE_S = 0.3  # after a second signal, for what it has yet to write
 
 
 @dataclass
@@ -38,6 +41,44 @@ class Child:
     status: int | None = None  # its last exit status, once it is not to be started again
     crashes: list[float] = field(default_factory=list)
     start_at: float = 0.0
+
+
+class Clerk(threading.Thread):
+    """Talks to the database, so that the supervisor hears signals and starts workers while no server answers."""
+
+    def __init__(
+        self,
+        storage: RetryingStorage,
+        study_ids: Sequence[int],
+        *,
+        say: Callable[[str], None],
+        report: Callable[[], None],
+    ) -> None:
+        super().__init__(name="clerk", daemon=True)
+        self._storage, self._study_ids, self._say, self._report = storage, study_ids, say, report
+        self._dead: deque[int] = deque()
+        self._ended = threading.Event()
+
+    def free_slots_of(self, pid: int) -> None:
+        """The dead worker's slots need not wait for their lease to run out."""
+        self._dead.append(pid)
+
+    def end(self) -> None:
+        """Write what is left and stop; `join` waits for it."""
+        self._ended.set()
+
+    def run(self) -> None:
+        last = False
+        while not last:
+            last = self._ended.wait(POLL_S)
+            try:
+                while self._dead:
+                    slots.expire(self._storage, f"{os.uname().nodename}:{self._dead[0]}")
+                    slots.reap(self._storage, self._study_ids)
+                    self._dead.popleft()
+                self._report()
+            except DatabaseUnavailable as error:
+                self._say(str(error))
 
 
 class Supervisor:
@@ -59,8 +100,9 @@ class Supervisor:
         say: Callable[[str], None],
         report: Callable[[], None],
     ) -> None:
-        self.folder, self.storage, self.study_ids = folder, storage, study_ids
-        self.say, self.report = say, report
+        self.folder = folder
+        self.say = say
+        self.clerk = Clerk(storage, study_ids, say=say, report=report)
         self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
         self.children = [Child(number=n, seat=seat, log=folder / f"worker-{n}.log") for n, seat in enumerate(seats)]
         self.signals = 0
@@ -69,27 +111,22 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit status: 0 done, 1 a worker gave up, 130 interrupted."""
+        self.clerk.start()
         previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             while any(child.status is None for child in self.children):
                 for child in self.children:
                     self._look_after(child)
                 self._kill_the_deaf()
-                self._tell_how_far()
                 time.sleep(POLL_S)
         finally:
             self._end_all()
+            self._end_clerk()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.signals:
             return EXIT_INTERRUPTED
         return 0 if all(child.status == EXIT_DONE for child in self.children) else 1
-
-    def _tell_how_far(self) -> None:
-        try:
-            self.report()
-        except DatabaseUnavailable as error:
-            self.say(str(error))
 
     def _look_after(self, child: Child) -> None:
         if child.status is not None:
@@ -107,7 +144,7 @@ class Supervisor:
         if status in (EXIT_DONE, EXIT_INTERRUPTED):
             child.status = status
             return
-        self._free_slots_of(pid)
+        self.clerk.free_slots_of(pid)
         if status == EXIT_ERROR:
             self.say(f"worker {child.number} ({child.seat.device}): {last_line(child.log)}")
             child.status = status
@@ -140,14 +177,6 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which passes it on once
             )
 
-    def _free_slots_of(self, pid: int) -> None:
-        """The dead worker's slots need not wait for their lease to run out."""
-        try:
-            slots.expire(self.storage, f"{os.uname().nodename}:{pid}")
-            slots.reap(self.storage, self.study_ids)
-        except DatabaseUnavailable as error:
-            self.say(str(error))
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1
         if self.signals == 2:
@@ -160,11 +189,20 @@ class Supervisor:
             self.say("stopping after the trials at hand; once more to stop at once")
 
     def _kill_the_deaf(self) -> None:
-        if self.signals < 2 or time.monotonic() - self.second_signal_at < SECOND_SIGNAL_GRACE_S:
+        if not self._is_late(SECOND_SIGNAL_GRACE_S):
             return
         for child in self.children:
             if child.process is not None and child.process.poll() is None:
                 child.process.kill()
+
+    def _is_late(self, seconds: float) -> bool:
+        """Whether a second signal came so long ago."""
+        return self.signals >= 2 and time.monotonic() - self.second_signal_at >= seconds
+
+    def _end_clerk(self) -> None:
+        self.clerk.end()
+        while self.clerk.is_alive() and not self._is_late(SECOND_SIGNAL_GRACE_S + CLERK_GRACE_S):
+            self.clerk.join(POLL_S / 2)
 
     def _end_all(self) -> None:
         """Whatever ended the loop, no worker outlives it."""

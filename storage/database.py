@@ -33,11 +33,12 @@ T = TypeVar("T")
 
 SCHEMA_LOCK = 0x5EED0001  # advisory lock key: any constant that every worker shares
 METRIC_NAMES = "study:metric_names"  # the system attribute behind Study.set_metric_names
+IDLE_TRANSACTION_S = 10  # then the server rolls it back; ours pause for milliseconds
 DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
 CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
 
-# Only what a restarting or crashed server, or a deadlock, answers. A wrong password or a missing table is not retried.
-TRANSIENT_SQLSTATES = ("08", "57P01", "57P02", "57P03", "53300", "40P01", "40001")
+# Only what a restarting or crashed server, a deadlock, or too long a pause in a transaction answers. A wrong password or a missing table is not retried.
+TRANSIENT_SQLSTATES = ("08", "57P01", "57P02", "57P03", "53300", "40P01", "40001", "25P03")
 PERMANENT_CONNECT_ERRORS = re.compile(
     r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
     r"could not translate host name|invalid port|certificate|permission denied",
@@ -90,6 +91,9 @@ class RetryingStorage(RDBStorage):
             },
             skip_table_creation=True,
         )
+        sqlalchemy.event.listen(self.engine, "connect", _limit_idle_transactions)
+        # RDBStorage has connected already to check the schema's version.
+        self.engine.dispose()
 
     def transaction(self, run: Callable[[Connection], T]) -> T:
         """Run statements in one transaction, repeated while the server is away: `run` must be repeatable."""
@@ -259,6 +263,13 @@ class RetryingStorage(RDBStorage):
     get_trial_param = BaseStorage.get_trial_param
     get_trial_user_attrs = BaseStorage.get_trial_user_attrs
     get_trial_system_attrs = BaseStorage.get_trial_system_attrs
+
+
+def _limit_idle_transactions(connection: Any, _: Any) -> None:
+    """A process frozen between two statements must not hold its locks on a study's rows, or all others wait."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"set idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'")
+    connection.commit()
 
 
 def _found(found: T | None) -> T:

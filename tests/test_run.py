@@ -16,10 +16,12 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
+from conftest import execute
 from optuna.trial import TrialState
 
 from objectives import windows
-from storage import database, slots
+from storage import database, embedded, slots
 from storage.database import RetryingStorage
 from studies import study as studying
 
@@ -78,6 +80,12 @@ class Place:
         deadline = time.monotonic() + 60
         while sum(p.done for p in slots.progress(self.storage).values()) < count:
             assert time.monotonic() < deadline, "the run does not get on"
+            time.sleep(0.02)
+
+    def wait_for(self, query: str, wanted: int, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while (found := self.storage.transaction(lambda c: c.execute(sqlalchemy.text(query)).scalar())) != wanted:
+            assert time.monotonic() < deadline, f"{query}: {found}, not {wanted}"
             time.sleep(0.02)
 
     def trials(self, symbol: str, model: str = "toto") -> list[optuna.trial.FrozenTrial]:
@@ -310,6 +318,73 @@ def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
         assert {trial.state for trial in place.trials(symbol)} <= {TrialState.COMPLETE, TrialState.PRUNED}
     busy = [study for study, now in slots.progress(place.storage).items() if now.done + now.open < now.budget]
     assert busy == []
+
+
+def test_a_second_signal_ends_at_once(place: Place) -> None:
+    # A trial of minutes, so that only the second signal can end it.
+    text = SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace("[64, 128, 256]", "[20000, 24000]")
+    (place.folder / "studies.toml").write_text(text.replace("lease_s = 2.0", "lease_s = 30.0"))
+    supervisor = place.launch("--trials", "500")
+    running = "select count(*) from trials where state = 'RUNNING'"
+    place.wait_for(running, 2)
+    workers = workers_of(supervisor.pid)
+    supervisor.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert supervisor.poll() is None
+    supervisor.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    supervisor.communicate(timeout=20)
+    assert time.monotonic() - began < 2
+    assert supervisor.returncode == 130
+    wait_until_gone(workers, 0.1)
+    place.wait_for(running, 0, seconds=0)
+    place.wait_for("select count(*) from slots where state = 'busy'", 0, seconds=0)
+
+
+def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Path) -> None:
+    del place.environment["OPTUNA_STORAGE"]
+    server = scratch / f"away-{os.getpid()}"
+    (place.folder / "studies.toml").write_text(f'{SETTINGS}[storage]\ndata_dir = "{server}"\n')
+    supervisor = place.launch("--trials", "5000")
+    try:
+        deadline = time.monotonic() + 60
+        while len(workers_of(supervisor.pid)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(3)  # into the trials
+        workers = workers_of(supervisor.pid)
+        embedded.stop(server)
+        os.kill(workers[0], signal.SIGKILL)  # what it held can be freed only when the server is back
+        time.sleep(2)
+        assert len(workers_of(supervisor.pid)) == 2  # started again all the same
+        supervisor.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        supervisor.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        supervisor.communicate(timeout=60)
+        assert time.monotonic() - began < 2
+        assert supervisor.returncode == 130
+        wait_until_gone(workers, 0.1)
+    finally:
+        supervisor.kill()
+        embedded.stop(server)
+
+
+def test_eight_workers_at_once_on_an_empty_database(place: Place, database_server: Any) -> None:
+    name = f"empty_{os.getpid()}"
+    execute(database_server.url, f"create database {name}")
+    url = database_server.url.rsplit("/", 1)[0] + "/" + name
+    place.environment["OPTUNA_STORAGE"] = url
+    both = [place.launch("--cpus", "4", "--trials", "12") for _ in range(2)]  # each makes the tables and the studies
+    for supervisor in both:
+        _, said = supervisor.communicate(timeout=120)
+        assert supervisor.returncode == 0, said
+        assert " died " not in said
+    place.storage.engine.dispose()
+    place.storage = database.open_storage(url, wait_s=10, create=False)
+    place.assert_exact(12, "SP500", "NASDAQ")
+    place.storage.engine.dispose()
+    execute(database_server.url, f"drop database {name} with (force)")
 
 
 def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
