@@ -37,7 +37,8 @@ IDLE_TRANSACTION_S = 10  # then the server rolls it back; ours pause for millise
 DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
 CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
 
-# Only what a restarting or crashed server, a deadlock, or too long a pause in a transaction answers. A wrong password or a missing table is not retried.
+# Only what a restarting or crashed server, a deadlock, or too long a pause in a transaction answers.
+# A wrong password or a missing table is not retried.
 TRANSIENT_SQLSTATES = ("08", "57P01", "57P02", "57P03", "53300", "40P01", "40001", "25P03")
 PERMANENT_CONNECT_ERRORS = re.compile(
     r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
