@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -92,7 +92,7 @@ class RetryingStorage(RDBStorage):
             },
             skip_table_creation=True,
         )
-        sqlalchemy.event.listen(self.engine, "connect", _limit_idle_transactions)
+        event.listen(self.engine, "connect", _limit_idle_transactions)
         # RDBStorage has connected already to check the schema's version.
         self.engine.dispose()
 
