@@ -234,6 +234,8 @@ models_option = click.option(
 @click.command(name="launch-workers")
 @click.option("--gpus", type=Numbers(), multiple=True, help="One worker on each of these GPUs.")
 @click.option("--cpus", type=click.IntRange(min=1), help="So many CPU workers, one core each.")
+@click.option("--ray", metavar="ADDRESS", help="On the Ray cluster at HOST:PORT, with --gpus-total or --cpus.")
+@click.option("--gpus-total", type=click.IntRange(min=1), help="With --ray: so many workers, one GPU each.")
 @symbols_option
 @models_option
 @click.option("--trials", type=click.IntRange(min=1), help="Finished trials a study; more raises a study's budget.")
@@ -245,6 +247,8 @@ def launch_workers(
     config: Config,
     gpus: Sequence[Sequence[int]],
     cpus: int | None,
+    ray: str | None,
+    gpus_total: int | None,
     symbols: Sequence[Sequence[str]],
     models: Sequence[Sequence[str]],
     trials: int | None,
@@ -257,16 +261,18 @@ def launch_workers(
     \b
     launch-workers --gpus 0,1
     launch-workers --cpus 2 --symbols BTCUSD,AAPL --trials 100
+    launch-workers --ray head.example:6379 --gpus-total 16
     """
     from dataclasses import replace
 
-    from launch import devices, supervisor
+    from launch import devices, ray_cluster, supervisor
     from launch.worker import Job
     from storage import database, slots
     from studies import study as studying
 
     if gpus and cpus:
         raise click.UsageError("--gpus and --cpus exclude each other: start one launch-workers for each")
+    check_ray_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
     model_names, symbol_names = checked_models(models, config), checked_symbols(symbols)
     config = replace(
         config,
@@ -277,9 +283,14 @@ def launch_workers(
             objective=objective or config.search.objective,
         ),
     )
-    seats = devices.seats(flat(gpus) or None, cpus)
+    seats = ray_cluster.seats(gpus_total, cpus) if ray else devices.seats(flat(gpus) or None, cpus)
     series, notes = studying.read_series(config, symbol_names)
     checkpoints = {model: checkpoint_fingerprint(config, model) for model in model_names}
+    cluster = None
+    if ray:
+        cluster = ray_cluster.connect(ray, gpus=gpus_total, cpus=cpus)
+        host = database.parse_url(config.storage.url).host if config.storage.url else "127.0.0.1"
+        ray_cluster.check_storage(cluster, host)
     # Everything the user can have got wrong is checked; from here on something is made.
     for note in notes:
         say(note)
@@ -307,7 +318,12 @@ def launch_workers(
     study_ids = [study.study_id for study in working]
     kinds = sorted({seat.device.split(":")[0] for seat in seats})
     say(f"{len(seats)} {'/'.join(kinds)} {plural('worker', len(seats))}; logs in {folder}")
-    supervising = supervisor.Supervisor(
+    if cluster is None:
+        supervise = supervisor.Supervisor
+    else:
+        supervise = functools.partial(ray_cluster.RaySupervisor, cluster)
+        secret = database.password_in_use(storage)  # also where this machine has it from a file
+    supervising = supervise(
         job,
         folder,
         seats,
@@ -318,6 +334,8 @@ def launch_workers(
         report=Progress(storage, study_ids),
     )
     status = supervising.run()
+    if cluster is not None:
+        cluster.end()
     if supervising.signals >= 2:
         sys.stderr.flush()
         os._exit(status)  # no table, no taking down of the interpreter: at once
@@ -334,6 +352,23 @@ def launch_workers(
         say(str(error))
         status = status or 1
     sys.exit(status)
+
+
+def check_ray_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: int | None) -> None:
+    """Usage error for what does not go together."""
+    if not ray:
+        if gpus_total:
+            raise click.UsageError("--gpus-total goes with --ray; name this machine's GPUs with --gpus")
+        return
+    if gpus or bool(cpus) == bool(gpus_total):
+        raise click.UsageError("--ray takes either --gpus-total N or --cpus N")
+    from storage import database
+
+    # Ray keeps a driver's command line in its list of jobs.
+    for word in sys.argv[1:]:
+        url = word.removeprefix("--storage=")
+        if "://" in url and database.hand_over(database.parse_url(url))[1]:
+            raise click.UsageError("--ray shows this command line to the cluster; put the password into PGPASSWORD")
 
 
 class Progress:

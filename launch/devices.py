@@ -30,7 +30,7 @@ def seats(gpus: Sequence[int] | None, cpus: int | None) -> list[Seat]:
     if gpus is None and cpus is None:
         gpus = list(range(len(visible_gpus()))) or None
     if gpus is None:
-        return [_cpu_seat()] * (cpus or len(os.sched_getaffinity(0)))
+        return [cpu_seat()] * (cpus or len(os.sched_getaffinity(0)))
     visible = visible_gpus()
     for gpu in gpus:
         if gpu >= len(visible):
@@ -52,7 +52,8 @@ def visible_gpus() -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
-def _cpu_seat() -> Seat:
+def cpu_seat() -> Seat:
+    """One core of any machine."""
     # One thread a worker: the numbers do not depend on how many workers share the cores.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return Seat(device="cpu", environment={"CUDA_VISIBLE_DEVICES": "", **one_thread})

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol
 
 from launch.devices import Seat
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, Job
@@ -30,6 +30,16 @@ SECOND_SIGNAL_GRACE_S = 0.5  # a worker inside a long network call cannot hear a
 CLERK_GRACE_S = 0.3  # after a second signal, for what it has yet to write
 
 
+class Process(Protocol):
+    """What is asked of a running worker, as of a subprocess.Popen."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 @dataclass
 class Child:
     """The worker of one seat, through its restarts."""
@@ -37,7 +47,8 @@ class Child:
     number: int
     seat: Seat
     log: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
+    name: str = ""  # HOST:PID of its process
     status: int | None = None  # its last exit status, once it is not to be started again
     crashes: list[float] = field(default_factory=list)
     start_at: float = 0.0
@@ -56,12 +67,12 @@ class Clerk(threading.Thread):
     ) -> None:
         super().__init__(name="clerk", daemon=True)
         self._storage, self._study_ids, self._say, self._report = storage, study_ids, say, report
-        self._dead: deque[int] = deque()
+        self._dead: deque[str] = deque()
         self._ended = threading.Event()
 
-    def free_slots_of(self, pid: int) -> None:
+    def free_slots_of(self, worker: str) -> None:
         """The dead worker's slots need not wait for their lease to run out."""
-        self._dead.append(pid)
+        self._dead.append(worker)
 
     def end(self) -> None:
         """Write what is left and stop; `join` waits for it."""
@@ -73,7 +84,7 @@ class Clerk(threading.Thread):
             last = self._ended.wait(POLL_S)
             try:
                 while self._dead:
-                    slots.expire(self._storage, f"{os.uname().nodename}:{self._dead[0]}")
+                    slots.expire(self._storage, self._dead[0])
                     slots.reap(self._storage, self._study_ids)
                     self._dead.popleft()
                 self._report()
@@ -140,11 +151,11 @@ class Supervisor:
         status = child.process.poll()
         if status is None:
             return
-        pid, child.process = child.process.pid, None
+        child.process = None
         if status in (EXIT_DONE, EXIT_INTERRUPTED):
             child.status = status
             return
-        self.clerk.free_slots_of(pid)
+        self.clerk.free_slots_of(child.name)
         if status == EXIT_ERROR:
             self.say(f"worker {child.number} ({child.seat.device}): {last_line(child.log)}")
             child.status = status
@@ -154,8 +165,7 @@ class Supervisor:
     def _crashed(self, child: Child, status: int) -> None:
         now = time.monotonic()
         child.crashes = [at for at in child.crashes if now - at < CRASH_WINDOW_S] + [now]
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        what = f"worker {child.number} ({child.seat.device}) died of {how}"
+        what = f"worker {child.number} ({child.seat.device}) {self._how(status)}"
         if self.signals:
             child.status = EXIT_INTERRUPTED
         elif len(child.crashes) >= MAX_CRASHES:
@@ -166,9 +176,12 @@ class Supervisor:
             child.start_at = now + wait_s
             self.say(f"{what}; starting it again in {wait_s:.0f} s; see {child.log}")
 
+    def _how(self, status: int) -> str:
+        return f"died of signal {signal.Signals(-status).name}" if status < 0 else f"died of status {status}"
+
     def _start(self, child: Child) -> None:
         with child.log.open("ab") as log:
-            child.process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "launch.worker", str(self.folder), str(child.number)],
                 env={**self.environment, **child.seat.environment},
                 stdin=subprocess.DEVNULL,
@@ -176,6 +189,7 @@ class Supervisor:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which passes it on once
             )
+        child.process, child.name = process, f"{os.uname().nodename}:{process.pid}"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1

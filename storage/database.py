@@ -335,6 +335,16 @@ def hand_over(url: URL) -> tuple[str, dict[str, str]]:
     return without_password(url), {} if password is None else {"PGPASSWORD": str(password)}
 
 
+def password_in_use(storage: RetryingStorage) -> dict[str, str]:
+    """The environment that carries the password of the storage's connections, wherever libpq had it from."""
+
+    def read(connection: Connection) -> str:
+        return cast(Any, connection.connection.dbapi_connection).info.password
+
+    password = storage.transaction(read)
+    return {"PGPASSWORD": password} if password else {}
+
+
 def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False) -> RetryingStorage:
     """Connect, making the schema where it is missing.
 

@@ -1,0 +1,184 @@
+"""Searches on a real Ray cluster of two nodes, both on this machine; one of them is lost on the way."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import Place, bars, place, wait_until_gone  # noqa: F401 - two are fixtures
+
+from launch import ray_cluster
+from launch.ray_cluster import Cluster, ClusterError
+
+with_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'"
+)
+
+
+class Nodes:
+    """A head node that takes the driver, and nodes for the workers, which may be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        utils: Any = importlib.import_module("ray.cluster_utils")
+        self.cluster = utils.Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 1,
+                "include_dashboard": False,
+                "object_store_memory": 80 * 2**20,
+                "temp_dir": str(folder),
+            },
+        )
+        self.address: str = self.cluster.address
+
+    def add(self, cpus: int = 1) -> Any:
+        return self.cluster.add_node(num_cpus=cpus, object_store_memory=80 * 2**20)
+
+    def lose(self, node: Any) -> None:
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets need a short path
+    nodes = Nodes(folder)
+    yield nodes
+    nodes.cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def launch(place: Place, nodes: Nodes, cpus: int, *words: str) -> subprocess.Popen[str]:  # noqa: F811
+    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", str(cpus), *words)
+    return subprocess.Popen(command, env=place.environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def workers_on(url: str) -> list[int]:
+    """The worker processes of this database, whoever started them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if b"launch.worker" in command and f"OPTUNA_STORAGE={url}\0".encode() in environment:
+                found.append(int(entry.name))
+    return found
+
+
+def actors_of(pids: list[int]) -> set[int]:
+    return {int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) for pid in pids}
+
+
+@with_ray
+def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes: Nodes, database_server: Any) -> None:  # noqa: F811
+    password = database_server.passfile.read_text().strip().rsplit(":", 1)[1]
+    node = nodes.add()
+    run = launch(place, nodes, 2, "--trials", "60")
+    place.wait_for_trials(10)
+    url = place.environment["OPTUNA_STORAGE"]
+    before = workers_on(url)
+    assert len(before) == 2
+    assert len(actors_of(before)) == 2
+
+    os.kill(before[0], signal.SIGKILL)  # a worker dies in its actor
+    place.wait_for_trials(20)
+    nodes.lose(node)  # and a whole node: one worker is left, until another node comes
+    place.wait_for_trials(45)
+    node = nodes.add()
+    out, said = run.communicate(timeout=100)
+    assert run.returncode == 0, said
+    assert "died of signal SIGKILL; starting it again" in said
+    assert "was lost with its actor or node; starting it again" in said
+    place.assert_exact(60, "SP500", "NASDAQ")
+    assert "finished" in out  # the same summary
+    wait_until_gone(workers_on(url), 5)
+    (folder,) = (place.folder / "logs").iterdir()
+    logs = [(folder / f"worker-{number}.log").read_text() for number in (0, 1)]
+    assert all("COMPLETE" in log for log in logs)
+    session = Path(nodes.cluster.head_node.get_session_dir_path())
+    files = [path for root in (session, place.folder) for path in root.rglob("*") if path.is_file()]
+    assert [path for path in files if password.encode() in path.read_bytes()] == []
+    nodes.lose(node)
+
+
+@with_ray
+def test_signals_reach_the_actors_and_nothing_outlives_the_driver(place: Place, nodes: Nodes) -> None:  # noqa: F811
+    url = place.environment["OPTUNA_STORAGE"]
+    run = launch(place, nodes, 1, "--trials", "500")
+    place.wait_for_trials(3)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert "stopping after the trials at hand" in said
+    assert workers_on(url) == []
+    states = {trial.state.name for symbol in ("SP500", "NASDAQ") for trial in place.trials(symbol)}
+    assert states <= {"COMPLETE", "PRUNED"}
+
+    run = launch(place, nodes, 1, "--trials", "500")
+    while not workers_on(url):
+        time.sleep(0.05)
+    time.sleep(2)
+    run.send_signal(signal.SIGINT)
+    run.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert time.monotonic() - began < 6
+
+    run = launch(place, nodes, 1, "--trials", "500")
+    while not (workers := workers_on(url)):
+        time.sleep(0.05)
+    run.kill()
+    run.communicate()
+    wait_until_gone(workers)
+
+
+@with_ray
+def test_what_cannot_work_is_one_line(place: Place, nodes: Nodes) -> None:  # noqa: F811
+    assert "not 64" in place.run("launch-workers", "--ray", nodes.address, "--cpus", "64", code=1).stderr
+    nothing = place.run("launch-workers", "--ray", "127.0.0.1:1", "--cpus", "1", code=1).stderr
+    assert "no Ray cluster answers" in nothing
+    assert nothing.count("\n") == 1
+    url = "postgresql://studies:planted@127.0.0.1/x"
+    refused = place.run("launch-workers", "--ray", nodes.address, "--cpus", "1", "--storage", url, code=2).stderr
+    assert "PGPASSWORD" in refused
+    assert "planted" not in refused
+
+
+def test_without_ray_one_line_names_the_extra(place: Place) -> None:  # noqa: F811
+    hide = "import sys; sys.modules['ray'] = None\nfrom launch.cli import launch_workers; launch_workers()"
+    words = ["--ray", "auto", "--cpus", "1", "--config", str(place.folder / "studies.toml")]
+    ended = subprocess.run(
+        [sys.executable, "-c", hide, *words], env=place.environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == "error: --ray: Ray is not installed; pip install '.[ray]'\n"
+
+
+@pytest.mark.parametrize("words", [["--gpus-total", "2"], ["--ray", "auto"], ["--ray", "auto", "--gpus", "0"]])
+def test_options_that_do_not_go_together(place: Place, words: list[str]) -> None:  # noqa: F811
+    place.run("launch-workers", *words, code=2)
+
+
+@pytest.mark.parametrize("host", [None, "localhost", "127.0.0.1", "::1", "/run/postgresql"])
+def test_several_machines_need_a_storage_they_can_reach(host: str | None) -> None:
+    several = Cluster(ray=None, resource="CPU", single_machine=False, most_on_a_node=1)
+    with pytest.raises(ClusterError, match="cannot reach"):
+        ray_cluster.check_storage(several, host)
+    ray_cluster.check_storage(several, "db.example")
+    ray_cluster.check_storage(several, "10.0.0.5")
+    single = Cluster(ray=None, resource="CPU", single_machine=True, most_on_a_node=1)
+    ray_cluster.check_storage(single, host)
