@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
 from conftest import execute
 from optuna.trial import TrialState
+from safetensors.numpy import load_file, save_file
 
+from forecasters.checkpoints import BUNDLED
+from launch import listing
 from objectives import windows
 from storage import database, embedded, slots
 from storage.database import RetryingStorage
@@ -415,3 +420,75 @@ def test_no_password_in_files_or_command_lines(place: Place, database_server: An
     assert written == []
     for study in studying.list_studies(place.storage):
         assert password not in json.dumps(dict(study.definition))
+
+
+# Seven attempts find no memory: one trial tries 10, 5, 3, 2 and 1 window, the next two 1 window only.
+SHORT_OF_MEMORY = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import torch
+    from forecasters.toto import Toto
+    prefill, tried = Toto._prefill, []
+    def limited(self, rows, horizon):
+        tried.append(len(rows))
+        print("prefill of", len(rows), file=sys.stderr)
+        if len(tried) <= 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 8 GiB.")
+        return prefill(self, rows, horizon)
+    Toto._prefill = limited
+"""
+
+
+def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(place: Place) -> None:
+    patched = place.folder / "patched"
+    patched.mkdir()
+    (patched / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
+    environment, place.environment = place.environment, {**place.environment, "PYTHONPATH": str(patched)}
+    words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
+    said = place.run(*words, code=1).stderr
+    error = "SP500: out of memory on cpu with one window of 256 points, wanting 9.00 GiB more"
+    (study,) = studying.list_studies(place.storage)
+    assert said.splitlines()[-1] == f"{study.name}: 1 parked, the first with: {error}"
+    sizes = [line for path in place.folder.glob("logs/*/worker-0.log") for line in path.read_text().splitlines()]
+    sizes = [int(line.split()[-1]) for line in sizes if line.startswith("prefill of")]
+    assert sizes[:7] == [10, 5, 3, 2, 1, 1, 1]
+    assert set(sizes[7:]) == {1}  # what did not fit once is not tried again
+    states = [trial.state for trial in place.trials("SP500")]
+    assert states[:3] == [TrialState.FAIL] * 3
+    assert len(states) == 3 + 7
+    shown = listing.details(place.storage, study.name)
+    assert shown is not None
+    assert shown["parked"] == [{"stage": slots.TRIAL, "slot": 0, "error": error}]
+    assert (shown["done"], shown["budget"]) == (7, 8)
+    assert f"parked slot 0: {error}" in place.run("studies", "show", study.name).stdout
+
+    place.environment = environment
+    place.run(*words)
+    place.assert_exact(8, "SP500")
+    assert slots.parked(place.storage, study.study_id) == []
+
+
+def test_a_study_that_fails_five_times_in_a_row_is_parked(place: Place) -> None:
+    broken = place.folder / "broken"
+    shutil.copytree(BUNDLED / "toto-tiny", broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("unembed.weight"))
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, broken / "model.safetensors")
+    settings = place.folder / "studies.toml"
+    settings.write_text(settings.read_text().replace('"toto-tiny"', f'"{broken}"'))
+    words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
+    for run in (1, 2):  # the second tries all of it again
+        ended = place.run(*words, code=1)
+        (study,) = studying.list_studies(place.storage)
+        lines = ended.stderr.splitlines()
+        assert lines[-1].startswith(f"{study.name}: 9 parked, the first with: SP500: ")
+        assert "Traceback" not in ended.stderr
+        assert len([line for line in lines if "parked" in line]) == 1
+        assert [trial.state for trial in place.trials("SP500")] == [TrialState.FAIL] * 5 * run
+        first, *others = slots.parked(place.storage, study.study_id)
+        assert (first.stage, first.number) == (slots.TRIAL, 0)
+        assert {item.error for item in others} == {f"5 failures in a row: {first.error}"}
+        assert len(others) == 8  # seven trials and the confirmation
+    (row,) = listing.rows(place.storage)
+    assert (row.done, row.budget, row.parked) == (0, 8, 9)
