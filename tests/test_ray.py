@@ -59,9 +59,22 @@ def nodes() -> Iterator[Nodes]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """A test that fails leaves no driver behind."""
+    yield
+    while started:
+        started.pop().kill()
+
+
 def launch(place: Place, nodes: Nodes, cpus: int, *words: str) -> subprocess.Popen[str]:  # noqa: F811
     command = place.command("launch-workers", "--ray", nodes.address, "--cpus", str(cpus), *words)
-    return subprocess.Popen(command, env=place.environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    run = subprocess.Popen(command, env=place.environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    started.append(run)
+    return run
 
 
 def workers_on(url: str) -> list[int]:
