@@ -155,7 +155,7 @@ class Run:
         total = self.plan.studies * self.plan.trials
         faults = self.plan.faults()
         self.random.shuffle(faults)
-        moments = sorted(self.random.randrange(1, int(0.8 * total)) for _ in faults)
+        moments = sorted(self.random.randrange(1, int(0.7 * total)) for _ in faults)
         dealt: Counter[str] = Counter()
         for moment, fault in zip(moments, faults, strict=True):
             self.wait_for(f"{moment} trials", lambda moment=moment: self.finished() >= moment)
