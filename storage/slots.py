@@ -99,14 +99,14 @@ def reopen(connection: Connection, study_id: int, stage: int) -> None:
     )
 
 
-def unpark(connection: Connection, study_id: int) -> None:
-    """Give what was given up another chance: a new run is asked for after the cause is mended."""
-    connection.execute(
+def unpark(connection: Connection, study_id: int) -> int:
+    """Give what was given up another chance, as a new run asks for; returns how many rows."""
+    return connection.execute(
         text(
             "update slots set state = 'free', failures = 0, losses = 0 where study_id = :study_id and state = 'parked'"
         ),
         {"study_id": study_id},
-    )
+    ).rowcount
 
 
 def claim(storage: RetryingStorage, study_id: int, *, worker: str, lease_s: float) -> Slot | None:

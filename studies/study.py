@@ -211,7 +211,10 @@ def open_studies(
             current = [s for s in found if s.as_of == newest]
             study = (unfinished or current or [None])[0]
             as_of = study.as_of if study else newest
-            definition = define(config, item, model, as_of, checkpoints[model])
+            try:
+                definition = define(config, item, model, as_of, checkpoints[model])
+            except windows.DataError as error:
+                raise windows.DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
             if study:
                 check_definition(study, definition)
                 plans.append(_resume_later(storage, config, study))
@@ -224,9 +227,9 @@ def open_studies(
 def _resume_later(storage: RetryingStorage, config: Config, study: Study) -> Callable[[], Opened]:
     def resume() -> Opened:
         def extend(connection: Any) -> int:
-            slots.unpark(connection, study.study_id)
+            unparked = slots.unpark(connection, study.study_id)
             added = slots.raise_budget(connection, study.study_id, config.search.trials)
-            if added:
+            if added or unparked:  # what was confirmed did not know of the trials to come
                 slots.reopen(connection, study.study_id, slots.CONFIRMATION)
             return added
 
@@ -322,7 +325,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a claimed slot. `state` is "complete", "pruned", "failed", "measured", "confirmed" or "lost"."""
+    """What became of a claimed slot. `state` is "complete", "pruned", "measured", "confirmed" or "lost"."""
 
     state: str
     number: int

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
+from sqlalchemy import text
 
 import forecasters
 from launch import cli
 from objectives import windows
-from storage import database
+from storage import database, slots
 from studies import study as studying
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
@@ -253,6 +254,27 @@ def test_changed_history_under_an_unfinished_study(place: Place) -> None:
     later = "2019-01-02," + place.bars[-1].split(",", 1)[1]
     place.write("SP500.csv", [*place.bars, later])
     assert open_study(place) == study
+
+
+def test_a_study_whose_last_bar_is_gone_names_the_file(place: Place) -> None:
+    study = open_study(place)
+    place.write("SP500.csv", place.bars[:-1])
+    line = mismatch(place)
+    assert "SP500.csv" in line
+    assert study.name in line
+
+
+def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) -> None:
+    study = open_study(place)
+    slots.park_study(place.storage, study.study_id, "no memory")
+    place.storage.transaction(
+        lambda c: c.execute(text("update slots set state = 'done', result = '{}' where stage = 2"))
+    )
+    assert slots.free(place.storage, [study.study_id]) == {}
+    assert open_study(place) == study
+    progress = slots.progress(place.storage)[study.study_id]
+    assert (progress.parked, progress.open) == (0, 101)  # 100 trials and the confirmation
+    assert slots.results(place.storage, study.study_id, slots.CONFIRMATION) == {}
 
 
 def test_changed_search_space_under_an_existing_study(place: Place) -> None:
