@@ -1,84 +1,243 @@
-"""The update rule: pure, no files, no database, no models.
+"""The update rule, and how sure one can be of what it compares: pure, no files, no database, no models.
 
-Measurements in, a decision out. The numbers compared are always of the same windows, metric and seeds.
+Measurements in, a decision out. The errors compared are always of the same windows, metric and seeds, in the same
+order, so that a difference is taken window by window.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
+import numpy as np
+
 Reason = Literal[
-    "first", "improved", "forced", "not better", "unchanged", "stale", "not comparable", "not finished", "no candidate"
+    "first",
+    "improved",
+    "forced",
+    "not better",
+    "unchanged",
+    "stale",
+    "not comparable",
+    "not confirmed",
+    "no candidate",
+    "worse on test",
+    "not significant",
 ]
+On = Literal["confirmation", "validation"]
+
+LEVEL = 0.95  # of the interval
+INTERVAL_REPETITIONS = 1000  # 25 in each tail; the ends then move by a twentieth of the width with the seed
+TEST_REPETITIONS = 500  # standard error of a p-value of 0.05 is 0.01; arch takes 30 us for each
+MIN_WINDOWS = 20  # with fewer an interval that says 95 % covers less than 90 %
+SEED = 20_181_231  # any: the same errors always give the same evidence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A configuration and its MAE on the study's validation windows; None where it could not be measured there.
-
-    Confirmed numbers, on more windows than the search selects on, will take this place.
-    """
+    """A configuration and how it did."""
 
     model: str
-    config: Mapping[str, Any]
-    mae: float | None
+    config: Mapping[str, Any]  # params
+    errors: tuple[float, ...] | None  # [W] on the confirmation windows in origin order; None: not measurable there
+    validation_mae: float | None  # on the search's own windows alone, with its seeds
+    test_mae: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What else is known of the chosen candidate against the incumbent; None where it cannot be computed."""
+
+    improvement_validation: float | None = None  # relative
+    improvement_test: float | None = None
+    interval: tuple[float, float] | None = None  # 95 % of the relative improvement on the confirmation windows
+    p_value: float | None = None  # chance of a gain as large as the best candidate's if none were better
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     promote: bool
     reason: Reason
-    improvement: float | None  # relative, (incumbent - candidate) / incumbent
+    candidate: int | None = None  # which of the candidates was chosen
+    improvement: float | None = None  # relative, (incumbent - candidate) / incumbent, where the rule looks
+    evidence: Evidence = Evidence()
 
 
 def decide(
-    candidate: Measured | None,
+    candidates: Sequence[Measured],
     incumbent: Measured | None,
     *,
-    finished: bool,
-    measured_incumbent: Mapping[str, Any] | None,
+    confirmed: bool,
+    stale: bool,
     min_improvement: float,
     force: bool = False,
+    require_test: bool = False,
+    max_p: float | None = None,
+    on: On = "confirmation",
 ) -> Decision:
-    """Whether the candidate replaces the incumbent.
+    """Whether the best candidate replaces the incumbent.
 
-    incumbent: what the file holds now. measured_incumbent: the configuration that `incumbent.mae` was measured for;
-    where the file changed since, the comparison is stale.
-    Promotes if there is no incumbent, or the MAE improves by strictly more than `min_improvement` (relative), or
-    `force`. A MAE that is not finite and positive never promotes.
+    The best has the lowest mean error on the confirmation windows, the first of equal ones; `on` "validation" looks at
+    `validation_mae` alone. A candidate with a NaN, an infinity or a negative number anywhere is left out.
+
+    Promotes where there is no incumbent, where the mean error is lower by strictly more than `min_improvement`
+    (relative), or with `force`, which overrides everything but "not confirmed", "no candidate" and "unchanged".
+    confirmed: candidates and incumbent were measured on the confirmation windows.
+    stale: the incumbent's file changed since.
+    require_test: of the improved, only those no worse on test. max_p: only those with a p-value of at most this. What
+    is not known fails such a gate.
+
+    Raises ValueError if errors are of different numbers of windows.
     """
-    if candidate is None or candidate.mae is None or not math.isfinite(candidate.mae) or candidate.mae < 0:
-        return Decision(promote=False, reason="no candidate", improvement=None)
-    if not finished and not force:
-        return Decision(promote=False, reason="not finished", improvement=None)
+    everyone = [*candidates, *([incumbent] if incumbent else [])]
+    if len(counts := {len(each.errors) for each in everyone if each.errors is not None}) > 1:
+        raise ValueError(f"errors on different windows cannot be compared: {sorted(counts)} of them")
+    if not confirmed:
+        return Decision(promote=False, reason="not confirmed")
+    maes = [_mae(candidate, on) for candidate in candidates]
+    known = [(mae, index) for index, mae in enumerate(maes) if mae is not None]
+    if not known:
+        return Decision(promote=False, reason="no candidate")
+    mae, best = min(known)
+    chosen = candidates[best]
     if incumbent is None:
-        return Decision(promote=True, reason="first", improvement=None)
-    if incumbent.model == candidate.model and dict(incumbent.config) == dict(candidate.config):
-        return Decision(promote=False, reason="unchanged", improvement=None)
+        return Decision(promote=True, reason="first", candidate=best)
+    if incumbent.model == chosen.model and dict(incumbent.config) == dict(chosen.config):
+        return Decision(promote=False, reason="unchanged", candidate=best)
+    if stale:  # the numbers are of another configuration
+        return Decision(promote=force, reason="forced" if force else "stale", candidate=best)
 
-    known = incumbent.mae is not None and math.isfinite(incumbent.mae) and incumbent.mae > 0
-    stale = known and dict(measured_incumbent or {}) != dict(incumbent.config)
-    improvement = None
-    if known and not stale:
-        assert incumbent.mae is not None
-        improvement = (incumbent.mae - candidate.mae) / incumbent.mae
+    old = _mae(incumbent, on)
+    improvement = _improvement(old, mae)
+    usable = [candidate for candidate in candidates if _sane(candidate)]
+    evidence = _evidence(chosen, incumbent, usable) if _sane(incumbent) else Evidence()
+    reason: Reason
     if force:
-        return Decision(promote=True, reason="forced", improvement=improvement)
-    if stale:
-        return Decision(promote=False, reason="stale", improvement=None)
-    if improvement is None:
-        return Decision(promote=False, reason="not comparable", improvement=None)
-    assert incumbent.mae is not None
-    if exceeds(incumbent.mae, candidate.mae, min_improvement):
-        return Decision(promote=True, reason="improved", improvement=improvement)
-    return Decision(promote=False, reason="not better", improvement=improvement)
+        reason = "forced"
+    elif old is None:
+        reason = "not comparable"
+    elif not exceeds(old, mae, min_improvement):
+        reason = "not better"
+    elif require_test and not _no_worse_on_test(chosen, incumbent):
+        reason = "worse on test"
+    elif max_p is not None and not (evidence.p_value is not None and evidence.p_value <= max_p):
+        reason = "not significant"
+    else:
+        reason = "improved"
+    return Decision(
+        promote=reason in ("forced", "improved"),
+        reason=reason,
+        candidate=best,
+        improvement=improvement,
+        evidence=evidence,
+    )
 
 
 def exceeds(old: float, new: float, min_improvement: float) -> bool:
     """(old - new) / old > min_improvement, in decimals: in binary 0.07 to 0.0693 reads as more than 1 %."""
     old_decimal, new_decimal = Decimal(repr(old)), Decimal(repr(new))
     return old_decimal - new_decimal > Decimal(repr(min_improvement)) * old_decimal
+
+
+def _sane(measured: Measured) -> bool:
+    numbers = [*(measured.errors or ()), measured.validation_mae, measured.test_mae]
+    return all(number is None or (math.isfinite(number) and number >= 0) for number in numbers)
+
+
+def _mae(measured: Measured, on: On) -> float | None:
+    """What the rule compares; None where it was not measured or is no number."""
+    if not _sane(measured):
+        return None
+    return measured.validation_mae if on == "validation" else _mean(measured.errors)
+
+
+def _mean(errors: Sequence[float] | None) -> float | None:
+    """Correctly rounded, so that a difference of exactly the threshold stays one."""
+    try:
+        return math.fsum(errors) / len(errors) if errors else None
+    except OverflowError:
+        return None
+
+
+def _improvement(old: float | None, new: float | None) -> float | None:
+    """Relative; None where it is not known or there was no error to improve on."""
+    if old is None or new is None or old == 0:
+        return None
+    improvement = (old - new) / old
+    return improvement if math.isfinite(improvement) else None
+
+
+def _no_worse_on_test(chosen: Measured, incumbent: Measured) -> bool:
+    if chosen.test_mae is None or incumbent.test_mae is None:
+        return False
+    return chosen.test_mae <= incumbent.test_mae
+
+
+# --- evidence ----------------------------------------------------------------------------------------------
+
+
+def _evidence(chosen: Measured, incumbent: Measured, candidates: Sequence[Measured]) -> Evidence:
+    """All of it, each part None where it cannot be computed. The measurements given are sane."""
+    interval = p_value = None
+    old = _mean(incumbent.errors)
+    if old and incumbent.errors and chosen.errors and len(chosen.errors) >= MIN_WINDOWS:
+        scale = np.array(incumbent.errors) / old  # [W], of mean 1: what follows is free of units
+        new = np.array(chosen.errors) / old
+        tried = [np.array(candidate.errors) / old for candidate in candidates if candidate.errors]  # each [W]
+        # Sane but absurd errors overflow when squared; what comes of it is not finite and so not shown.
+        with np.errstate(all="ignore"):
+            if (block := _block_length(scale - new)) is not None:
+                interval = _interval(scale, new, block)
+                p_value = _superior_predictive_ability(scale, tried, block)
+    return Evidence(
+        improvement_validation=_improvement(incumbent.validation_mae, chosen.validation_mae),
+        improvement_test=_improvement(incumbent.test_mae, chosen.test_mae),
+        interval=interval,
+        p_value=p_value,
+    )
+
+
+def _block_length(differences: np.ndarray) -> int | None:
+    """Windows that a block has on average, by Politis and White (2004); None where nothing varies."""
+    from arch.bootstrap import optimal_block_length  # 0.8 s that only a comparison should pay
+
+    if not differences.std() > 1e-12:  # of errors of about 1: what rounding leaves of a constant
+        return None
+    length = optimal_block_length(differences)["stationary"].iloc[0]
+    return max(1, math.ceil(length)) if math.isfinite(length) else None
+
+
+def _interval(old: np.ndarray, new: np.ndarray, block: int) -> tuple[float, float] | None:
+    """Of 1 - mean(new) / mean(old), by the stationary bootstrap (Politis and Romano, 1994). Both [W].
+
+    Percentiles of the resampled improvements: they keep within what improvements can be, and the ratio of two means
+    of the same windows is nearly symmetric, so that there is little for a corrected interval to correct.
+    """
+    from arch.bootstrap import StationaryBootstrap
+
+    bootstrap = StationaryBootstrap(block, old, seed=SEED)
+    indices = np.stack([bootstrap.update_indices() for _ in range(INTERVAL_REPETITIONS)])  # [R, W]
+    improvements = 1 - new[indices].sum(axis=1) / old[indices].sum(axis=1)  # [R]
+    if not np.isfinite(improvements).all():
+        return None
+    low, high = np.quantile(improvements, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _superior_predictive_ability(old: np.ndarray, tried: Sequence[np.ndarray], block: int) -> float | None:
+    """P-value of the best of the candidates against the incumbent (Hansen, 2005; "consistent"). All [W].
+
+    It allows for the best having been chosen among those given. Differences are not studentised (arch has it so).
+    """
+    from arch.bootstrap import SPA
+
+    # One that never differs has no chance to be better and would read as certain to be.
+    models = [errors for errors in tried if (old - errors).std() > 1e-12]
+    test = SPA(old, np.stack(models, axis=1), block_size=block, reps=TEST_REPETITIONS, seed=SEED)
+    test.compute()
+    p_value = float(test.pvalues["consistent"])
+    # This many repetitions cannot tell less from nothing.
+    return max(p_value, 1 / TEST_REPETITIONS) if math.isfinite(p_value) else None
