@@ -66,6 +66,8 @@ lease_s = {lease_s}
 log_dir = "logs"
 [hyperparams]
 dir = "hyperparams"
+[promotion]
+results_dir = "results"
 """
 
 
@@ -344,7 +346,7 @@ def remeasure(storage: RetryingStorage, folder: Path, trials: Mapping[str, list[
                 reports: dict[int, float] = {}
                 params = run.space.complete(trial.params)
                 mae = evaluator.measure(
-                    run.split.validation, params, pass_number=studying.SEARCH_PASS, on_rung=reports.__setitem__
+                    run.split.validation, params, passes=studying.SEARCH_PASSES, on_rung=reports.__setitem__
                 ).mae
                 known[key] = mae, reports
             mae, reports = known[key]

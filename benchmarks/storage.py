@@ -17,7 +17,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +69,12 @@ class Instant:
     """An evaluator whose work is nothing: ten equal reports, so that no trial is pruned, and a value."""
 
     def measure(
-        self, windows: object, params: Mapping[str, Any], *, pass_number: int, on_rung: Callable[[int, float], None]
+        self,
+        windows: object,
+        params: Mapping[str, Any],
+        *,
+        passes: Sequence[int],
+        on_rung: Callable[[int, float], None],
     ) -> Measurement:
         for step in range(REPORTS):
             on_rung(step, 1.0)
@@ -81,6 +86,7 @@ class Instant:
             no_change_mae=1.0,
             skill=1 - mae,
             errors=(),
+            sampling_error=None,
             windows=0,
             seconds={"encode": 0.0, "draw": 0.0, "aggregate": 0.0},
         )
@@ -129,6 +135,9 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
         study=studying.Study(study_id=study_id, name=name, symbol="S", model="toto", as_of="", definition={}),
         space=SPACE,
         split=cast(Any, type("NoWindows", (), {"validation": None})),
+        confirmation=cast(Any, None),
+        max_passes=2,
+        tolerance=0.001,
         optuna_study=optuna.load_study(
             study_name=name,
             storage=storage,

@@ -158,7 +158,9 @@ def cell(key: str, value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return str(value)
-        return f"{100 * value:+.2f}%" if key in ("improvement", "skill") else f"{value:.6f}"
+        if key == "p_value":
+            return f"{value:.3f}"
+        return f"{100 * value:+.2f}%" if key.startswith(("improvement", "skill")) else f"{value:.6f}"
     return str(value)
 
 
@@ -226,14 +228,16 @@ symbols_option = click.option("--symbols", type=Names(), multiple=True, help="On
 models_option = click.option(
     "--models", type=Names(), multiple=True, help=f"Of {','.join(MODELS)}; 'both' are all.  [default: both]"
 )
+gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="One worker on each of these GPUs.")
+cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="So many CPU workers, one core each.")
 
 
 # --- launch-workers -------------------------------------------------------------------------------------------
 
 
 @click.command(name="launch-workers")
-@click.option("--gpus", type=Numbers(), multiple=True, help="One worker on each of these GPUs.")
-@click.option("--cpus", type=click.IntRange(min=1), help="So many CPU workers, one core each.")
+@gpus_option
+@cpus_option
 @click.option("--ray", metavar="ADDRESS", help="On the Ray cluster at HOST:PORT, with --gpus-total or --cpus.")
 @click.option("--gpus-total", type=click.IntRange(min=1), help="With --ray: so many workers, one GPU each.")
 @symbols_option
@@ -265,13 +269,11 @@ def launch_workers(
     """
     from dataclasses import replace
 
-    from launch import devices, ray_cluster, supervisor
-    from launch.worker import Job
-    from storage import database, slots
+    from launch import devices, ray_cluster
+    from storage import database
     from studies import study as studying
 
-    if gpus and cpus:
-        raise click.UsageError("--gpus and --cpus exclude each other: start one launch-workers for each")
+    check_devices(gpus, cpus)
     check_ray_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
     model_names, symbol_names = checked_models(models, config), checked_symbols(symbols)
     config = replace(
@@ -306,6 +308,24 @@ def launch_workers(
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
+    shown = [item.study.study_id for item in opened]
+    sys.exit(run_workers(config, storage, series, working, seats, shown=shown, cluster=cluster))
+
+
+def run_workers(
+    config: Config,
+    storage: Any,
+    series: Sequence[Any],
+    working: Sequence[Any],
+    seats: Sequence[Any],
+    *,
+    shown: Sequence[int],
+    cluster: Any = None,
+) -> int:
+    """Work on studies until they are finished, then show those of `shown`. Returns the exit status."""
+    from launch import ray_cluster, supervisor
+    from launch.worker import Job
+    from storage import database, slots
 
     folder = run_folder(config)
     job = Job(
@@ -342,7 +362,7 @@ def launch_workers(
     if status == supervisor.EXIT_INTERRUPTED:
         storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
     try:
-        show_studies(storage, [item.study.study_id for item in opened], as_json=False)
+        show_studies(storage, shown, as_json=False)
         progress = slots.progress(storage)
         for study in working:
             for parked in slots.parked(storage, study.study_id)[:1]:
@@ -351,7 +371,12 @@ def launch_workers(
     except DatabaseUnavailable as error:
         say(str(error))
         status = status or 1
-    sys.exit(status)
+    return status
+
+
+def check_devices(gpus: Sequence[Sequence[int]], cpus: int | None) -> None:
+    if gpus and cpus:
+        raise click.UsageError("--gpus and --cpus exclude each other: start one command for each")
 
 
 def check_ray_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: int | None) -> None:
@@ -440,6 +465,10 @@ PROMOTE_COLUMNS = {
     "incumbent_mae": "incumbent",
     "best_mae": "best",
     "improvement": "improvement",
+    "interval": "95 % interval",
+    "p_value": "p",
+    "improvement_validation": "on search",
+    "improvement_test": "on test",
     "skill": "skill",
     "decision": "decision",
     "reason": "reason",
@@ -452,6 +481,12 @@ PROMOTE_COLUMNS = {
 @symbols_option
 @models_option
 @click.option("--force", is_flag=True, help="Promote also what is no improvement or not comparable.")
+@click.option("--require-test", is_flag=True, help="Keep the incumbent where the new one is worse on test.")
+@click.option("--max-p", type=click.FloatRange(0, 1), metavar="P",
+              help="Keep the incumbent where the p-value of the gain is above P.")  # fmt: skip
+@click.option("--on", "on", type=click.Choice(["confirmation", "validation"]), default="confirmation",
+              show_default=True, help="The windows that decide; those of the search flatter.")  # fmt: skip
+@click.option("--rollback", metavar="SYMBOL", help="Put back what the last promotion of SYMBOL replaced.")
 @click.option("--dry-run", is_flag=True, help="Decide and show, write nothing.")
 @with_json
 @shared
@@ -461,6 +496,10 @@ def promote(
     symbols: Sequence[Sequence[str]],
     models: Sequence[Sequence[str]],
     force: bool,
+    require_test: bool,
+    max_p: float | None,
+    on: str,
+    rollback: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -468,22 +507,66 @@ def promote(
 
     \b
     promote --min-improvement 0.01
+    promote --rollback BTCUSD
     """
-    from launch import promote as promoting
+    from typing import cast
 
-    rows = promoting.promote(
-        open_storage(config),
-        config,
-        symbols=checked_symbols(symbols),
-        models=checked_models(models, config),
+    from launch import promote as promoting
+    from launch import summary
+
+    if rollback:
+        roll_back(config, rollback, dry_run=dry_run, as_json=as_json)
+        return
+    if on == "validation":
+        say(
+            "warning: the windows of the search decide; where the incumbent was already the best, that rule promoted "
+            "in 42 % of searches, and 83 % of those lost (README, What a promotion rests on)"
+        )
+    storage = open_storage(config)
+    rule = promoting.Rule(
         min_improvement=config.promotion.min_improvement if min_improvement is None else min_improvement,
         force=force,
+        require_test=require_test,
+        max_p=max_p,
+        on=cast(Any, on),
+    )
+    rows = promoting.promote(
+        storage,
+        config,
+        rule,
+        symbols=checked_symbols(symbols),
+        models=checked_models(models, config),
         dry_run=dry_run,
     )
-    show([asdict(row) for row in rows], PROMOTE_COLUMNS, as_json=as_json)
+    values = [asdict(row) for row in rows]
+    show(
+        values if as_json else [{**row, "interval": interval(row)} for row in values], PROMOTE_COLUMNS, as_json=as_json
+    )
+    for row in rows:
+        if row.next:
+            say(f"{row.symbol}: {row.reason}; {row.next}")
     promoted = sum(row.decision == "promoted" for row in rows)
     written = "would be promoted" if dry_run else "promoted"
     say(f"{promoted} of {len(rows)} {plural('symbol', len(rows))} {written}" if promoted else "nothing to promote")
+    if not dry_run and (path := summary.write(storage, config.promotion.results_dir, rows)):
+        say(f"summary in {path}")
+
+
+def interval(row: Mapping[str, Any]) -> str | None:
+    """Of the improvement, as a table shows it."""
+    low, high = row["improvement_low"], row["improvement_high"]
+    return None if low is None else f"{100 * low:+.1f} .. {100 * high:+.1f}%"
+
+
+def roll_back(config: Config, symbol: str, *, dry_run: bool, as_json: bool) -> None:
+    from storage import configs
+
+    (symbol,) = checked_symbols([[symbol]])
+    restored = configs.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps(asdict(restored), indent=2, default=str))
+        return
+    click.echo(restored)
 
 
 # --- studies --------------------------------------------------------------------------------------------------
@@ -548,6 +631,39 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(listing.as_text(found))
+
+
+@studies.command()
+@click.argument("name")
+@gpus_option
+@cpus_option
+@shared
+def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int | None) -> None:
+    """Measure a study's best trials and the configurations in use anew, for promote to decide on.
+
+    \b
+    studies confirm BTCUSD/toto@2026-03-19
+    """
+    from dataclasses import replace
+
+    from launch import devices
+    from studies import study as studying
+
+    check_devices(gpus, cpus)
+    storage = open_storage(config)
+    study = next((study for study in studying.list_studies(storage) if study.name == name), None)
+    if study is None:
+        raise ConfigError(f"no study {name!r}; see: studies list")
+    objective = study.definition["objective"]
+    config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
+    seats = devices.seats(flat(gpus) or None, cpus)[:1]  # one unit of work
+    series, notes = studying.read_series(config, [study.symbol])
+    for note in (
+        *notes,
+        *studying.reconfirm(storage, config, series[0], study, checkpoint_fingerprint(config, study.model)),
+    ):
+        say(note)
+    sys.exit(run_workers(config, storage, series, [study], seats, shown=[study.study_id]))
 
 
 @studies.command()

@@ -87,7 +87,7 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
             for trial in database.best_trials(storage, study.study_id, BEST_SHOWN)
         ],
         "baselines": slots.results(storage, study.study_id, slots.BASELINE),
-        "confirmation": slots.results(storage, study.study_id, slots.CONFIRMATION).get("confirmation"),
+        "confirmation": slots.confirmations(storage, [study.study_id])[study.study_id].result,
         "parked": [
             {"stage": item.stage, "slot": item.number, "error": item.error}
             for item in slots.parked(storage, study.study_id)
@@ -107,15 +107,25 @@ def as_text(found: Mapping[str, Any]) -> str:
         lines.append(f"{label:<14} mae {_mae(measured['validation']['mae'])}  {_params(measured['params'])}")
     for trial in found["best"]:
         lines.append(f"trial {trial['trial']:<8} mae {_mae(trial['mae'])}  {_params(trial['params'])}")
-    confirmed = found["confirmation"] and found["confirmation"]["candidate"]
-    if confirmed:
-        lines.append(f"test           mae {_mae(confirmed['test']['mae'])}  skill {confirmed['test']['skill']:+.4f}")
+    confirmed = found["confirmation"] or {"candidates": (), "baselines": {}}
+    for one in sorted(confirmed["candidates"], key=lambda one: one["confirmation"]["mae"]):
+        lines.append(f"confirmed {one['trial']:<4} {_confirmed(one)}")
+    for label, one in confirmed["baselines"].items():
+        lines.append(f"{label:<14} {one['error'] if 'error' in one else _confirmed(one)}")
     for parked in found["parked"]:
         lines.append(f"parked slot {parked['slot']}: {parked['error']}")
     for key in ("bars", "checkpoint"):
         lines.append(f"{key:<14} {found['definition'][key]}")
     lines.append(f"windows        {_params(found['definition']['windows'])}")
     return "\n".join(lines)
+
+
+def _confirmed(one: Mapping[str, Any]) -> str:
+    confirmation, test = one["confirmation"], one["test"]
+    return (
+        f"mae {_mae(confirmation['mae'])} on {confirmation['windows']}  skill {confirmation['skill']:+.4f}  "
+        f"test {_mae(test['mae'])}  {_params(one['params'])}"
+    )
 
 
 def _mae(value: float | None) -> str:

@@ -35,13 +35,19 @@ class Measurement:
     no_change_mae: float  # `mae` of predicting the last close
     skill: float  # 1 - mae / no_change_mae; 0 where no price moved and there is nothing to be better than
     errors: tuple[float, ...]  # [W] in origin order, each window's share of `mae`
+    sampling_error: float | None  # standard error of `mae` that fresh seeds alone cause; None: one pass cannot tell
     windows: int
     seconds: Mapping[str, float]  # by stage; a stage answered from the cache takes next to none
 
 
 def measure_no_change(windows: Windows) -> float:
     """The `mae` of predicting that the price stays at the last close."""
-    return float(_errors(windows, windows.last_closes[:, None]).mean())
+    return float(no_change_errors(windows).mean())
+
+
+def no_change_errors(windows: Windows) -> np.ndarray:
+    """Each window's share of `measure_no_change`, float64 [W]."""
+    return _errors(windows, windows.last_closes[:, None])
 
 
 class Evaluator:
@@ -79,31 +85,33 @@ class Evaluator:
         windows: Windows,
         params: Mapping[str, Any],
         *,
-        pass_number: int = 0,
+        passes: Sequence[int] = (0,),
         on_rung: Callable[[int, float], None] | None = None,
     ) -> Measurement:
         """The errors of these params on these windows.
 
         params: the model's encode and draw params and `aggregate` (default: mean); others are not looked at.
-        pass_number: another number, other seeds.
+        passes: every number has seeds of its own; errors are averaged over them.
         on_rung: called with windows done and their mae after every chunk but the last; what it raises ends the
         measurement and passes through.
         Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
         """
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
         aggregate = parse(params.get("aggregate", "mean"))
-        seeds = windows.seeds(pass_number)
+        seeds = [windows.seeds(pass_number) for pass_number in passes]
         seconds = dict.fromkeys(STAGES, 0.0)
-        points = np.full(windows.actuals.shape, np.nan)  # [W, H]
+        points = np.full((len(passes), *windows.actuals.shape), np.nan)  # [R, W, H]
         done: list[int] = []
         for chunk in windows.chunks(self.chunk_size):
             if done and on_rung is not None:
-                on_rung(len(done), float(_errors(windows, points)[done].mean()))
+                on_rung(len(done), float(_errors(windows, points)[:, done].mean()))
             rows = list(chunk)
-            asked = _Chunk(windows=windows, indices=chunk, seeds=tuple(seeds[row] for row in chunk))
             points_of = self._exact_points if self.exact else self._sampled_points
-            points[rows] = points_of(asked, plan, aggregate, seconds)
-            bad = ~np.isfinite(points[rows]).all(axis=1)
+            # All passes of a chunk before the next: a cache that holds one chunk's encoding is enough.
+            for place, row_seeds in enumerate(seeds):
+                asked = _Chunk(windows=windows, indices=chunk, seeds=tuple(row_seeds[row] for row in chunk))
+                points[place, rows] = points_of(asked, plan, aggregate, seconds)
+            bad = ~np.isfinite(points[:, rows]).all(axis=(0, 2))
             _check(windows, chunk, int(bad.argmax()) if bad.any() else None)
             done += rows
         return _measurement(windows, points, seconds)
@@ -203,12 +211,13 @@ class _Plan:
 
 
 def _errors(windows: Windows, points: np.ndarray) -> np.ndarray:
-    """Each window's mean |forecast - actual| / last close before it, [W]."""
-    return np.abs(points - windows.actuals).mean(axis=1) / windows.last_closes
+    """Each window's mean |forecast - actual| / last close before it: [..., W] of points [..., W, H]."""
+    return np.abs(points - windows.actuals).mean(axis=-1) / windows.last_closes
 
 
 def _measurement(windows: Windows, points: np.ndarray, seconds: Mapping[str, float]) -> Measurement:
-    errors = _errors(windows, points)
+    by_pass = _errors(windows, points)  # [R, W]
+    errors = by_pass.mean(axis=0)
     mae = float(errors.mean())
     price_mae = float(np.abs(points - windows.actuals).mean())
     no_change_mae = measure_no_change(windows)
@@ -219,9 +228,18 @@ def _measurement(windows: Windows, points: np.ndarray, seconds: Mapping[str, flo
         no_change_mae=no_change_mae,
         skill=1 - mae / no_change_mae if no_change_mae > 0 else 0.0,
         errors=tuple(errors.tolist()),
+        sampling_error=_standard_error(by_pass),
         windows=len(windows),
         seconds=seconds,
     )
+
+
+def _standard_error(by_pass: np.ndarray) -> float | None:
+    """Of the mean over all of [R, W], where windows are given and passes are drawn anew: seeds of windows differ."""
+    repeats, windows = by_pass.shape
+    if repeats < 2:
+        return None
+    return float(np.sqrt((by_pass.var(axis=0, ddof=1) / repeats).sum()) / windows)
 
 
 def _check(windows: Windows, chunk: Sequence[int], bad: int | None) -> None:

@@ -58,6 +58,16 @@ class Parked:
     error: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """A study's confirmation: what it is to measure beside the search, and what came out once it is done."""
+
+    study_id: int
+    state: str  # "free", "busy", "done" or "parked"
+    params: Mapping[str, Any] | None
+    result: Mapping[str, Any] | None
+
+
 def add(
     connection: Connection, study_id: int, stage: int, number: int, *, label: str | None = None, params: Any = None
 ) -> None:
@@ -88,15 +98,23 @@ def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
     ).rowcount
 
 
-def reopen(connection: Connection, study_id: int, stage: int) -> None:
-    """Make the rows of a stage free again, also under way ones (a raised budget asks for a new confirmation)."""
+def reopen(connection: Connection, study_id: int, stage: int, *, params: Any) -> None:
+    """Make the rows of a stage free again, with other params: done ones, parked ones and those under way."""
     connection.execute(
         text(
-            "update slots set state = 'free', claim = null, result = null "
-            "where study_id = :study_id and stage = :stage and state in ('busy', 'done')"
+            "update slots set state = 'free', claim = null, lease_until = null, result = null, "
+            "params = cast(:params as jsonb) where study_id = :study_id and stage = :stage"
         ),
-        {"study_id": study_id, "stage": stage},
+        {"study_id": study_id, "stage": stage, "params": json.dumps(params)},
     )
+
+
+def open_trials(connection: Connection, study_id: int) -> int:
+    """How many baselines and trials are free or under way."""
+    statement = text(
+        "select count(*) from slots where study_id = :study_id and stage < :confirmation and state in ('free', 'busy')"
+    )
+    return connection.execute(statement, {"study_id": study_id, "confirmation": CONFIRMATION}).scalar_one()
 
 
 def unpark(connection: Connection, study_id: int) -> int:
@@ -257,6 +275,17 @@ def _fail_orphans(connection: Connection, study_id: int, claim: str) -> bool:
                 {"trial_id": trial.trial_id},
             )
     return any(trial.state in ("COMPLETE", "PRUNED") for trial in trials)
+
+
+def confirmations(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, Confirmation]:
+    """The confirmation of every study, or of these, by study id, in one query."""
+    statement = text(
+        "select study_id, state, params, result from slots where stage = :stage "
+        "and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids))"
+    )
+    values = {"stage": CONFIRMATION, "study_ids": None if study_ids is None else list(study_ids)}
+    rows = storage.transaction(lambda c: c.execute(statement, values).all())
+    return {row.study_id: Confirmation(**row._mapping) for row in rows}
 
 
 def free(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int, int]:

@@ -36,6 +36,8 @@ class WindowCounts:
     validation: int
     test: int
     min_context: int
+    confirmation: int
+    max_passes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class Hyperparams:
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
     min_improvement: float
+    results_dir: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,13 @@ class Config:
 
 
 TABLES = {field.name: get_type_hints(Config)[field.name] for field in fields(Config) if field.name != "source"}
-PATHS = {("data", "dir"), ("storage", "data_dir"), ("workers", "log_dir"), ("hyperparams", "dir")}
+PATHS = {
+    ("data", "dir"),
+    ("storage", "data_dir"),
+    ("workers", "log_dir"),
+    ("hyperparams", "dir"),
+    ("promotion", "results_dir"),
+}
 SCALAR_OR_LIST = {("toto", "context_length")}
 
 
@@ -294,6 +303,8 @@ RULES: Mapping[tuple[str, str], Callable[[Any], str | None]] = {
     ("windows", "validation"): _at_least(1),
     ("windows", "test"): _at_least(1),
     ("windows", "min_context"): _at_least(2),
+    ("windows", "confirmation"): _at_least(1),
+    ("windows", "max_passes"): _at_least(2),
     ("search", "models"): _models,
     ("search", "trials"): _at_least(1),
     ("search", "rung"): _at_least(1),

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,18 +20,18 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from forecasters import Bars, ForecastError
 from objectives import windows
-from objectives.mae import Evaluator, Measurement, measure_no_change
-from objectives.windows import Split
+from objectives.mae import Evaluator, Measurement, measure_no_change, no_change_errors
+from objectives.windows import Split, Windows
 from storage import DatabaseUnavailable, configs, database, slots
 from storage.database import ClaimLost, RetryingStorage
 from storage.slots import Slot
 from studies import sampler
 from studies import space as spaces
-from studies.config import Config
+from studies.config import Config, ConfigError
 from studies.space import Space
 
 log = logging.getLogger("studies")
@@ -38,7 +39,10 @@ log = logging.getLogger("studies")
 METRIC = "pct_return_mae"
 DEFINITION = "definition"  # study user attribute
 NAME = re.compile(r"(?P<symbol>[A-Z0-9][A-Z0-9.-]*)/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
-SEARCH_PASS, TEST_PASS = 0, 1  # passes: fresh seeds for what confirms the search
+SEARCH_PASSES = (0,)  # the seeds of every trial
+FRESH_FROM = 1  # first of the passes that a confirmation measures with: seeds that no trial was chosen by
+CANDIDATES = 5  # trials that are confirmed
+SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
 
 class StudyMismatch(ValueError):
@@ -116,6 +120,29 @@ def split_windows(config: Config, symbol: str, bars: Bars) -> Split:
         test=counts.test,
         min_context=counts.min_context,
     )
+
+
+def confirmation_windows(config: Config, symbol: str, bars: Bars) -> Windows:
+    """The most recent origins before test, those of validation among them; fewer than asked where history is short.
+
+    Raises DataError where there are too few bars to validate.
+    """
+    counts, split = config.windows, split_windows(config, symbol, bars)
+    return windows.recent_origins(
+        bars,
+        max(counts.confirmation, counts.validation),
+        symbol=symbol,
+        before=split.test.origins[0],
+        horizon=counts.horizon,
+        min_context=counts.min_context,
+        at_least=counts.validation,
+    )
+
+
+def describe_windows(found: Windows) -> dict[str, Any]:
+    """How many, and the times of the first and the last target bar: what tells two sets of one study apart."""
+    first, last = (windows.timestamp_text(found.timestamps[end]) for end in (0, -1))
+    return {"count": len(found), "first": first, "last": last}
 
 
 def define(config: Config, series: Series, model: str, as_of: str, checkpoint: str) -> dict[str, Any]:
@@ -198,6 +225,7 @@ def open_studies(
     Raises DataError, StudyMismatch, ConfigFileError.
     """
     progress = slots.progress(storage)
+    confirmations = slots.confirmations(storage)
     existing: dict[tuple[str, str], list[Study]] = {}
     for study in list_studies(storage):
         existing.setdefault((study.symbol, study.model), []).append(study)
@@ -215,22 +243,43 @@ def open_studies(
                 definition = define(config, item, model, as_of, checkpoints[model])
             except windows.DataError as error:
                 raise windows.DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
+            baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
+            asked = confirmation_windows(config, item.symbol, windows.bars_until(item.bars, as_of))
             if study:
                 check_definition(study, definition)
-                plans.append(_resume_later(storage, config, study))
+                confirmation = confirmations[study.study_id]
+                outdated = not _confirms(confirmation, baselines, asked)
+                # What another machine found in use stays in the comparison.
+                baselines = {**(confirmation.params or {}), **baselines}
+                plans.append(_resume_later(storage, config, study, baselines, outdated=outdated))
             else:
-                baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
+                if len(asked) < config.windows.confirmation:
+                    notes += (
+                        f"{item.path}: has {len(asked)} windows to confirm on, not {config.windows.confirmation}",
+                    )
                 plans.append(_create_later(storage, config, definition, baselines, notes))
     return [plan() for plan in plans]
 
 
-def _resume_later(storage: RetryingStorage, config: Config, study: Study) -> Callable[[], Opened]:
+def _confirms(found: slots.Confirmation, baselines: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
+    """Whether a confirmation, done or to be done, is of these windows and knows these configurations in use."""
+    known = list((found.params or {}).values())
+    if found.result is not None:
+        known += [one["params"] for one in found.result["candidates"]]
+        if found.result["windows"]["confirmation"] != describe_windows(asked):
+            return False
+    return all(params in known for params in baselines.values())
+
+
+def _resume_later(
+    storage: RetryingStorage, config: Config, study: Study, baselines: Mapping[str, dict[str, Any]], *, outdated: bool
+) -> Callable[[], Opened]:
     def resume() -> Opened:
         def extend(connection: Any) -> int:
             unparked = slots.unpark(connection, study.study_id)
             added = slots.raise_budget(connection, study.study_id, config.search.trials)
-            if added or unparked:  # what was confirmed did not know of the trials to come
-                slots.reopen(connection, study.study_id, slots.CONFIRMATION)
+            if added or unparked or outdated:  # what was confirmed did not know of what is to come
+                slots.reopen(connection, study.study_id, slots.CONFIRMATION, params=baselines)
             return added
 
         added = storage.transaction(extend)
@@ -244,25 +293,51 @@ def _resume_later(storage: RetryingStorage, config: Config, study: Study) -> Cal
     return resume
 
 
+def reconfirm(
+    storage: RetryingStorage, config: Config, series: Series, study: Study, checkpoint: str
+) -> tuple[str, ...]:
+    """Ask for a finished study's confirmation anew, with the configurations in use now; returns notes for the user.
+
+    Raises DataError, StudyMismatch, ConfigFileError, and ConfigError while trials are left.
+    """
+    check_definition(study, define(config, series, study.model, study.as_of, checkpoint))
+    space = spaces.make(study.model, config)
+    baselines, notes = _baselines(config, study.symbol, study.model, space)
+    confirmation = slots.confirmations(storage, [study.study_id])[study.study_id]
+
+    def ask(connection: Any) -> bool:
+        if slots.open_trials(connection, study.study_id):
+            return False
+        params = {**(confirmation.params or {}), **baselines}
+        slots.reopen(connection, study.study_id, slots.CONFIRMATION, params=params)
+        return True
+
+    if not storage.transaction(ask):
+        raise ConfigError(
+            f"study {study.name} has trials left; finish them with: launch-workers --symbols {study.symbol}"
+        )
+    return notes
+
+
 def _create_later(
     storage: RetryingStorage,
     config: Config,
     definition: dict[str, Any],
-    baselines: Sequence[tuple[str, dict[str, Any]]],
+    baselines: Mapping[str, dict[str, Any]],
     notes: tuple[str, ...],
 ) -> Callable[[], Opened]:
     name = f"{definition['symbol']}/{definition['model']}@{definition['as_of']}"
     space = spaces.make(definition["model"], config)
 
     def fill(connection: Any, study_id: int) -> None:
-        for number, (label, params) in enumerate(baselines):
+        for number, (label, params) in enumerate(baselines.items()):
             slots.add(connection, study_id, slots.BASELINE, number, label=label, params=params)
         # What is known to work starts the search, where the search could have proposed it.
-        starts = {json.dumps(params): (label, params) for label, params in baselines if space.contains(params)}
+        starts = {json.dumps(params): (label, params) for label, params in baselines.items() if space.contains(params)}
         for number, (label, params) in enumerate(list(starts.values())[: config.search.trials]):
             slots.add(connection, study_id, slots.TRIAL, number, label=label, params=space.searched(params))
         slots.raise_budget(connection, study_id, config.search.trials)
-        slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation")
+        slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params=baselines)
 
     def create() -> Opened:
         study_id = database.create_study(storage, name, {DEFINITION: definition}, METRIC, fill)
@@ -281,9 +356,9 @@ def _create_later(
 
 def _baselines(
     config: Config, symbol: str, model: str, space: Space
-) -> tuple[list[tuple[str, dict[str, Any]]], tuple[str, ...]]:
+) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """The configurations in use that this model can measure: the incumbent and the model's stored one."""
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: dict[str, dict[str, Any]] = {}
     notes = []
     for label, folder in (("incumbent", "best"), ("stored", model)):
         record = configs.read(config.hyperparams.dir, folder, symbol)
@@ -294,8 +369,8 @@ def _baselines(
         except ValueError as error:
             notes.append(f"{record.path}: cannot be measured: {error}")
             continue
-        if params not in [known for _, known in found]:
-            found.append((label, params))
+        if params not in found.values():
+            found[label] = params
     return found, tuple(notes)
 
 
@@ -320,7 +395,10 @@ class Run:
     study: Study
     space: Space
     split: Split
+    confirmation: Windows
     optuna_study: optuna.Study
+    max_passes: int  # of a confirmation
+    tolerance: float  # relative standard error of a confirmed MAE that sampling alone may leave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,10 +415,14 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
     definition = define(config, series, study.model, study.as_of, checkpoint)
     check_definition(study, definition)
     space = spaces.make(study.model, config)
+    bars = windows.bars_until(series.bars, study.as_of)
     return Run(
         study=study,
         space=space,
-        split=split_windows(config, study.symbol, windows.bars_until(series.bars, study.as_of)),
+        split=split_windows(config, study.symbol, bars),
+        confirmation=confirmation_windows(config, study.symbol, bars),
+        max_passes=config.windows.max_passes,
+        tolerance=SAMPLING_SHARE * config.promotion.min_improvement,
         optuna_study=optuna.load_study(
             study_name=study.name,
             storage=storage,
@@ -359,12 +441,12 @@ def work(storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *
         return _run_trial(storage, run, slot, evaluator, worker=worker, device=device)
     if slot.stage == slots.BASELINE:
         assert slot.params is not None
-        measured = evaluator.measure(run.split.validation, slot.params, pass_number=SEARCH_PASS)
+        measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
         result = {"params": dict(slot.params), "validation": describe(measured)}
         kept = slots.finish(storage, slot, result=result)
         text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
         return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
-    result = confirm(storage, run, evaluator)
+    result = confirm(run, evaluator, slot.params or {})
     kept = slots.finish(storage, slot, result=result)
     return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=_confirmation_text(result))
 
@@ -392,7 +474,7 @@ def _run_trial(
         try:
             params = run.space.suggest(trial)
             storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
-            measured = evaluator.measure(run.split.validation, params, pass_number=SEARCH_PASS, on_rung=report)
+            measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=report)
             trial.set_user_attr("measured", describe(measured))
         except optuna.TrialPruned:
             end(TrialState.PRUNED, reported[-1])
@@ -429,55 +511,100 @@ def _new_trial(storage: RetryingStorage, run: Run, slot: Slot, *, worker: str, d
     return optuna.Trial(run.optuna_study, trial_id)
 
 
-def confirm(storage: RetryingStorage, run: Run, evaluator: Evaluator) -> dict[str, Any]:
-    """Measure the best trial and the baselines on validation and, with fresh seeds, once on test.
+def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Measure the best trials and the baselines with fresh seeds, on the confirmation windows and once on test.
 
-    This is where more windows and repeats will make the numbers that promotion reads.
+    baselines: params by label. One that cannot be measured says why under "error".
+    Every configuration is measured with the same passes: as many as bring the error that sampling leaves in each MAE
+    below the run's tolerance, two at least and `max_passes` at most.
+    Raises ForecastError where a trial's configuration cannot be measured.
     """
-    best = best_trial(run)
-    candidate = None
-    if best is not None:
-        params = run.space.complete(best.params)
-        candidate = {"trial": best.number, "params": params, **_measure_both(run, evaluator, params)}
-    baselines = {
-        label: {"params": result["params"], **_measure_both(run, evaluator, result["params"])}
-        for label, result in slots.results(storage, run.study.study_id, slots.BASELINE).items()
-    }
-    no_change = {
-        "validation": {"mae": measure_no_change(run.split.validation)},
-        "test": {"mae": measure_no_change(run.split.test)},
-    }
-    return {"candidate": candidate, **baselines, "no_change": no_change}
+    trials = best_trials(run, CANDIDATES)
+    configurations = [*((None, params) for _, params in trials), *baselines.items()]
+    passes = range(FRESH_FROM, FRESH_FROM + (1 if evaluator.exact else 2))
+    confirmed: list[Measurement | str] = []
+    for label, params in configurations:
+        try:
+            confirmed.append(evaluator.measure(run.confirmation, params, passes=passes))
+        except ForecastError as error:
+            if label is None:
+                raise
+            confirmed.append(str(error))
+    needed = max((_passes_needed(run, one) for one in confirmed if isinstance(one, Measurement)), default=0)
+    if needed > len(passes):
+        passes = range(FRESH_FROM, FRESH_FROM + needed)
+        confirmed = [
+            one if isinstance(one, str) else evaluator.measure(run.confirmation, params, passes=passes)
+            for (_, params), one in zip(configurations, confirmed, strict=True)
+        ]
 
+    def complete(params: Mapping[str, Any], one: Measurement | str) -> dict[str, Any]:
+        if isinstance(one, str):
+            return {"params": dict(params), "error": one}
+        return {
+            "params": dict(params),
+            "validation": describe(evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES), errors=True),
+            "confirmation": describe(one, errors=True),
+            "test": describe(evaluator.measure(run.split.test, params, passes=passes), errors=True),
+        }
 
-def _measure_both(run: Run, evaluator: Evaluator, params: Mapping[str, Any]) -> dict[str, Any]:
+    completed = [complete(params, one) for (_, params), one in zip(configurations, confirmed, strict=True)]
+    candidates = [{"trial": number, **one} for (number, _), one in zip(trials, completed, strict=False)]
+    measured_in_use = dict(zip(baselines, completed[len(trials) :], strict=True))
+    uncertain = [one for one in confirmed if isinstance(one, Measurement) and one.sampling_error and one.mae]
+    sets = {"validation": run.split.validation, "confirmation": run.confirmation, "test": run.split.test}
     return {
-        "validation": describe(evaluator.measure(run.split.validation, params, pass_number=SEARCH_PASS)),
-        "test": describe(evaluator.measure(run.split.test, params, pass_number=TEST_PASS)),
+        "windows": {name: describe_windows(found) for name, found in sets.items()},
+        "passes": len(passes),
+        "sampling_error": max(((one.sampling_error or 0.0) / one.mae for one in uncertain), default=0.0),
+        "candidates": candidates,
+        "baselines": measured_in_use,
+        "no_change": {
+            name: {"mae": measure_no_change(found), "errors": no_change_errors(found).tolist()}
+            for name, found in sets.items()
+        },
     }
 
 
-def best_trial(run: Run) -> FrozenTrial | None:
-    """The complete trial with the smallest MAE; of equal ones the first."""
+def _passes_needed(run: Run, measured: Measurement) -> int:
+    """The standard error falls with the root of the number of passes; this was measured with two, or is exact."""
+    if not measured.sampling_error:
+        return 1
+    allowed = run.tolerance * measured.mae
+    if measured.sampling_error * math.sqrt(2 / run.max_passes) >= allowed:
+        return run.max_passes
+    return max(2, math.ceil(2 * (measured.sampling_error / allowed) ** 2))
+
+
+def best_trials(run: Run, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """Number and params of the complete trials with the smallest MAE, no params twice; of equal ones the first."""
     trials = run.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return min(trials, key=lambda trial: (trial.value, trial.number), default=None)
+    found: list[tuple[int, dict[str, Any]]] = []
+    for trial in sorted(trials, key=lambda trial: (trial.value, trial.number)):
+        params = run.space.complete(trial.params)
+        if params not in [known for _, known in found]:
+            found.append((trial.number, params))
+        if len(found) == count:
+            break
+    return found
 
 
 def _confirmation_text(result: Mapping[str, Any]) -> str:
-    if result["candidate"] is None:
+    best = min(result["candidates"], key=lambda one: one["confirmation"]["mae"], default=None)
+    if best is None:
         return "no complete trial"
-    candidate = result["candidate"]
     return (
-        f"trial {candidate['trial']} validation mae={candidate['validation']['mae']:.6g} "
-        f"test mae={candidate['test']['mae']:.6g}"
+        f"trial {best['trial']} of {len(result['candidates'])}, mae={best['confirmation']['mae']:.6g} "
+        f"on {best['confirmation']['windows']} windows, test mae={best['test']['mae']:.6g}"
     )
 
 
-def describe(measured: Measurement) -> dict[str, Any]:
-    """A measurement as JSON, without its per-window errors; seconds are summed over the stages."""
+def describe(measured: Measurement, *, errors: bool = False) -> dict[str, Any]:
+    """A measurement as JSON, with its per-window errors if asked; seconds are summed over the stages."""
     values = asdict(measured)
-    del values["errors"]
     values["seconds"] = {stage: round(seconds, 6) for stage, seconds in measured.seconds.items()}
+    if not errors:
+        del values["errors"], values["sampling_error"]
     return values
 
 

@@ -7,7 +7,7 @@ import math
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 from wsgiref.util import setup_testing_defaults
@@ -278,7 +278,12 @@ class Evaluator:
         self.value, self.at_end = value, at_end
 
     def measure(
-        self, windows: object, params: Mapping[str, Any], *, pass_number: int, on_rung: Callable[[int, float], None]
+        self,
+        windows: object,
+        params: Mapping[str, Any],
+        *,
+        passes: Sequence[int],
+        on_rung: Callable[[int, float], None],
     ) -> Measurement:
         for step in range(10):
             on_rung(step, self.value)
@@ -291,6 +296,7 @@ class Evaluator:
             no_change_mae=1.0,
             skill=1 - mae,
             errors=(mae,) * 30,
+            sampling_error=None,
             windows=30,
             seconds={"encode": 0.1, "draw": 0.2, "aggregate": 0.3},
         )
@@ -307,6 +313,9 @@ def run(ours: RetryingStorage) -> Run:
         study=studying.Study(study_id=study_id, name="s", symbol="S", model="toto", as_of="", definition={}),
         space=SPACE,
         split=cast(Any, SimpleNamespace(validation=None)),
+        confirmation=cast(Any, None),
+        max_passes=2,
+        tolerance=0.001,
         optuna_study=optuna.load_study(
             study_name="s",
             storage=ours,

@@ -43,7 +43,7 @@ class Place:
         self.settings.write_text(
             '[data]\ndir = "bars"\n[search]\nmodels = ["toto"]\n'
             '[kronos]\ncheckpoint = "kronos-tiny"\n[toto]\ncheckpoint = "toto-tiny"\n[workers]\nlog_dir = "logs"\n'
-            '[hyperparams]\ndir = "hyperparams"\n'
+            '[hyperparams]\ndir = "hyperparams"\n[promotion]\nresults_dir = "results"\n'
         )
         self.storage = database.open_storage(url, wait_s=5, create=False)
 
@@ -267,8 +267,9 @@ def test_a_study_whose_last_bar_is_gone_names_the_file(place: Place) -> None:
 def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) -> None:
     study = open_study(place)
     slots.park_study(place.storage, study.study_id, "no memory")
+    done = {"r": json.dumps({"windows": {"confirmation": {}}, "candidates": [], "baselines": {}})}
     place.storage.transaction(
-        lambda c: c.execute(text("update slots set state = 'done', result = '{}' where stage = 2"))
+        lambda c: c.execute(text("update slots set state = 'done', result = cast(:r as jsonb) where stage = 2"), done)
     )
     assert slots.free(place.storage, [study.study_id]) == {}
     assert open_study(place) == study

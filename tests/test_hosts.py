@@ -26,6 +26,7 @@ SETTINGS = """
 dir = "bars"
 [windows]
 min_context = 64
+confirmation = 40
 [toto]
 checkpoint = "toto-tiny"
 context_length = 256
@@ -38,6 +39,8 @@ lease_s = 5.0
 log_dir = "logs"
 [hyperparams]
 dir = "hyperparams"
+[promotion]
+results_dir = "results"
 [storage]
 """
 

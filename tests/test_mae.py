@@ -173,6 +173,35 @@ def test_what_a_rung_raises_ends_the_work_and_leaves_a_good_cache(bars: Bars) ->
     assert comparable(measured) == comparable(Evaluator(Plain(), cache_bytes=0).measure(validation(bars), PARAMS))
 
 
+# --- passes ----------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_averaged_over_passes(bars: Bars) -> None:
+    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, chunk_size=7)
+    single = [evaluator.measure(windows, PARAMS, passes=[number]) for number in (3, 4, 8)]
+    together = evaluator.measure(windows, PARAMS, passes=[3, 4, 8])
+    assert together.errors == pytest.approx(np.mean([one.errors for one in single], axis=0))
+    assert together.price_mae == pytest.approx(np.mean([one.price_mae for one in single]))
+    assert together.mae == pytest.approx(np.mean(together.errors))
+    assert [one.sampling_error for one in single] == [None] * 3
+    assert len({one.mae for one in single}) == 3
+
+
+def test_the_sampling_error_is_that_of_repeating_with_other_seeds(bars: Bars) -> None:
+    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, chunk_size=30)
+    repeated = [evaluator.measure(windows, PARAMS, passes=[2 * number, 2 * number + 1]) for number in range(200)]
+    seen = np.std([one.mae for one in repeated], ddof=1)
+    told = np.sqrt(np.mean([(one.sampling_error or 0) ** 2 for one in repeated]))
+    assert told == pytest.approx(seen, rel=0.2)  # the standard deviation of 200 is known to 5 %
+
+
+def test_passes_share_an_encoding_in_a_cache_that_holds_no_second_one(bars: Bars) -> None:
+    forecaster = Plain()
+    chunk_bytes = 2 * 10 * 8  # two float64 a window
+    Evaluator(forecaster, cache_bytes=chunk_bytes, chunk_size=10).measure(validation(bars), PARAMS, passes=range(5))
+    assert (forecaster.forwards, len(forecaster.draws)) == (3, 15)
+
+
 # --- caches ----------------------------------------------------------------------------------------------------
 
 
@@ -180,9 +209,9 @@ def test_a_trial_pays_only_for_what_it_changed(bars: Bars) -> None:
     forecaster = Plain()
     evaluator = Evaluator(forecaster, cache_bytes=1 << 24, max_num_samples=64)
 
-    def cost(windows: Windows, pass_number: int = 0, **changed: Any) -> tuple[int, int]:
+    def cost(windows: Windows, passes: Sequence[int] = (0,), **changed: Any) -> tuple[int, int]:
         forwards, draws = forecaster.forwards, len(forecaster.draws)
-        evaluator.measure(windows, {**PARAMS, **changed}, pass_number=pass_number)
+        evaluator.measure(windows, {**PARAMS, **changed}, passes=passes)
         return forecaster.forwards - forwards, len(forecaster.draws) - draws
 
     windows = validation(bars)
@@ -192,7 +221,7 @@ def test_a_trial_pays_only_for_what_it_changed(bars: Bars) -> None:
     assert cost(windows, aggregate="median") == (0, 0)
     assert cost(windows, num_samples=64) == (0, 0)
     assert cost(windows, samples_per_batch=16) == (0, 0)  # no param of ours
-    assert cost(windows, pass_number=1) == (0, 3)
+    assert cost(windows, passes=[1]) == (0, 3)
     assert cost(windows, num_samples=100) == (0, 3)  # more than was foreseen
     assert cost(windows, num_samples=99) == (0, 0)
     assert cost(windows, context_length=32) == (3, 3)

@@ -37,6 +37,7 @@ SETTINGS = """
 dir = "bars"
 [windows]
 min_context = 64
+confirmation = 40
 [toto]
 checkpoint = "toto-tiny"
 context_length = 256
@@ -54,6 +55,8 @@ lease_s = 2.0
 log_dir = "logs"
 [hyperparams]
 dir = "hyperparams"
+[promotion]
+results_dir = "results"
 """
 
 
@@ -175,15 +178,18 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     best = {t.number: t for t in place.trials("SP500") if t.state == TrialState.COMPLETE}
     promoted = json.loads((place.folder / "hyperparams/best/SP500.json").read_text())
     trial = best[promoted["metadata"]["trial"]]
-    assert (
-        trial.value
-        == min(t.value for t in best.values() if t.value is not None)
-        == promoted["validation"]["pct_return_mae"]
-    )
+    (study,) = [study for study in studying.list_studies(place.storage) if study.symbol == "SP500"]
+    result = slots.confirmations(place.storage, [study.study_id])[study.study_id].result
+    assert result is not None
+    confirmed = {one["trial"]: one["confirmation"]["mae"] for one in result["candidates"]}
+    assert promoted["confirmation"]["pct_return_mae"] == confirmed[trial.number] == min(confirmed.values())
+    assert promoted["validation"]["pct_return_mae"] == trial.value
+    assert promoted["metadata"]["selection_metric"] == "confirmation.pct_return_mae"
     assert promoted["config"].items() >= trial.params.items()
     assert promoted["config"]["num_samples"] % promoted["config"]["samples_per_batch"] == 0
     assert promoted["model"] == "toto"
-    assert promoted["windows"] == {"val_window": 30, "test_window": 20, "forecast_horizon": 1}
+    counts = {"val_window": 30, "confirmation_window": 40, "test_window": 20, "forecast_horizon": 1}
+    assert promoted["windows"] == counts
     assert promoted["metadata"]["previous_mae"] == row["incumbent_mae"]
     for folder in ("toto", "optimized_compiled"):
         assert json.loads((place.folder / f"hyperparams/{folder}/SP500.json").read_text()) == promoted
@@ -215,16 +221,15 @@ def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -
 
     rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--json").stdout)}
     studies = {study.name: study for study in studying.list_studies(place.storage)}
-    for symbol, row in rows.items():
-        assert set(row["candidates"]) == {"toto", "kronos"} if "kronos" in row["candidates"] else {"toto"}
+    for row in rows.values():
+        assert [pair["model"] for pair in row["pairs"]] == ["toto"]
         assert studies[row["study"]].definition["objective"] == objective
-        for model in row["candidates"]:
-            best = min(t.value for t in place.trials(symbol, model) if t.state == TrialState.COMPLETE and t.value)
-            assert row["candidates"][model] == best
     # The settings say toto alone, so promote considered toto alone; asked for both, the better one is promoted.
     rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--models", "both", "--json").stdout)}
     row = rows["SP500"]
-    assert row["candidates"][row["model"]] == min(row["candidates"].values())
+    confirmed = {pair["model"]: pair["mae"] for pair in row["pairs"]}
+    assert set(confirmed) == {"toto", "kronos"}
+    assert confirmed[row["model"]] == min(confirmed.values()) == row["best_mae"]
     files = {
         folder: json.loads((place.folder / f"hyperparams/{folder}/NASDAQ.json").read_text())
         for folder in ("best", "toto", "kronos")

@@ -187,7 +187,7 @@ def test_a_raised_budget_adds_slots_and_asks_for_a_new_confirmation(storage: Ret
         slots.finish(storage, slot, result={"n": 2})
 
     def extend(connection) -> int:
-        slots.reopen(connection, study_id, CONFIRMATION)
+        slots.reopen(connection, study_id, CONFIRMATION, params={})
         return slots.raise_budget(connection, study_id, 5)
 
     assert storage.transaction(extend) == 3

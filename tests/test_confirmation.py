@@ -1,0 +1,273 @@
+"""The confirmation of a study: what it measures, how often, and when it is asked for anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from click.testing import CliRunner, Result
+from optuna.trial import TrialState
+
+import forecasters
+from forecasters import ForecastError
+from launch import cli
+from objectives import windows
+from objectives.mae import Evaluator, Measurement
+from storage import database, slots
+from storage.database import RetryingStorage
+from studies import config as configuration
+from studies import study as studying
+from studies.config import Config
+from studies.study import Series, Study
+
+SETTINGS = """
+[data]
+dir = "bars"
+[windows]
+confirmation = 60
+max_passes = 4
+[search]
+models = ["toto"]
+[toto]
+checkpoint = "toto-tiny"
+context_length = 256
+num_samples = [64, 128]
+aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
+[kronos]
+checkpoint = "kronos-tiny"
+[workers]
+log_dir = "logs"
+[hyperparams]
+dir = "hyperparams"
+[promotion]
+results_dir = "results"
+"""
+TRIALS = 6
+
+
+@pytest.fixture(scope="module")
+def forecaster() -> forecasters.Forecaster:
+    return forecasters.load("toto", checkpoint="toto-tiny", device="cpu")
+
+
+@dataclass
+class Place:
+    """A folder with the last bars of an index, and a database."""
+
+    folder: Path
+    url: str
+    storage: RetryingStorage
+    forecaster: forecasters.Forecaster
+
+    def config(self, **searching: Any) -> Config:
+        config = configuration.load(self.folder / "studies.toml")
+        return replace(config, search=replace(config.search, trials=TRIALS, **searching))
+
+    def series(self) -> Series:
+        return studying.read_series(self.config(), [])[0][0]
+
+    def open(self, **searching: Any) -> studying.Opened:
+        config = self.config(**searching)
+        checkpoints = {"toto": self.forecaster.fingerprint}
+        return studying.open_studies(self.storage, config, [self.series()], ["toto"], checkpoints)[0]
+
+    def run(self, study: Study, **searching: Any) -> studying.Run:
+        return studying.start(self.storage, self.config(**searching), study, self.series(), self.forecaster.fingerprint)
+
+    def evaluator(self, **options: Any) -> Evaluator:
+        return Evaluator(self.forecaster, cache_bytes=1 << 26, max_num_samples=128, **options)
+
+    def finish(self, study: Study, evaluator: Evaluator | None = None, **searching: Any) -> Mapping[str, Any]:
+        """Do every slot of a study, as a worker does. Returns what its confirmation says."""
+        run = self.run(study, **searching)
+        evaluator = evaluator or self.evaluator(exact=searching.get("objective") == "exact")
+        while slot := slots.claim(self.storage, study.study_id, worker="host:1", lease_s=60):
+            studying.work(self.storage, run, slot, evaluator, worker="host:1", device="cpu")
+        return self.result(study)
+
+    def result(self, study: Study) -> Any:
+        return slots.confirmations(self.storage, [study.study_id])[study.study_id].result
+
+    def trials(self, study: Study) -> dict[int, optuna.trial.FrozenTrial]:
+        found = optuna.load_study(study_name=study.name, storage=self.storage).get_trials(deepcopy=False)
+        return {trial.number: trial for trial in found}
+
+    def put(self, folder: str, config: Mapping[str, Any], model: str = "toto") -> None:
+        path = self.folder / "hyperparams" / folder / "SP500.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        validation = {"price_mae": 1.0, "pct_return_mae": 0.5, "latency_s": 1.0}
+        path.write_text(json.dumps({"symbol": "SP500", "model": model, "config": config, "validation": validation}))
+
+    def invoke(self, command: Any, *words: str) -> Result:
+        options = ["--config", str(self.folder / "studies.toml"), "--storage", self.url]
+        return CliRunner().invoke(command, [*words, *options])
+
+
+@pytest.fixture
+def place(tmp_path: Path, database_url: str, forecaster: forecasters.Forecaster) -> Iterator[Place]:
+    (tmp_path / "bars").mkdir()
+    path, other = windows.demo_bars(tmp_path / "bars")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *lines[-400:], ""]))
+    other.unlink()
+    (tmp_path / "studies.toml").write_text(SETTINGS)
+    storage = database.open_storage(database_url, wait_s=10, create=False)
+    yield Place(folder=tmp_path, url=database_url, storage=storage, forecaster=forecaster)
+    storage.engine.dispose()
+
+
+def test_the_best_five_and_what_is_in_use_on_more_windows(place: Place) -> None:
+    place.put("best", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
+    place.put("toto", {"num_samples": 100, "aggregate": "lower_trimmed_mean_20"})
+    study = place.open().study
+    result = place.finish(study)
+    assert set(result["baselines"]) == {"incumbent", "stored"}
+    assert result["baselines"]["incumbent"]["params"]["aggregate"] == "quantile_0.90"
+
+    trials = place.trials(study)
+    best: dict[str, int] = {}  # the first of each configuration
+    for trial in sorted(trials.values(), key=lambda trial: (trial.state, trial.values, trial.number)):
+        if trial.state == TrialState.COMPLETE:
+            best.setdefault(json.dumps(trial.params, sort_keys=True), trial.number)
+    assert [one["trial"] for one in result["candidates"]] == list(best.values())[:5]
+    assert 2 <= len(result["candidates"]) <= 5
+    run, evaluator = place.run(study), place.evaluator()
+    assert result["windows"]["confirmation"]["count"] == 60
+    assert run.confirmation.origins[-30:] == run.split.validation.origins  # the thirty are among them
+    assert run.confirmation.origins[-1] < run.split.test.origins[0]
+    passes = range(1, 1 + result["passes"])
+    for one in (*result["candidates"], *result["baselines"].values()):
+        counts = {"validation": 30, "confirmation": 60, "test": 20}
+        for part, count in counts.items():
+            assert len(one[part]["errors"]) == one[part]["windows"] == count
+            assert one[part]["mae"] == pytest.approx(np.mean(one[part]["errors"]), rel=1e-12)
+        anew = evaluator.measure(run.confirmation, one["params"], passes=passes)
+        assert one["confirmation"]["mae"] == anew.mae  # to the last bit
+        assert one["test"]["mae"] == evaluator.measure(run.split.test, one["params"], passes=passes).mae
+    for one in result["candidates"]:
+        assert one["validation"]["mae"] == trials[one["trial"]].value  # the search's own number
+        assert one["confirmation"]["errors"][-30:] != one["validation"]["errors"]  # fresh seeds
+    assert result["no_change"]["confirmation"]["mae"] == pytest.approx(
+        result["candidates"][0]["confirmation"]["no_change_mae"]
+    )
+
+
+def test_repeats_bring_the_sampling_error_below_a_tenth_of_the_threshold(place: Place) -> None:
+    study = place.open().study
+    place.finish(study)
+    run, evaluator = place.run(study), place.evaluator()
+    few = studying.confirm(replace(run, tolerance=0.5), evaluator, {})
+    most = studying.confirm(replace(run, tolerance=1e-9), evaluator, {})
+    wanted = most["sampling_error"] * np.sqrt(4 / 3.5)  # reached with a little less than four passes
+    enough = studying.confirm(replace(run, max_passes=50, tolerance=wanted), evaluator, {})
+    assert (few["passes"], most["passes"]) == (2, 4)
+    assert 2 < enough["passes"] < 8
+    assert enough["sampling_error"] <= 1.3 * wanted  # planned from what two passes showed
+    assert few["sampling_error"] > most["sampling_error"] > 0
+
+
+def test_the_exact_objective_needs_one_pass(place: Place) -> None:
+    study = place.open(objective="exact").study
+    result = place.finish(study, objective="exact")
+    assert (result["passes"], result["sampling_error"]) == (1, 0.0)
+
+
+def test_equal_configurations_are_confirmed_once(place: Place) -> None:
+    place.put("best", {"num_samples": 64, "aggregate": "median"})  # starts the search as its first trial
+    study = place.open().study
+    run = place.run(study)
+    place.finish(study)
+    repeated = {"aggregate": "median", "num_samples": 64}
+    for number in (91, 92):
+        place.storage.transaction(
+            lambda c, n=number: slots.add(c, study.study_id, slots.TRIAL, n, label="again", params=repeated)
+        )
+    place.finish(study)
+    chosen = [params for _, params in studying.best_trials(run, 5)]
+    assert len(chosen) == len({json.dumps(params, sort_keys=True) for params in chosen})
+
+
+def test_a_short_history_confirms_on_fewer_windows_and_says_so(place: Place) -> None:
+    path = place.folder / "bars" / "SP500.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *lines[-190:], ""]))
+    opened = place.open()
+    assert [note for note in opened.notes if "42 windows" in note and "60" in note]  # 190 - 128 - 20
+    assert place.finish(opened.study)["windows"]["confirmation"]["count"] == 42
+
+
+class Failing(Evaluator):
+    """Cannot measure one aggregate on more windows than the search has."""
+
+    def measure(self, windows: windows.Windows, params: Mapping[str, Any], **options: Any) -> Measurement:
+        if params["aggregate"] == "quantile_0.90" and len(windows) == 60:
+            raise ForecastError("SP500: the forecast for 2018-01-02 is NaN or infinite")
+        return super().measure(windows, params, **options)
+
+
+def test_what_is_in_use_and_cannot_be_measured_says_why(place: Place) -> None:
+    place.put("best", {"num_samples": 64, "aggregate": "quantile_0.90"})
+    study = place.open().study
+    result = place.finish(study, Failing(place.forecaster, cache_bytes=1 << 26, max_num_samples=128))
+    assert "NaN" in result["baselines"]["incumbent"]["error"]
+    assert len(result["candidates"]) > 1
+    rows = json.loads(place.invoke(cli.promote, "--json").stdout)
+    assert (rows[0]["decision"], rows[0]["reason"]) == ("kept", "not comparable")
+
+
+def test_a_study_without_confirmation_is_kept_with_the_command_that_makes_it(place: Place) -> None:
+    study = place.open().study
+    first = place.invoke(cli.promote, "--json", "--force")
+    row = json.loads(first.stdout)[0]
+    assert (row["decision"], row["reason"]) == ("kept", "not confirmed")
+    assert row["next"] == "launch-workers --symbols SP500 --models toto"
+    assert row["next"] in first.stderr
+    place.finish(study)
+    place.storage.transaction(lambda c: slots.reopen(c, study.study_id, slots.CONFIRMATION, params={}))
+    slots.park_study(place.storage, study.study_id, "no memory")
+    assert json.loads(place.invoke(cli.promote, "--json").stdout)[0]["next"] == f"studies confirm {study.name}"
+    assert not (place.folder / "hyperparams").exists()
+
+
+def test_studies_confirm_measures_what_is_in_use_now(place: Place) -> None:
+    study = place.open().study
+    assert place.invoke(cli.studies, "confirm", study.name).exit_code == 1  # it has trials left
+    assert place.invoke(cli.studies, "confirm", "NONE/toto@2020-01-01").exit_code == 1
+    place.finish(study)
+    assert "incumbent" not in place.result(study)["baselines"]
+    place.put("best", {"num_samples": 48, "aggregate": "quantile_0.90"})
+    stale = json.loads(place.invoke(cli.promote, "--json").stdout)[0]
+    assert (stale["reason"], stale["next"]) == ("stale", f"studies confirm {study.name}")
+    done = place.invoke(cli.studies, "confirm", study.name, "--cpus", "1")
+    assert done.exit_code == 0, done.output
+    assert place.result(study)["baselines"]["incumbent"]["params"]["num_samples"] == 48
+    row = json.loads(place.invoke(cli.promote, "--json").stdout)[0]
+    assert (row["decision"], row["reason"], row["windows"]) == ("promoted", "improved", 60)
+
+
+def test_launch_workers_confirms_anew_only_what_is_out_of_date(place: Place) -> None:
+    study = place.open().study
+    place.finish(study)
+    assert place.open().state == "finished"
+    assert place.invoke(cli.promote).exit_code == 0
+    assert place.open().state == "finished"  # the incumbent is now one of the confirmed
+    place.put("best", {"num_samples": 48, "aggregate": "quantile_0.90"})
+    assert place.open().state == "resumed"
+    place.finish(study)
+    assert place.open().state == "finished"
+    settings = place.folder / "studies.toml"
+    settings.write_text(settings.read_text().replace("confirmation = 60", "confirmation = 50"))
+    assert place.open().state == "resumed"
+    assert place.finish(study)["windows"]["confirmation"]["count"] == 50
+    # A machine that has no promoted files leaves what others found in use in the comparison.
+    (place.folder / "hyperparams").rename(place.folder / "elsewhere")
+    assert place.open().state == "finished"
+    place.storage.transaction(lambda c: slots.raise_budget(c, study.study_id, TRIALS + 1))
+    place.open()
+    assert "incumbent" in place.finish(study)["baselines"]
