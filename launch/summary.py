@@ -32,7 +32,9 @@ def write(storage: RetryingStorage, folder: Path, rows: Sequence[Row]) -> Path |
         with contextlib.suppress(OSError, ValueError):
             if json.loads(before.read_text()) == content:
                 return None
-    path = folder / f"compiled_optimization_{time.strftime('%Y%m%d_%H%M%S')}.json"
+    stamp = f"compiled_optimization_{time.strftime('%Y%m%d_%H%M%S')}"
+    names = (f"{stamp}.json", *(f"{stamp}_{number}.json" for number in range(1, 100)))  # several in one second
+    path = next(path for name in names if not (path := folder / name).exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")

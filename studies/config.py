@@ -6,6 +6,7 @@ Knows nothing of databases, models or commands.
 from __future__ import annotations
 
 import math
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -186,7 +187,9 @@ def _overlay(settings: dict[str, dict[str, Any]], given: Mapping[str, Any], *, s
             _check_type(settings[table][key], value, where, list_too=(table, key) in SCALAR_OR_LIST)
             relative_path = (table, key) in PATHS and value
             local_checkpoint = key in ("checkpoint", "tokenizer") and value.startswith((".", "~"))
-            settings[table][key] = str(root / Path(value).expanduser()) if relative_path or local_checkpoint else value
+            if relative_path or local_checkpoint:
+                value = os.path.normpath(root / Path(value).expanduser())
+            settings[table][key] = value
 
 
 def _check_type(default: Any, value: Any, where: str, *, list_too: bool) -> None:

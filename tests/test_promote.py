@@ -1,0 +1,324 @@
+"""Promotion over what confirmations say: across models, against every kind of incumbent, with every gate."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from launch import cli
+from storage import database, slots
+from storage.database import RetryingStorage
+from studies import config as configuration
+from studies import space
+
+AS_OF = "2026-03-19"
+RNG = np.random.default_rng(5)
+NOISE = {
+    "validation": RNG.uniform(0.5, 1.5, 30),
+    "confirmation": RNG.uniform(0.5, 1.5, 250),
+    "test": RNG.uniform(0.5, 1.5, 20),
+}
+OLD = {"context_length": 4096, "aggregate": "mean", "num_samples": 64}
+NEW = {"context_length": 4096, "aggregate": "median", "num_samples": 128}
+KRONOS = {"temperature": 0.15, "top_p": 1.0, "top_k": 16, "sample_count": 208, "max_context": 224, "clip": 1.8}
+
+
+def measured(
+    mae: float, *, test: float | None = None, wobble: float = 0.0, search: float | None = None
+) -> dict[str, Any]:
+    """What a confirmation says of a configuration with these MAEs; wobble: how its errors differ window by window."""
+
+    def part(name: str, mae: float) -> dict[str, Any]:
+        noise = NOISE[name] + wobble * np.random.default_rng(7).uniform(-1, 1, len(NOISE[name]))
+        errors = mae * noise / noise.mean()
+        values = dict.fromkeys(("price_mae", "mae_percent", "no_change_mae"), 1.0)
+        seconds = {"encode": 0.1, "draw": 0.2, "aggregate": 0.0}
+        return {
+            **values, "mae": float(errors.mean()), "skill": 1 - mae / 0.01, "windows": len(errors), "seconds": seconds,
+            "sampling_error": 0.0, "errors": errors.tolist(),
+        }  # fmt: skip
+
+    return {
+        "validation": part("validation", search or mae),
+        "confirmation": part("confirmation", mae),
+        "test": part("test", test or mae),
+    }
+
+
+@dataclass
+class Place:
+    folder: Path
+    url: str
+    storage: RetryingStorage
+
+    def study(
+        self,
+        candidates: Sequence[tuple[Mapping[str, Any], dict[str, Any]]],
+        *,
+        symbol: str = "BTCUSD",
+        model: str = "toto",
+        baselines: Mapping[str, tuple[Mapping[str, Any], dict[str, Any]]] | None = None,
+        as_of: str = AS_OF,
+        bars: str = "bars",
+        confirmation: int = 250,
+    ) -> int:
+        """A finished and confirmed study."""
+        config = configuration.load(self.folder / "studies.toml")
+        definition = {
+            "symbol": symbol, "model": model, "as_of": as_of, "metric": "pct_return_mae", "objective": "sampled",
+            "bars": bars, "windows": {"horizon": 1, "validation": 30, "test": 20, "min_context": 128, "rung": 10},
+            "space": space.make(model, config).to_json(), "checkpoint": "c", "no_change_mae": 0.01,
+        }  # fmt: skip
+        result = {
+            "windows": {
+                name: {"count": count, "first": "2025-01-01", "last": as_of}
+                for name, count in (("validation", 30), ("confirmation", confirmation), ("test", 20))
+            },
+            "passes": 2,
+            "sampling_error": 0.0005,
+            "candidates": [
+                {"trial": number, "params": dict(params), **one} for number, (params, one) in enumerate(candidates)
+            ],
+            "baselines": {label: {"params": dict(p), **one} for label, (p, one) in (baselines or {}).items()},
+            "no_change": {name: {"mae": 0.01, "errors": []} for name in NOISE},
+        }
+
+        def fill(connection: Any, study_id: int) -> None:
+            slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params={})
+
+        name = f"{symbol}/{model}@{as_of}"
+        study_id = database.create_study(self.storage, name, {"definition": definition}, "pct_return_mae", fill)
+        slot = slots.claim(self.storage, study_id, worker="w:1", lease_s=60)
+        assert slot is not None
+        assert slots.finish(self.storage, slot, result=result)
+        return study_id
+
+    def put(self, config: Mapping[str, Any], *, model: str = "toto", symbol: str = "BTCUSD", **more: Any) -> Path:
+        path = self.folder / "hyperparams" / "best" / f"{symbol}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "symbol": symbol,
+            "model": model,
+            "config": dict(config),
+            "validation": {"pct_return_mae": 0.5},
+            **more,
+        }
+        path.write_text(json.dumps(record))
+        return path
+
+    def invoke(self, *words: str) -> Result:
+        options = ["--config", str(self.folder / "studies.toml"), "--storage", self.url]
+        return CliRunner().invoke(cli.promote, [*words, *options])
+
+    def row(self, *words: str) -> dict[str, Any]:
+        (row,) = json.loads(self.invoke("--json", *words).stdout)
+        return row
+
+    def promoted(self, folder: str = "best", symbol: str = "BTCUSD") -> dict[str, Any]:
+        return json.loads((self.folder / "hyperparams" / folder / f"{symbol}.json").read_text())
+
+    def summaries(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted((self.folder / "results").glob("*.json"))]
+
+
+@pytest.fixture
+def place(tmp_path: Path, database_url: str) -> Iterator[Place]:
+    (tmp_path / "studies.toml").write_text(
+        '[hyperparams]\ndir = "hyperparams"\n[promotion]\nresults_dir = "results"\n[toto]\ncheckpoint = "toto-tiny"\n'
+        '[kronos]\ncheckpoint = "kronos-tiny"\n'
+    )
+    storage = database.open_storage(database_url, wait_s=10, create=False)
+    yield Place(folder=tmp_path, url=database_url, storage=storage)
+    storage.engine.dispose()
+
+
+@pytest.mark.parametrize(("new", "promoted"), [(0.009901, False), (0.0099, False), (0.009899, True)])
+def test_one_per_cent_on_the_confirmation_windows(place: Place, new: float, promoted: bool) -> None:
+    place.study([(NEW, measured(new, search=0.005))], baselines={"incumbent": (OLD, measured(0.01))})
+    path = place.put(OLD)
+    before = path.read_bytes()
+    row = place.row()
+    assert (row["decision"], row["reason"]) == (("promoted", "improved") if promoted else ("kept", "not better"))
+    assert row["improvement"] == pytest.approx(1 - new / 0.01)
+    assert row["improvement_validation"] == pytest.approx(0.5)  # of the search alone it would look like half
+    assert row["improvement_low"] <= row["improvement"] + 1e-12
+    assert (path.read_bytes() == before) is not promoted
+
+
+def test_the_best_of_the_five_is_by_the_confirmation_not_by_the_search(place: Place) -> None:
+    other = {**NEW, "num_samples": 256}
+    place.study([(NEW, measured(0.0095, search=0.001)), (other, measured(0.009, search=0.009))])
+    row = place.row()
+    assert (row["decision"], row["reason"]) == ("promoted", "first")
+    config = place.promoted()["config"]
+    assert (config["num_samples"], config["samples_per_batch"]) == (256, 128)
+    assert place.row()["reason"] == "unchanged"
+
+
+def test_on_validation_is_the_predecessors_rule_and_warns(place: Place) -> None:
+    other = {**NEW, "num_samples": 256}
+    place.study(
+        [(NEW, measured(0.02, search=0.001)), (other, measured(0.009, search=0.009))],
+        baselines={"incumbent": (OLD, measured(0.01, search=0.01))},
+    )
+    place.put(OLD)
+    result = place.invoke("--on", "validation", "--json")
+    assert "warning" in result.stderr
+    assert "83 %" in result.stderr
+    row = json.loads(result.stdout)[0]
+    assert (row["decision"], row["reason"], row["windows"]) == ("promoted", "improved", 30)
+    assert place.promoted()["config"]["num_samples"] == 128
+    assert place.promoted()["metadata"]["selection_metric"] == "validation.pct_return_mae"
+
+
+def test_gates_that_are_asked_for(place: Place) -> None:
+    noisy = measured(0.0098, test=0.02, wobble=0.4)
+    place.study([(NEW, noisy)], baselines={"incumbent": (OLD, measured(0.01, test=0.01))})
+    place.put(OLD)
+    row = place.row("--dry-run")
+    assert (row["reason"], row["improvement_test"]) == ("improved", pytest.approx(-1.0))
+    assert row["p_value"] > 0.05
+    assert place.row("--dry-run", "--require-test")["reason"] == "worse on test"
+    assert place.row("--dry-run", "--max-p", "0.05")["reason"] == "not significant"
+    assert place.row("--dry-run", "--max-p", "1")["decision"] == "promoted"
+    assert place.promoted()["config"] == OLD
+    assert not (place.folder / "results").exists()  # a dry run writes nothing
+
+
+def test_the_better_model_is_promoted_and_the_other_keeps_its_own_file(place: Place) -> None:
+    place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
+    place.study([(KRONOS, measured(0.009))], model="kronos")
+    place.put(OLD)
+    row = place.row()
+    assert (row["model"], row["decision"], row["reason"]) == ("kronos", "promoted", "improved")
+    assert place.promoted()["model"] == place.promoted("kronos")["model"] == "kronos"
+    assert place.promoted("toto")["config"]["num_samples"] == 128
+    assert {pair["model"]: (pair["status"], pair["reason"]) for pair in row["pairs"]} == {
+        "kronos": ("success", "improved"),
+        "toto": ("success", "first"),
+    }
+    again = place.row()
+    assert (again["reason"], again["written"]) == ("unchanged", [])
+    assert [pair["status"] for pair in again["pairs"]] == ["no_improvement"] * 2
+
+
+@pytest.mark.parametrize("differs", [{"bars": "others"}, {"confirmation": 200}, {"as_of": "2026-03-18"}])
+def test_studies_on_other_windows_do_not_compete(place: Place, differs: dict[str, Any]) -> None:
+    place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
+    place.study([(KRONOS, measured(0.001))], model="kronos", **differs)
+    place.put(OLD)
+    row = place.row()
+    (kronos,) = [pair for pair in row["pairs"] if pair["model"] == "kronos"]
+    if "as_of" in differs:  # the newest bars decide
+        assert row["model"] == "toto"
+    left_out = next(pair for pair in row["pairs"] if pair["model"] != row["model"])
+    assert (left_out["status"], left_out["reason"]) == ("failed", "not comparable")
+    assert kronos["mae"] == pytest.approx(0.001)
+
+
+def test_an_incumbent_of_an_unknown_model_is_replaced_only_by_force(place: Place) -> None:
+    place.study([(NEW, measured(0.0095))])
+    path = place.put({"context_length": 512}, model="chronos2")
+    before = path.read_bytes()
+    row = place.row()
+    assert (row["incumbent_model"], row["decision"], row["reason"]) == ("chronos2", "kept", "not comparable")
+    assert row["next"] == "promote --symbols BTCUSD --force"
+    assert path.read_bytes() == before
+    assert place.row("--force")["decision"] == "promoted"
+    assert place.promoted()["metadata"]["previous_model"] == "chronos2"
+
+
+@pytest.mark.parametrize("name", ["toto", "toto_compiled"])
+def test_the_predecessors_files_are_incumbents(place: Place, name: str) -> None:
+    place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
+    config = {"name": "toto_mean_64", "num_samples": 64, "aggregate": "mean", "samples_per_batch": 16}
+    place.put(config, model=name, validation={"return_mae": 0.004, "price_mae": 3.0})
+    row = place.row()
+    assert (row["incumbent_model"], row["reason"]) == ("toto", "improved")
+    assert row["incumbent_mae"] == pytest.approx(0.01)  # as measured here, not as the file says
+
+
+def test_an_incumbent_that_changed_since_the_confirmation_is_stale(place: Place) -> None:
+    place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
+    place.put({**OLD, "num_samples": 512})
+    row = place.row()
+    assert (row["decision"], row["reason"], row["improvement"]) == ("kept", "stale", None)
+    assert row["next"] == f"studies confirm BTCUSD/toto@{AS_OF}"
+
+
+def test_nothing_wins_against_an_incumbent_without_error(place: Place) -> None:
+    place.study([(NEW, measured(0.0))], baselines={"incumbent": (OLD, measured(0.0))})
+    place.put(OLD)
+    assert place.row()["reason"] == "not better"
+
+
+def test_rollback_gives_back_what_was_replaced(place: Place) -> None:
+    place.study([(KRONOS, measured(0.009))], model="kronos", baselines={})
+    place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
+    before = place.put(OLD).read_bytes()
+    assert place.row("--models", "toto")["decision"] == "promoted"
+    first = place.promoted()
+    assert place.row()["model"] == "kronos"
+    shown = place.invoke("--rollback", "BTCUSD", "--dry-run")
+    assert shown.exit_code == 0
+    assert place.promoted()["model"] == "kronos"
+    assert place.invoke("--rollback", "BTCUSD").exit_code == 0
+    assert place.promoted() == place.promoted("toto") == first
+    assert place.invoke("--rollback", "BTCUSD").exit_code == 0
+    assert (place.folder / "hyperparams/best/BTCUSD.json").read_bytes() == before
+    last = place.invoke("--rollback", "BTCUSD")
+    assert last.exit_code == 1
+    assert "BTCUSD" in last.stderr
+
+
+def test_a_summary_of_every_pair_in_the_predecessors_shape(place: Place) -> None:
+    place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
+    place.study([(KRONOS, measured(0.02))], model="kronos")
+    place.study([], symbol="AAPL")
+    place.put(OLD)
+    assert place.invoke().exit_code == 0
+    (summary,) = place.summaries()
+    assert {"results", "total_time_s", "config"} == set(summary)
+    assert set(summary["config"]) == {"symbols", "trials", "workers", "model", "eval_runs"}
+    found = {(entry["symbol"], entry["model"]): entry for entry in summary["results"]}
+    keys = {"symbol", "status", "model", "val_mae", "test_mae", "improved", "elapsed_s", "error"}
+    assert all(keys <= set(entry) for entry in found.values())
+    statuses = {pair: (entry["status"], entry["improved"], entry["error"]) for pair, entry in found.items()}
+    assert statuses == {
+        ("AAPL", "toto"): ("failed", False, "no candidate"),
+        ("BTCUSD", "toto"): ("success", True, None),
+        ("BTCUSD", "kronos"): ("success", False, None),  # its own file, the first
+    }
+    place.invoke()
+    place.invoke()
+    assert len(place.summaries()) == 2  # what says the same is not written again
+    assert {entry["status"] for entry in place.summaries()[1]["results"]} == {"no_improvement", "failed"}
+
+
+def test_promotes_two_dozen_studies_without_torch(place: Place) -> None:
+    for number in range(24):
+        place.study(
+            [
+                ({**NEW, "num_samples": count}, measured(0.0099, wobble=0.1 * number))
+                for count in (64, 128, 256, 512, 768)
+            ],
+            symbol=f"S{number}",
+            baselines={"incumbent": (OLD, measured(0.01))},
+        )
+        place.put(OLD, symbol=f"S{number}")
+    check = (
+        "import sys\nfrom launch.cli import promote\n"
+        "promote(sys.argv[1:], standalone_mode=False)\nassert 'torch' not in sys.modules"
+    )
+    words = ["--config", str(place.folder / "studies.toml"), "--storage", place.url, "--json"]
+    done = subprocess.run([sys.executable, "-c", check, *words], capture_output=True, text=True, check=True)
+    assert len(json.loads(done.stdout)) == 24
