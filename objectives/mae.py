@@ -96,11 +96,29 @@ class Evaluator:
         measurement and passes through.
         Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
         """
+        seconds = dict.fromkeys(STAGES, 0.0)
+        return _measurement(windows, self._points(windows, params, passes, on_rung, seconds), seconds)
+
+    def forecast(self, windows: Windows, params: Mapping[str, Any], *, pass_number: int = 0) -> np.ndarray:
+        """The point forecasts of these params with the seeds of one pass, float64 [W, H], price.
+
+        Raises what `measure` raises.
+        """
+        return self._points(windows, params, (pass_number,), None, dict.fromkeys(STAGES, 0.0))[0]
+
+    def _points(
+        self,
+        windows: Windows,
+        params: Mapping[str, Any],
+        passes: Sequence[int],
+        on_rung: Callable[[int, float], None] | None,
+        seconds: dict[str, float],
+    ) -> np.ndarray:
+        """Point forecasts of every pass, [R, W, H]."""
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
         aggregate = parse(params.get("aggregate", "mean"))
         seeds = [windows.seeds(pass_number) for pass_number in passes]
-        seconds = dict.fromkeys(STAGES, 0.0)
-        points = np.full((len(passes), *windows.actuals.shape), np.nan)  # [R, W, H]
+        points = np.full((len(passes), *windows.actuals.shape), np.nan)
         done: list[int] = []
         for chunk in windows.chunks(self.chunk_size):
             if done and on_rung is not None:
@@ -114,7 +132,7 @@ class Evaluator:
             bad = ~np.isfinite(points[:, rows]).all(axis=(0, 2))
             _check(windows, chunk, int(bad.argmax()) if bad.any() else None)
             done += rows
-        return _measurement(windows, points, seconds)
+        return points
 
     def _sampled_points(
         self, chunk: _Chunk, plan: _Plan, aggregate: Aggregate, seconds: dict[str, float]

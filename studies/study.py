@@ -42,6 +42,7 @@ NAME = re.compile(r"(?P<symbol>[A-Z0-9][A-Z0-9.-]*)/(?P<model>[a-z0-9]+)@(?P<as_
 SEARCH_PASSES = (0,)  # the seeds of every trial
 FRESH_FROM = 1  # first of the passes that a confirmation measures with: seeds that no trial was chosen by
 CANDIDATES = 5  # trials that are confirmed
+BAND = {"low": "quantile_0.10", "high": "quantile_0.90"}  # of a shown forecast
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
 
@@ -548,9 +549,22 @@ def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str,
             "test": describe(evaluator.measure(run.split.test, params, passes=passes), errors=True),
         }
 
+    def forecasts(found: Windows, pass_number: int) -> dict[str, Any]:
+        shown = {"best": best} if best else {}
+        shown |= {"incumbent": one for one in [in_use.get("incumbent")] if one and "error" not in one}
+        series = {
+            name: {
+                **({"trial": one["trial"]} if "trial" in one else {}),
+                **_drawn(evaluator, found, one["params"], pass_number),
+            }
+            for name, one in shown.items()
+        }
+        return {**_actuals(found), "series": series}
+
     completed = [complete(params, one) for (_, params), one in zip(configurations, confirmed, strict=True)]
     candidates = [{"trial": number, **one} for (number, _), one in zip(trials, completed, strict=False)]
-    measured_in_use = dict(zip(baselines, completed[len(trials) :], strict=True))
+    in_use = dict(zip(baselines, completed[len(trials) :], strict=True))
+    best = min(candidates, key=lambda one: one["confirmation"]["mae"], default=None)
     uncertain = [one for one in confirmed if isinstance(one, Measurement) and one.sampling_error and one.mae]
     sets = {"validation": run.split.validation, "confirmation": run.confirmation, "test": run.split.test}
     return {
@@ -558,11 +572,41 @@ def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str,
         "passes": len(passes),
         "sampling_error": max(((one.sampling_error or 0.0) / one.mae for one in uncertain), default=0.0),
         "candidates": candidates,
-        "baselines": measured_in_use,
+        "baselines": in_use,
         "no_change": {
             name: {"mae": measure_no_change(found), "errors": no_change_errors(found).tolist()}
             for name, found in sets.items()
         },
+        "forecasts": {
+            "validation": forecasts(run.split.validation, SEARCH_PASSES[0]),
+            "test": forecasts(run.split.test, FRESH_FROM),
+        },
+    }
+
+
+def _apart(found: Windows) -> list[int]:
+    """The windows that share no target bar, the last among them: together they are one stretch of bars."""
+    return list(range(len(found) - 1, -1, -found.horizon))[::-1]
+
+
+def _actuals(found: Windows) -> dict[str, Any]:
+    """What happened in the windows that share no bar: times and closes of their targets, and where each begins."""
+    apart = _apart(found)
+    times = [
+        windows.timestamp_text(time)
+        for index in apart
+        for time in found.bars.timestamps[found.origins[index] : found.origins[index] + found.horizon]
+    ]
+    starts = [place * found.horizon for place in range(len(apart))]
+    return {"times": times, "actual": found.actuals[apart].ravel().tolist(), "starts": starts}
+
+
+def _drawn(evaluator: Evaluator, found: Windows, params: Mapping[str, Any], pass_number: int) -> dict[str, Any]:
+    """The forecast of the same windows, with the 10 % and 90 % quantile of its samples."""
+    asked = {"points": params, **{name: {**params, "aggregate": quantile} for name, quantile in BAND.items()}}
+    return {
+        name: evaluator.forecast(found, one, pass_number=pass_number)[_apart(found)].ravel().tolist()
+        for name, one in asked.items()
     }
 
 

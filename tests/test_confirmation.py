@@ -158,6 +158,34 @@ def test_the_best_five_and_what_is_in_use_on_more_windows(place: Place) -> None:
     )
 
 
+@pytest.mark.parametrize("horizon", [1, 7])
+def test_forecasts_are_kept_for_those_who_look(place: Place, horizon: int) -> None:
+    settings = place.folder / "studies.toml"
+    settings.write_text(settings.read_text().replace("[windows]", f"[windows]\nhorizon = {horizon}"))
+    place.put("best", {"num_samples": 48, "aggregate": "quantile_0.90"})
+    study = place.open().study
+    result = place.finish(study)
+    run, bars = place.run(study), place.series().bars
+    best = min(result["candidates"], key=lambda one: one["confirmation"]["mae"])
+    for name, found in (("validation", run.split.validation), ("test", run.split.test)):
+        shown = result["forecasts"][name]
+        count = len(found) if horizon == 1 else (len(found) + 6) // 7 * 7
+        end = found.origins[-1] + horizon
+        assert shown["actual"] == bars.close[end - count : end].tolist()  # one stretch, each bar once
+        assert shown["times"] == [windows.timestamp_text(time) for time in bars.timestamps[end - count : end]]
+        assert shown["starts"] == list(range(0, count, horizon))
+        assert set(shown["series"]) == {"best", "incumbent"}
+        for series in shown["series"].values():
+            assert np.all(np.array(series["low"]) <= np.array(series["high"]))
+        assert shown["series"]["best"]["trial"] == best["trial"]
+        assert len(shown["series"]["best"]["points"]) == count
+    if horizon == 1:  # every window is shown: the points are those that the errors came from
+        last = run.split.validation.last_closes
+        shown = result["forecasts"]["validation"]
+        errors = np.abs(np.array(shown["series"]["best"]["points"]) - np.array(shown["actual"])) / last
+        assert errors == pytest.approx(np.array(best["validation"]["errors"]))
+
+
 def test_repeats_bring_the_sampling_error_below_a_tenth_of_the_threshold(place: Place) -> None:
     study = place.open().study
     place.finish(study)
