@@ -30,8 +30,8 @@ Reason = Literal[
 On = Literal["confirmation", "validation"]
 
 LEVEL = 0.95  # of the interval
-INTERVAL_REPETITIONS = 1000  # 25 in each tail; the ends then move by a twentieth of the width with the seed
-TEST_REPETITIONS = 500  # standard error of a p-value of 0.05 is 0.01; arch takes 30 us for each
+INTERVAL_REPETITIONS = 800  # 20 in each tail; arch draws one in 10 us, and `promote` is to take no time
+TEST_REPETITIONS = 300  # the standard error of a p-value of 0.05 is then 0.013; 30 us each
 MIN_WINDOWS = 20  # with fewer an interval that says 95 % covers less than 90 %
 SEED = 20_181_231  # any: the same errors always give the same evidence
 
