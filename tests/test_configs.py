@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
@@ -45,8 +48,19 @@ def put(root: Path, content: object, folder: str = "best", symbol: str = "NVDA")
     return path
 
 
-def history(root: Path, symbol: str = "NVDA") -> list[bytes]:
-    return [path.read_bytes() for path in sorted((root / "history" / symbol).glob("*.json"))]
+def history(root: Path, folder: str = "best") -> list[bytes]:
+    """What the folder held before each step that had anything to replace or keep, oldest first."""
+    return [path.read_bytes() for path in sorted((root / "history" / "NVDA").glob(f"*Z/{folder}.json"))]
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """What every folder holds for the symbol."""
+    paths = {folder: root / folder / "NVDA.json" for folder in configs.FOLDERS}
+    return {folder: path.read_bytes() for folder, path in paths.items() if path.exists()}
+
+
+def everything(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -79,9 +93,9 @@ def test_mode_respects_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
         configs.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
     finally:
         os.umask(before)
-    files = [*tmp_path.glob("*/NVDA.json"), *tmp_path.glob("history/NVDA/*")]
-    assert len(files) == 4
-    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
+    written = [*tmp_path.glob("*/NVDA.json"), *tmp_path.glob("history/NVDA/*/*")]
+    assert len(written) == 3 + 2 + 5
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {mode}
 
 
 # --- what the predecessor left
@@ -125,6 +139,17 @@ def test_hourly_files_have_no_test(tmp_path: Path) -> None:
     assert (record.test, record.windows, record.metadata) == ({}, {}, {})
 
 
+def test_kronos_files_of_the_extended_sweep(tmp_path: Path) -> None:
+    config = {"name": "kronos_ext", "temperature": 0.15, "top_p": 0.82, "top_k": 16, "sample_count": 208}
+    extended = {"source": "hyperparamtraining", "extended_path": "hyperparams_extended/kronos/NVDA.json"}
+    metrics = {"price_mae": 4.1251, "pct_return_mae": 0.022682, "latency_s": 35.19}
+    put(tmp_path, payload(model="kronos", config=config, test=metrics, metadata=extended, horizon_note="1d"), "kronos")
+    record = configs.read(tmp_path, "kronos", "NVDA")
+    assert record
+    assert (record.model, record.config, record.test, record.metadata) == ("kronos", config, metrics, extended)
+    assert record.raw["horizon_note"] == "1d"  # keys that nobody knows are kept
+
+
 def test_file_in_a_models_folder_may_not_name_its_model(tmp_path: Path) -> None:
     content = {"config": {"temperature": 0.15, "clip": 1.8}, "validation": {"pct_return_mae": 0.0185}}
     put(tmp_path, content, "kronos")
@@ -134,10 +159,11 @@ def test_file_in_a_models_folder_may_not_name_its_model(tmp_path: Path) -> None:
 
 
 def test_other_models_are_read_as_found(tmp_path: Path) -> None:
-    put(tmp_path, payload(model="chronos2"), symbol="NVDA")
+    config = {"name": "chronos2_ctx512", "model_id": "amazon/chronos-2", "quantile_levels": [0.1, 0.5, 0.9]}
+    put(tmp_path, payload(model="chronos2", config=config, config_path=None))
     record = configs.read(tmp_path, "best", "NVDA")
     assert record
-    assert record.model == "chronos2"
+    assert (record.model, record.config, record.config_path) == ("chronos2", config, None)
 
 
 def test_useless_numbers_are_left_out_and_zero_is_kept(tmp_path: Path) -> None:
@@ -218,25 +244,34 @@ def test_payload_that_no_reader_could_use_is_refused(tmp_path: Path, changes: di
 def test_replaced_file_is_kept_byte_by_byte(tmp_path: Path) -> None:
     old = b'{"symbol":"NVDA", "model":"toto",\t"config":{}, "note": "mine"}'
     put(tmp_path, old)
-    put(tmp_path, old, "optimized_compiled")
+    put(tmp_path, b'{"hand": "made"}', "toto")
     configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)
-    assert history(tmp_path) == [old]
+    assert (history(tmp_path), history(tmp_path, "toto")) == ([old], [b'{"hand": "made"}'])
+    before = everything(tmp_path)
     configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)  # the same again replaces nothing
-    assert history(tmp_path) == [old]
+    assert everything(tmp_path) == before
     configs.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
     assert [json.loads(kept).get("note") for kept in history(tmp_path)] == ["mine", None]
-    entry = min((tmp_path / "history" / "NVDA").glob("*.json"))
-    stamp, digest = entry.stem.split("-")
-    assert datetime.strptime(stamp, "%Y%m%dT%H%M%S%fZ")
-    assert len(digest) == 8
 
 
-def test_a_models_own_file_is_kept_too_where_best_held_another(tmp_path: Path) -> None:
-    put(tmp_path, b'{"hand": "made"}', "toto")
-    put(tmp_path, payload(model="kronos"))
+def test_step_of_the_history_says_what_it_replaces(tmp_path: Path) -> None:
+    put(tmp_path, b"{}")
     configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)
-    assert [json.loads(kept)["model"] for kept in history(tmp_path)] == ["kronos"]
-    assert [path.read_bytes() for path in (tmp_path / "history" / "NVDA" / "toto").iterdir()] == [b'{"hand": "made"}']
+    configs.write(tmp_path, "NVDA", payload(0.01, model="kronos"), ("kronos", "best", "optimized_compiled"))
+    first, second = sorted((tmp_path / "history" / "NVDA").iterdir())
+    assert {path.name for path in first.iterdir()} == {"step.json", "best.json", "promoted.json"}
+    assert {path.name for path in second.iterdir()} == {
+        *("step.json", "promoted.json", "best.json", "optimized_compiled.json", "toto.json")
+    }
+    assert (second / "promoted.json").read_bytes() == (tmp_path / "best" / "NVDA.json").read_bytes()
+    step = json.loads((second / "step.json").read_text())
+    assert (step["symbol"], step["action"], step["undoes"]) == ("NVDA", "promotion", [])
+    number, stamp = second.name.split("-")
+    assert number == "0002"
+    assert datetime.strptime(stamp, "%Y%m%dT%H%M%SZ") == datetime.strptime(step["time"], "%Y-%m-%dT%H:%M:%SZ")
+    toto, kronos = (hashlib.sha256((step_ / "promoted.json").read_bytes()).hexdigest() for step_ in (first, second))
+    assert step["before"] == {"toto": toto, "kronos": None, "optimized_compiled": toto, "best": toto}
+    assert step["after"] == {"kronos": kronos, "optimized_compiled": kronos, "best": kronos}
 
 
 def test_damaged_file_can_be_replaced_and_is_kept(tmp_path: Path) -> None:
@@ -278,6 +313,207 @@ def test_file_without_permission_is_named(tmp_path: Path) -> None:
         configs.read(tmp_path, "best", "NVDA")
 
 
+# --- rolling back
+
+
+def toto(version: int) -> dict[str, Any]:
+    return payload(config={"num_samples": 64, "aggregate": "mean", "version": version})
+
+
+def kronos(version: int) -> dict[str, Any]:
+    return payload(model="kronos", config={"temperature": 0.2, "version": version})
+
+
+def promote(root: Path, content: dict[str, Any], *, own: bool = False) -> None:
+    folders = (content["model"],) if own else (content["model"], "best", "optimized_compiled")
+    configs.write(root, "NVDA", content, folders)
+
+
+def predecessor(root: Path) -> None:
+    """Files that nobody's history knows."""
+    for folder in ("toto", "best", "optimized_compiled"):
+        put(root, b'{"model":"toto_compiled", "config": {"num_samples": 64}}', folder)
+
+
+def test_each_rollback_restores_what_a_promotion_replaced_back_to_the_first(tmp_path: Path) -> None:
+    predecessor(tmp_path)
+    states = [files(tmp_path)]
+    for content in (toto(1), kronos(1), kronos(2), toto(2)):
+        promote(tmp_path, content)
+        states.append(files(tmp_path))
+    models = ["toto", "toto", "kronos", "kronos"]
+    for remaining in (3, 2, 1, 0):
+        gone = states.pop()
+        restored = configs.rollback(tmp_path, "NVDA")
+        assert files(tmp_path) == states[-1]
+        assert (restored.symbol, restored.model, restored.remaining) == ("NVDA", models[remaining], remaining)
+        changed = {f for f in configs.FOLDERS if gone.get(f) != states[-1].get(f)}
+        assert {path.parent.name for path in (*restored.restored, *restored.removed)} == changed
+        assert restored.mismatch is None
+        assert restored.kept
+        assert {path.stem: path.read_bytes() for path in restored.kept.iterdir() if path.stem != "step"} == gone
+        assert (restored.step / "promoted.json").read_bytes() == gone["best"]
+    before = everything(tmp_path)
+    for dry_run in (True, False):
+        with pytest.raises(ConfigFileError, match=r"^NVDA: nothing left to roll back to; .*$"):
+            configs.rollback(tmp_path, "NVDA", dry_run=dry_run)
+    assert everything(tmp_path) == before
+
+
+def test_rollback_over_a_file_that_was_not_there_removes_it(tmp_path: Path) -> None:
+    promote(tmp_path, toto(1))
+    promote(tmp_path, kronos(1))
+    restored = configs.rollback(tmp_path, "NVDA")
+    assert restored.removed == (tmp_path / "kronos" / "NVDA.json",)
+    assert [path.parent.name for path in restored.restored] == ["optimized_compiled", "best"]
+    assert set(files(tmp_path)) == {"toto", "optimized_compiled", "best"}
+    with pytest.raises(ConfigFileError, match="nothing left"):  # the first file stays
+        configs.rollback(tmp_path, "NVDA")
+    assert configs.read(tmp_path, "best", "NVDA")
+
+
+def test_promotion_after_a_rollback_is_rolled_back_to_the_same(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        promote(tmp_path, toto(version))
+    configs.rollback(tmp_path, "NVDA")
+    promote(tmp_path, kronos(4))
+    for version in (2, 1):
+        configs.rollback(tmp_path, "NVDA")
+        record = configs.read(tmp_path, "best", "NVDA")
+        assert record
+        assert record.config["version"] == version
+    kept = b"".join(everything(tmp_path / "history").values())
+    for version in (1, 2, 3, 4):
+        assert b'"version": %d' % version in kept
+
+
+def test_promotions_within_the_other_model_are_not_rolled_back(tmp_path: Path) -> None:
+    promote(tmp_path, toto(1))
+    promote(tmp_path, kronos(1), own=True)
+    promote(tmp_path, toto(2))
+    promote(tmp_path, kronos(2), own=True)
+    both = configs.read(tmp_path, "kronos", "NVDA")
+    assert both
+    restored = configs.rollback(tmp_path, "NVDA")
+    assert restored.remaining == 0
+    for folder, version in {"best": 1, "optimized_compiled": 1, "toto": 1, "kronos": 2}.items():
+        record = configs.read(tmp_path, folder, "NVDA")
+        assert record
+        assert record.config["version"] == version
+
+
+def test_both_readers_get_the_same_after_a_rollback(tmp_path: Path) -> None:
+    promote(tmp_path, kronos(1))
+    promote(tmp_path, toto(1))
+    promote(tmp_path, kronos(2), own=True)  # kronos/ goes on while best names toto
+    late = (tmp_path / "kronos" / "NVDA.json").read_bytes()
+    restored = configs.rollback(tmp_path, "NVDA")
+    best, own = (configs.read(tmp_path, folder, "NVDA") for folder in ("best", "kronos"))
+    assert best
+    assert own
+    assert best.model == own.model == restored.model == "kronos"
+    assert best.config == own.config == kronos(1)["config"]
+    assert restored.mismatch is None
+    assert restored.kept
+    assert (restored.kept / "kronos.json").read_bytes() == late
+
+
+@pytest.mark.parametrize("own", [None, b'{"config": {"num_samples": 4096}}'])
+def test_readers_that_disagreed_before_do_so_again_and_it_is_said(tmp_path: Path, own: bytes | None) -> None:
+    put(tmp_path, b'{"model":"toto_compiled", "config": {"num_samples": 64}}')
+    if own:
+        put(tmp_path, own, "toto")
+    before = files(tmp_path)
+    promote(tmp_path, toto(1))
+    assert configs.rollback(tmp_path, "NVDA").mismatch == tmp_path / "toto" / "NVDA.json"
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("damaged", [b'{"torn', b"", b"\xff\xfe"])
+def test_damaged_file_comes_back_as_it_was(tmp_path: Path, damaged: bytes) -> None:
+    put(tmp_path, damaged)
+    promote(tmp_path, toto(1))
+    assert configs.rollback(tmp_path, "NVDA").model is None
+    assert files(tmp_path) == {"best": damaged}
+
+
+def test_dry_run_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
+    predecessor(tmp_path)
+    promote(tmp_path, kronos(1))
+    (tmp_path / ".locks" / "NVDA.lock").unlink()
+    before = everything(tmp_path)
+    dry = configs.rollback(tmp_path, "NVDA", dry_run=True)
+    assert everything(tmp_path) == before
+    real = configs.rollback(tmp_path, "NVDA")
+    assert real.kept
+    assert dataclasses.replace(real, kept=None) == dry
+
+
+def test_symbol_without_history_has_nothing_left_and_gets_no_lock(tmp_path: Path) -> None:
+    with pytest.raises(ConfigFileError, match="^NVDA: nothing left to roll back to"):
+        configs.rollback(tmp_path, "NVDA")
+    with pytest.raises(ValueError, match="is not a symbol"):
+        configs.rollback(tmp_path, "../NVDA")
+    promote(tmp_path, kronos(1), own=True)
+    before = everything(tmp_path)
+    with pytest.raises(ConfigFileError, match="^NVDA: nothing left to roll back to"):
+        configs.rollback(tmp_path, "NVDA")
+    assert everything(tmp_path) == before
+
+
+def test_what_others_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
+    predecessor(tmp_path)
+    first = files(tmp_path)
+    promote(tmp_path, toto(1))
+    put(tmp_path, foreign := b'{"model": "chronos2", "config": {}}')
+    restored = configs.rollback(tmp_path, "NVDA")
+    assert files(tmp_path) == first
+    assert restored.kept
+    assert (restored.kept / "best.json").read_bytes() == foreign
+
+
+def test_rollback_goes_on_behind_what_was_put_back_by_hand(tmp_path: Path) -> None:
+    states = []
+    for version in (1, 2, 3):
+        promote(tmp_path, toto(version))
+        states.append(files(tmp_path))
+    promote(tmp_path, kronos(9), own=True)
+    for folder in EVERYWHERE:
+        put(tmp_path, states[1][folder], folder)
+    restored = configs.rollback(tmp_path, "NVDA")
+    assert restored.remaining == 0
+    assert {folder: files(tmp_path)[folder] for folder in EVERYWHERE} == states[0]
+    with pytest.raises(ConfigFileError, match="nothing left"):
+        configs.rollback(tmp_path, "NVDA")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("best.json", b"{}", r"best\.json: missing or changed since it was kept"),
+        ("best.json", None, r"best\.json: missing or changed since it was kept"),
+        ("step.json", b"{", r"step\.json: not a step of the history"),
+        ("step.json", b"{}", r"step\.json: not a step of the history"),
+        ("step.json", b"[]", r"step\.json: not a step of the history"),
+        ("step.json", None, r"step\.json: No such file"),
+    ],
+)
+def test_damaged_history_is_named_and_changes_nothing(
+    tmp_path: Path, name: str, content: bytes | None, why: str
+) -> None:
+    promote(tmp_path, toto(1))
+    promote(tmp_path, toto(2))
+    path = sorted((tmp_path / "history" / "NVDA").iterdir())[-1] / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    before = everything(tmp_path)
+    with pytest.raises(ConfigFileError, match=why) as caught:
+        configs.rollback(tmp_path, "NVDA")
+    assert "\n" not in str(caught.value)
+    assert everything(tmp_path) == before
+
+
 # --- crashes and races
 
 WRITER = """
@@ -306,10 +542,9 @@ def test_killed_writer_leaves_whole_files_and_loses_none(tmp_path: Path) -> None
             assert len(record.raw["pad"]) == 2**17
             versions[folder] = record.config["version"]
         assert versions["best"] <= versions["optimized_compiled"] <= versions["toto"] <= versions["best"] + 1
-        # What best held before is in the history; what it holds now may be, if the next write had begun.
-        kept = [json.loads(content)["config"]["version"] for content in history(root)]
-        assert kept in (list(range(versions["best"])), list(range(versions["best"] + 1)))
         configs.write(root, "NVDA", payload(), EVERYWHERE)
+        kept = [json.loads(content)["config"]["version"] for content in history(root)]
+        assert kept == list(range(versions["best"] + 1))  # no version lost, and none that did not happen
         assert not list(root.rglob("*.tmp"))
 
 
