@@ -193,7 +193,7 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     assert promoted["metadata"]["previous_mae"] == row["incumbent_mae"]
     for folder in ("toto", "optimized_compiled"):
         assert json.loads((place.folder / f"hyperparams/{folder}/SP500.json").read_text()) == promoted
-    assert len(list((place.folder / "hyperparams/history/SP500").glob("*.json"))) == 1
+    assert len(list((place.folder / "hyperparams/history/SP500").glob("*/best.json"))) == 1
 
     files = {path: path.read_bytes() for path in (place.folder / "hyperparams").rglob("*.json")}
     again = place.run("launch-workers", "--cpus", "2", "--trials", "15")
