@@ -146,11 +146,12 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
         ),
     )
     evaluator = cast(Any, Instant())
+    watch = studying.Watch(storage, [])
 
     def once() -> None:
         slot = slots.claim(storage, study_id, worker=database.worker_name(), lease_s=60)
         assert slot is not None
-        outcome = studying.work(storage, run, slot, evaluator, worker=database.worker_name(), device="cpu")
+        outcome = studying.work(storage, run, slot, evaluator, worker=database.worker_name(), device="cpu", watch=watch)
         assert outcome.state == "complete", outcome
 
     return storage.engine, once

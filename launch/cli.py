@@ -566,7 +566,16 @@ def roll_back(config: Config, symbol: str, *, dry_run: bool, as_json: bool) -> N
     if as_json:
         click.echo(json.dumps(asdict(restored), indent=2, default=str))
         return
-    click.echo(restored)
+    for path in restored.restored:
+        click.echo(f"{path}: {'would be put back' if dry_run else 'put back'}")
+    for path in restored.removed:
+        click.echo(f"{path}: {'would be removed' if dry_run else 'removed'}, as it was before the promotion")
+    if restored.mismatch:
+        say(f"{restored.mismatch}: is not what best says; readers that take the parameters from there get others")
+    say(
+        f"{symbol}: the promotion of {restored.promoted_at} is {'to be' if dry_run else ''} undone".replace("  ", " ")
+        + f"; {restored.remaining} more can be rolled back"
+    )
 
 
 # --- studies --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from studies import config as configuration
 from studies import space as spaces
 from studies import study as studying
 from studies.config import Config, ConfigError
-from studies.study import Run, Series, Study, StudyMismatch
+from studies.study import Run, Series, Study, StudyMismatch, Watch
 
 log = logging.getLogger("worker")
 
@@ -141,12 +141,14 @@ class Worker:
         self.runs: dict[int, Run] = {}
         self.failures: dict[int, int] = {}
         self.seats = slots.Seats(storage)
+        self.last: Slot | None = None  # that it finished
         self.keeper = Keeper(storage, list(self.studies), self.config.workers.lease_s)
 
     def work(self) -> int:
         """Until every study is done, or a signal came. Returns the exit status."""
         for model in sorted({study.model for study in self.studies.values()}):
             self.evaluators[model] = self._load(model)  # warm before the first claim
+        watch = Watch(self.storage, self.evaluators.values())
         self.keeper.start()
         try:
             study_id: int | None = None
@@ -155,14 +157,17 @@ class Worker:
                 run = None if study_id is None else self._run(study_id)
                 slot = None if run is None else self._claim(run.study.study_id)
                 if run is not None and slot is not None:
-                    self._do(run, slot)
+                    self._do(run, slot, watch)
                     continue
                 self.seats.leave()
                 study_id = self._choose()
                 if study_id is None:
                     if self._all_done():
+                        if self.last is not None:  # what it waited for at the end
+                            slots.add_seconds(self.storage, self.last, watch.lap())
                         return EXIT_DONE
-                    time.sleep(IDLE_POLL_S)  # others are at the last slots: one of them may die
+                    with watch.timing("idle"):
+                        time.sleep(IDLE_POLL_S)  # others are at the last slots: one of them may die
             return EXIT_INTERRUPTED
         finally:
             self.keeper.end()
@@ -183,14 +188,21 @@ class Worker:
         progress = slots.progress(self.storage)
         return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
-    def _do(self, run: Run, slot: Slot) -> None:
+    def _do(self, run: Run, slot: Slot, watch: Watch) -> None:
         study = run.study
         self.keeper.hold(slot)
         began = time.monotonic()
         try:
             outcome = studying.work(
-                self.storage, run, slot, self.evaluators[study.model], worker=self.name, device=self.device
+                self.storage,
+                run,
+                slot,
+                self.evaluators[study.model],
+                worker=self.name,
+                device=self.device,
+                watch=watch,
             )
+            self.last = slot
         except studying.EXPECTED_ERRORS as error:
             self._count_failure(study, slot, error)
             return

@@ -73,6 +73,7 @@ class Evaluator:
         self.chunk_size = chunk_size
         self.exact = exact
         self.max_num_samples = max_num_samples or 0
+        self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self._cache = _Cache(cache_bytes)
 
     @property
@@ -114,7 +115,7 @@ class Evaluator:
         on_rung: Callable[[int, float], None] | None,
         seconds: dict[str, float],
     ) -> np.ndarray:
-        """Point forecasts of every pass, [R, W, H]."""
+        """Point forecasts of every pass, [R, W, H]; `seconds` are added to."""
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
         aggregate = parse(params.get("aggregate", "mean"))
         seeds = [windows.seeds(pass_number) for pass_number in passes]
@@ -125,10 +126,14 @@ class Evaluator:
                 on_rung(len(done), float(_errors(windows, points)[:, done].mean()))
             rows = list(chunk)
             points_of = self._exact_points if self.exact else self._sampled_points
+            took = dict.fromkeys(STAGES, 0.0)
             # All passes of a chunk before the next: a cache that holds one chunk's encoding is enough.
             for place, row_seeds in enumerate(seeds):
                 asked = _Chunk(windows=windows, indices=chunk, seeds=tuple(row_seeds[row] for row in chunk))
-                points[place, rows] = points_of(asked, plan, aggregate, seconds)
+                points[place, rows] = points_of(asked, plan, aggregate, took)
+            for total in (seconds, self.seconds):
+                for stage in STAGES:
+                    total[stage] += took[stage]
             bad = ~np.isfinite(points[:, rows]).all(axis=(0, 2))
             _check(windows, chunk, int(bad.argmax()) if bad.any() else None)
             done += rows

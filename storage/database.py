@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,10 @@ create table if not exists slots (
     losses integer not null default 0,
     error text,
     result jsonb,
+    seconds jsonb,
     primary key (study_id, stage, number)
 );
+alter table slots add column if not exists seconds jsonb;
 create index if not exists slots_open on slots (study_id, stage, number) where state in ('free', 'busy');
 create unique index if not exists slots_claim on slots (claim) where claim is not null;
 """
@@ -82,6 +85,7 @@ class RetryingStorage(RDBStorage):
     def __init__(self, url: URL, *, wait_s: float) -> None:
         self.wait_s = wait_s
         self._deferred: dict[int, tuple[Changes, float]] = {}  # by trial: what waits, and since when
+        self._clock = threading.local()  # of each thread
         super().__init__(
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
             # Small pools: every worker holds one, and a server has 100 to 200 connections.
@@ -105,8 +109,23 @@ class RetryingStorage(RDBStorage):
         with self.engine.begin() as connection:
             return run(connection)
 
+    @property
+    def seconds(self) -> float:
+        """What this thread has spent in calls of the database, since it began."""
+        return getattr(self._clock, "seconds", 0.0)
+
     def _retry(self, call: Callable[[int], T]) -> T:
         """Call until it gets through; `call` is told how many attempts broke before. Raises DatabaseUnavailable."""
+        if getattr(self._clock, "inside", False):
+            return self._call_until_through(call)
+        self._clock.inside, began = True, time.perf_counter()
+        try:
+            return self._call_until_through(call)
+        finally:
+            self._clock.inside = False
+            self._clock.seconds = self.seconds + time.perf_counter() - began
+
+    def _call_until_through(self, call: Callable[[int], T]) -> T:
         give_up_at = time.monotonic() + self.wait_s
         attempt = 0
         while True:

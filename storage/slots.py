@@ -170,13 +170,26 @@ def renew(storage: RetryingStorage, claim: str, *, lease_s: float) -> bool:
     return storage.transaction(lambda c: c.execute(statement, {"claim": claim, "lease_s": lease_s}).rowcount == 1)
 
 
-def finish(storage: RetryingStorage, slot: Slot, *, result: Mapping[str, Any] | None = None) -> bool:
-    """Mark a claimed row done; False where the claim was lost (then somebody else does, or did, the work)."""
+def finish(
+    storage: RetryingStorage,
+    slot: Slot,
+    *,
+    result: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> bool:
+    """Mark a claimed row done; False where the claim was lost (then somebody else does, or did, the work).
+
+    seconds: of the worker's time, by what it went into.
+    """
     statement = text(
-        "update slots set state = 'done', lease_until = null, error = null, result = cast(:result as jsonb) "
-        "where claim = :claim and state in ('busy', 'done')"
+        "update slots set state = 'done', lease_until = null, error = null, result = cast(:result as jsonb), "
+        "seconds = cast(:seconds as jsonb) where claim = :claim and state in ('busy', 'done')"
     )
-    values = {"claim": slot.claim, "result": None if result is None else json.dumps(result)}
+    values = {
+        "claim": slot.claim,
+        "result": None if result is None else json.dumps(result),
+        "seconds": None if seconds is None else json.dumps(seconds),
+    }
     return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
 
 
@@ -302,6 +315,33 @@ def free(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int, int]:
     )
     values = {"study_ids": list(study_ids), "confirmation": CONFIRMATION}
     return {row.study_id: row.free for row in storage.transaction(lambda c: c.execute(statement, values).all())}
+
+
+def add_seconds(storage: RetryingStorage, slot: Slot, seconds: Mapping[str, float]) -> None:
+    """Add to what a finished row says of its worker's time."""
+    held = text("select seconds from slots where claim = :claim and state = 'done' for update")
+    statement = text("update slots set seconds = cast(:seconds as jsonb) where claim = :claim")
+
+    def add_up(connection: Connection) -> None:
+        if (row := connection.execute(held, {"claim": slot.claim}).first()) is not None:
+            known = row.seconds or {}
+            total = {name: known.get(name, 0.0) + seconds.get(name, 0.0) for name in {**known, **seconds}}
+            connection.execute(statement, {"claim": slot.claim, "seconds": json.dumps(total)})
+
+    storage.transaction(add_up)
+
+
+def seconds(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, dict[str, float]]:
+    """What workers' time went into, summed over the finished rows of every study, or of these, by study id."""
+    statement = text(
+        "select study_id, key, sum(value::float) as seconds from slots, jsonb_each_text(seconds) "
+        "where cast(:study_ids as integer[]) is null or study_id = any(:study_ids) group by study_id, key"
+    )
+    values = {"study_ids": None if study_ids is None else list(study_ids)}
+    found: dict[int, dict[str, float]] = {}
+    for row in storage.transaction(lambda c: c.execute(statement, values).all()):
+        found.setdefault(row.study_id, {})[row.key] = row.seconds
+    return found
 
 
 def progress(storage: RetryingStorage) -> dict[int, Progress]:

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 from forecasters import Bars, ForecastError
 from objectives import windows
-from objectives.mae import Evaluator, Measurement, measure_no_change, no_change_errors
+from objectives.mae import STAGES, Evaluator, Measurement, measure_no_change, no_change_errors
 from objectives.windows import Split, Windows
 from storage import DatabaseUnavailable, configs, database, slots
 from storage.database import ClaimLost, RetryingStorage
@@ -433,27 +433,64 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
     )
 
 
-def work(storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str) -> Outcome:
+class Watch:
+    """Where a worker's time goes, from the end of one slot to that of the next.
+
+    Stages of the evaluation, "sample" (the sampler), "storage" (waiting for the database), "idle" (nothing to claim)
+    and "other".
+    """
+
+    def __init__(self, storage: RetryingStorage, evaluators: Iterable[Evaluator]) -> None:
+        self._storage, self._evaluators = storage, list(evaluators)
+        self._before = self._totals()
+        self._began = time.perf_counter()
+        self._timed = {"sample": 0.0, "idle": 0.0}
+
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Counts as "sample" or "idle" what is spent inside, but for the database's part."""
+        began, storage = time.perf_counter(), self._storage.seconds
+        try:
+            yield
+        finally:
+            self._timed[name] += time.perf_counter() - began - (self._storage.seconds - storage)
+
+    def lap(self) -> dict[str, float]:
+        """Seconds since the last lap, by what they went into; the next lap begins."""
+        now, totals = time.perf_counter(), self._totals()
+        spent = {name: totals[name] - self._before[name] for name in totals} | self._timed
+        spent["other"] = max(0.0, now - self._began - sum(spent.values()))
+        self._before, self._began, self._timed = totals, now, dict.fromkeys(self._timed, 0.0)
+        return {name: round(seconds, 6) for name, seconds in spent.items()}
+
+    def _totals(self) -> dict[str, float]:
+        stages = {stage: sum(each.seconds[stage] for each in self._evaluators) for stage in STAGES}
+        return {**stages, "storage": self._storage.seconds}
+
+
+def work(
+    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str, watch: Watch
+) -> Outcome:
     """Do what a claimed slot asks for and finish it.
 
     Raises ForecastError after failing the slot's trial; the slot itself is the caller's to fail.
     """
     if slot.stage == slots.TRIAL:
-        return _run_trial(storage, run, slot, evaluator, worker=worker, device=device)
+        return _run_trial(storage, run, slot, evaluator, worker=worker, device=device, watch=watch)
     if slot.stage == slots.BASELINE:
         assert slot.params is not None
         measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
         result = {"params": dict(slot.params), "validation": describe(measured)}
-        kept = slots.finish(storage, slot, result=result)
+        kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
         text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
         return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
     result = confirm(run, evaluator, slot.params or {})
-    kept = slots.finish(storage, slot, result=result)
+    kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
     return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=_confirmation_text(result))
 
 
 def _run_trial(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str
+    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str, watch: Watch
 ) -> Outcome:
     try:
         trial = _new_trial(storage, run, slot, worker=worker, device=device)
@@ -473,13 +510,14 @@ def _run_trial(
 
     try:
         try:
-            params = run.space.suggest(trial)
+            with watch.timing("sample"):
+                params = run.space.suggest(trial)
             storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
             measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=report)
             trial.set_user_attr("measured", describe(measured))
         except optuna.TrialPruned:
             end(TrialState.PRUNED, reported[-1])
-            slots.finish(storage, slot)
+            slots.finish(storage, slot, seconds=watch.lap())
             return Outcome(state="pruned", number=trial.number, text=f"{_label(trial)} mae={reported[-1]:.6g}")
         except DatabaseUnavailable:  # it was waited for: whoever reaps the lease fails the trial
             raise
@@ -488,7 +526,7 @@ def _run_trial(
                 end(TrialState.FAIL)
             raise
         end(TrialState.COMPLETE, measured.mae)
-        slots.finish(storage, slot)
+        slots.finish(storage, slot, seconds=watch.lap())
     except UpdateFinishedTrialError:  # the lease was lost, and with it the trial
         return Outcome(state="lost", number=trial.number, text=_label(trial))
     text = f"{_label(trial)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
@@ -550,15 +588,11 @@ def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str,
         }
 
     def forecasts(found: Windows, pass_number: int) -> dict[str, Any]:
-        shown = {"best": best} if best else {}
-        shown |= {"incumbent": one for one in [in_use.get("incumbent")] if one and "error" not in one}
-        series = {
-            name: {
-                **({"trial": one["trial"]} if "trial" in one else {}),
-                **_drawn(evaluator, found, one["params"], pass_number),
-            }
-            for name, one in shown.items()
-        }
+        series = {}
+        for name, one in (("best", best), ("incumbent", in_use.get("incumbent"))):
+            if one is not None and "error" not in one:
+                number = {"trial": one["trial"]} if "trial" in one else {}
+                series[name] = {**number, **_drawn(evaluator, found, one["params"], pass_number)}
         return {**_actuals(found), "series": series}
 
     completed = [complete(params, one) for (_, params), one in zip(configurations, confirmed, strict=True)]
@@ -602,8 +636,10 @@ def _actuals(found: Windows) -> dict[str, Any]:
 
 
 def _drawn(evaluator: Evaluator, found: Windows, params: Mapping[str, Any], pass_number: int) -> dict[str, Any]:
-    """The forecast of the same windows, with the 10 % and 90 % quantile of its samples."""
-    asked = {"points": params, **{name: {**params, "aggregate": quantile} for name, quantile in BAND.items()}}
+    """The forecast of the same windows, with the 10 % and 90 % quantile of its samples where it has samples."""
+    asked = {"points": params}
+    if not evaluator.exact or "aggregate" in params:  # the exact answer of Kronos is a mean alone
+        asked |= {name: {**params, "aggregate": quantile} for name, quantile in BAND.items()}
     return {
         name: evaluator.forecast(found, one, pass_number=pass_number)[_apart(found)].ravel().tolist()
         for name, one in asked.items()

@@ -328,7 +328,8 @@ def run(ours: RetryingStorage) -> Run:
 def work(ours: RetryingStorage, run: Run, evaluator: Evaluator) -> studying.Outcome:
     slot = slots.claim(ours, run.study.study_id, worker="w:1", lease_s=60)
     assert slot is not None
-    return studying.work(ours, run, slot, cast(Any, evaluator), worker="w:1", device="cpu")
+    watch = studying.Watch(ours, [])
+    return studying.work(ours, run, slot, cast(Any, evaluator), worker="w:1", device="cpu", watch=watch)
 
 
 def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,8 +88,9 @@ class Place:
         """Do every slot of a study, as a worker does. Returns what its confirmation says."""
         run = self.run(study, **searching)
         evaluator = evaluator or self.evaluator(exact=searching.get("objective") == "exact")
+        watch = studying.Watch(self.storage, [evaluator])
         while slot := slots.claim(self.storage, study.study_id, worker="host:1", lease_s=60):
-            studying.work(self.storage, run, slot, evaluator, worker="host:1", device="cpu")
+            studying.work(self.storage, run, slot, evaluator, worker="host:1", device="cpu", watch=watch)
         return self.result(study)
 
     def result(self, study: Study) -> Any:
@@ -184,6 +186,20 @@ def test_forecasts_are_kept_for_those_who_look(place: Place, horizon: int) -> No
         shown = result["forecasts"]["validation"]
         errors = np.abs(np.array(shown["series"]["best"]["points"]) - np.array(shown["actual"])) / last
         assert errors == pytest.approx(np.array(best["validation"]["errors"]))
+
+
+def test_every_second_of_a_worker_is_accounted_for(place: Place) -> None:
+    study = place.open().study
+    began = time.perf_counter()
+    place.finish(study)
+    took = time.perf_counter() - began
+    spent = slots.seconds(place.storage)[study.study_id]
+    assert set(spent) == {"encode", "draw", "aggregate", "sample", "storage", "idle", "other"}
+    assert min(spent.values()) >= 0
+    assert min(spent[name] for name in ("encode", "draw", "aggregate", "sample", "storage")) > 0
+    assert spent["idle"] == 0
+    # What opening the study took is outside; the rest is all there.
+    assert 0.5 * took < sum(spent.values()) < took
 
 
 def test_repeats_bring_the_sampling_error_below_a_tenth_of_the_threshold(place: Place) -> None:
