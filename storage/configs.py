@@ -492,8 +492,9 @@ def _writing(root: Path, symbol: str) -> Iterator[None]:
         _recover(root, symbol)  # what a killed writer left
         try:
             yield
-        finally:
+        except BaseException:
             _recover(root, symbol)  # what this one could not finish
+            raise
 
 
 @contextmanager
