@@ -92,7 +92,7 @@ class _Step:
         path = self.path / f"{folder}.json"
         content = _bytes(path)
         if content is None or _digest(content) != self.before[folder]:
-            raise ConfigFileError(f"{path}: missing or changed since it was kept; put back what it was")
+            raise ConfigFileError(f"{path}: missing or changed since; put back what it was, or move {self.path} away")
         return content
 
 

@@ -491,8 +491,8 @@ def test_rollback_goes_on_behind_what_was_put_back_by_hand(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("best.json", b"{}", r"best\.json: missing or changed since it was kept"),
-        ("best.json", None, r"best\.json: missing or changed since it was kept"),
+        ("best.json", b"{}", r"best\.json: missing or changed since; put back"),
+        ("best.json", None, r"best\.json: missing or changed since; put back"),
         ("step.json", b"{", r"step\.json: not a step of the history"),
         ("step.json", b"{}", r"step\.json: not a step of the history"),
         ("step.json", b"[]", r"step\.json: not a step of the history"),
