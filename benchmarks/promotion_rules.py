@@ -3,21 +3,23 @@
 `python -m benchmarks.promotion_rules [--data-dir FOLDER] [--json FILE]`: on the bars of a folder, else on the packaged
 daily index bars; about two minutes on one core.
 
-Everywhere in each symbol's history that allows it, every 60 bars, a search is played: it sees the bars up to there,
-splits them as a study does (30 windows of validation before 20 of test, confirmation on the 250 before test), picks
-among 20 aggregates and promotes or not. What it promoted is then judged on the 60 bars after. The forecast is the
-last 100 returns, each divided by the volatility known before it (exponentially weighted, 0.94) and multiplied by the
-one known now: exact samples, so nothing here is sampling noise. Only the choosing of the least of many numbers is.
+Every 30 bars of each symbol's history, where that allows it, a search is played: it sees the bars up to there, splits
+them as a study does (30 windows of validation before 20 of test, confirmation on the 250 before test), picks among 20
+aggregates and promotes or not. What it promoted is then judged on the 60 bars after. The forecast is the last 100
+returns, each divided by the volatility known before it (exponentially weighted, 0.94) and multiplied by the one known
+now: the same samples for all, so that nothing here is sampling noise. Only choosing the least of many numbers is.
 
-The incumbent, in three worlds:
+The incumbent, in four worlds. In the first three it is the best already, as well as that can be said:
 - `best elsewhere`: the aggregate with the least error over all of the symbol's windows but those that the search looks
-  at or that judge it. The world that says how often a rule promotes without cause.
-- `best overall`: the same over all windows, those included. It knows more than anyone could, and so is kinder to a
-  rule.
-- `quantile_0.30`: truly worse. Its measured gap to the best over all windows is printed.
+  at or that judge it. Hard on a rule: leaving out what the rule looks at makes the rest look worse there, and in a
+  short history the rest is too little to tell the best by.
+- `best of others`: the aggregate with the least error, relative to the median's, over all windows of the other symbols.
+- `best overall`: the aggregate with the least error over all of the symbol's windows. Kind to a rule: what the rule
+  looks at was looked at before.
+- `quantile_0.30`: truly worse. Its gap to the best overall is printed.
 
-For the power curve the incumbent is the best aggregate overall, moved up or down by that multiple of the volatility
-which makes the best better by 1, 2, 5 or 10 % over all windows.
+For the power curve the incumbent is the best overall, moved up or down by that multiple of the volatility which makes
+it worse by 1, 2, 5 or 10 % over all windows.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ AGGREGATES = (
 )
 WORSE = "quantile_0.30"
 VALIDATION, TEST, CONFIRMATION, REALISED = 30, 20, 250, 60  # windows
+EVERY = 30  # bars between two searches
 MIN_IMPROVEMENT = 0.01
 TOP = 5  # configurations that are confirmed
 RETURNS = 100  # of which the forecast is made; with the volatility's first, the 128 bars that any study has
@@ -122,7 +126,7 @@ class Search:
         )
 
 
-def searches(series: Series, *, every: int) -> list[Search]:
+def searches(series: Series, *, every: int, confirmation: int) -> list[Search]:
     """Every search that has all its windows, the newest first."""
     bars, symbol, first = series.windows.bars, series.windows.symbol, series.windows.origins[0]
 
@@ -134,10 +138,10 @@ def searches(series: Series, *, every: int) -> list[Search]:
         seen = bars.slice(0, end)
         try:
             split = windowing.split(seen, symbol=symbol, validation=VALIDATION, test=TEST)
-            confirmation = windowing.recent_origins(seen, CONFIRMATION, symbol=symbol, before=split.test.origins[0])
+            confirming = windowing.recent_origins(seen, confirmation, symbol=symbol, before=split.test.origins[0])
         except DataError:  # too early
             break
-        validation, confirmed = places(split.validation), places(confirmation)
+        validation, confirmed = places(split.validation), places(confirming)
         found.append(
             Search(
                 validation=validation,
@@ -162,81 +166,88 @@ class Case:
     incumbent: np.ndarray  # errors, [W]
     label: str  # the incumbent's name; an aggregate's where it is one
 
-    def ranked(self, on: slice) -> list[str]:
-        """All aggregates, the best there first."""
-        return sorted(self.errors, key=lambda name: float(self.errors[name][on].mean()))
-
     def decide(
-        self, names: Sequence[str], *, on: slice | None = None, of: slice | None = None, **options: Any
+        self,
+        names: Sequence[str],
+        *,
+        on: slice | None = None,
+        of: slice | None = None,
+        min_improvement: float = MIN_IMPROVEMENT,
+        **gates: Any,
     ) -> tuple[Decision, str]:
-        """The project's rule over these aggregates, and the one it chose. As `Search.measured`."""
-        candidates = [self.search.measured(name, self.errors[name], on=on, of=of) for name in names]
+        """The project's rule over these aggregates, and the one it chose. on, of: as `Search.measured`."""
         decision = decide(
-            candidates,
+            [self.search.measured(name, self.errors[name], on=on, of=of) for name in names],
             self.search.measured(self.label, self.incumbent, on=on, of=of),
             confirmed=True,
             stale=False,
-            min_improvement=options.pop("min_improvement", MIN_IMPROVEMENT),
+            min_improvement=min_improvement,
             on="confirmation" if on else "validation",
-            **options,
+            **gates,
         )
         assert decision.candidate is not None
         return decision, names[decision.candidate]
 
-    @property
-    def top(self) -> list[str]:
-        return self.ranked(self.search.validation)[:TOP]
+    def confirmed(self, **options: Any) -> tuple[Decision, str]:
+        """The default rule: the best of the top five on the confirmation windows."""
+        top = sorted(self.errors, key=lambda name: float(self.errors[name][self.search.validation].mean()))[:TOP]
+        return self.decide(top, on=self.search.confirmation, **options)
+
+    @cached_property
+    def default(self) -> tuple[Decision, str]:
+        return self.confirmed()
 
 
 Rule = Callable[[Case], tuple[bool, str]]
 
 
 def best_of_30(case: Case) -> tuple[bool, str]:
-    decision, name = case.decide(case.ranked(case.search.validation))
+    decision, name = case.decide(list(case.errors))
     return decision.promote, name
 
 
-def best_of_30_and_220_earlier(case: Case) -> tuple[bool, str]:
+def best_of_30_and_earlier(case: Case) -> tuple[bool, str]:
     promote, name = best_of_30(case)
     return promote and case.decide([name], of=case.search.earlier)[0].promote, name
 
 
-def confirmed(**options: Any) -> Rule:
-    """The best of the top five on the confirmation windows."""
-
-    def rule(case: Case) -> tuple[bool, str]:
-        decision, name = case.decide(case.top, on=case.search.confirmation, **options)
-        return decision.promote, name
-
-    return rule
-
-
-def search_on_250(case: Case) -> tuple[bool, str]:
-    decision, name = case.decide(case.ranked(case.search.confirmation), of=case.search.confirmation)
+def search_on_all(case: Case) -> tuple[bool, str]:
+    decision, name = case.decide(list(case.errors), of=case.search.confirmation)
     return decision.promote, name
 
 
-def bounded(least: float) -> Rule:
-    """The default, and the interval's lower end above `least`."""
+def default(case: Case) -> tuple[bool, str]:
+    decision, name = case.default
+    return decision.promote, name
+
+
+def gated(**options: Any) -> Rule:
+    """The default under an option that can only make it refuse more."""
 
     def rule(case: Case) -> tuple[bool, str]:
-        decision, name = case.decide(case.top, on=case.search.confirmation)
-        interval = decision.evidence.interval
-        return decision.promote and interval is not None and interval[0] > least, name
+        promote, name = default(case)
+        return promote and case.confirmed(**options)[0].promote, name
 
     return rule
 
 
-DEFAULT = "best of the top five on 250 windows, > 1 % there"
+def interval_above_0(case: Case) -> tuple[bool, str]:
+    decision, name = case.default
+    interval = decision.evidence.interval
+    return decision.promote and interval is not None and interval[0] > 0, name
+
+
+DEFAULT = "default: best of the top five, > 1 % on confirmation"
 RULES: dict[str, Rule] = {
-    "best of 30 windows, > 1 % on the same 30": best_of_30,
-    "the same and > 1 % on 220 earlier windows": best_of_30_and_220_earlier,
-    DEFAULT: confirmed(),
-    "search on 250 windows, > 1 % there": search_on_250,
-    "default, --require-test": confirmed(require_test=True),
-    "default, --max-p 0.05": confirmed(max_p=0.05),
-    "default, --min-improvement 0.02": confirmed(min_improvement=0.02),
-    "default, interval above 0": bounded(0.0),
+    "best of 30, > 1 % on the same 30": best_of_30,
+    "the same and > 1 % on the rest of confirmation": best_of_30_and_earlier,
+    DEFAULT: default,
+    "search on confirmation, > 1 % there": search_on_all,
+    "default, --min-improvement 0.015": gated(min_improvement=0.015),
+    "default, --min-improvement 0.02": gated(min_improvement=0.02),
+    "default, --require-test": gated(require_test=True),
+    "default, --max-p 0.05": gated(max_p=0.05),
+    "default, interval above 0": interval_above_0,
 }
 
 
@@ -263,58 +274,75 @@ def judge(rule: Rule, cases: Sequence[Case]) -> dict[str, float | None]:
     }
 
 
-def shifted(series: Series, base: str, gap: float, direction: int) -> np.ndarray:
-    """Errors [W] of a forecast moved by that multiple of the volatility which makes `base` better by `gap`."""
+def moved_to(series: Series, base: str, gap: float, way: int) -> np.ndarray:
+    """Errors [W] of `base` moved up (1) or down (-1) by that multiple of the volatility where `base` gains `gap`."""
+    right = series.errors(series.points[base])
 
     def moved(multiple: float) -> np.ndarray:
-        return series.errors(series.points[base] + direction * multiple * series.volatility)
+        return series.errors(series.points[base] + way * multiple * series.volatility)
 
-    right = series.errors(series.points[base])
-    # The least error of all multiples need not be at 0: start from where it is.
-    multiples = np.linspace(0, 2, 2001)
-    gaps = np.array([improvement(moved(multiple), right) for multiple in multiples])
-    low, high = float(multiples[np.flatnonzero(gaps < gap)[-1]]), 2.0
+    # A mean absolute error is convex: past the last multiple with less than the gap there is only more.
+    multiples = np.linspace(0, 2, 101)
+    below = [multiple for multiple in multiples if improvement(moved(multiple), right) < gap]
+    low, high = float(max(below)), float(multiples[-1])
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if improvement(moved(middle), right) < gap else (low, middle)
     return moved(high)
 
 
-def measure(all_series: Sequence[Series], *, every: int) -> dict[str, Any]:
+def measure(all_series: Sequence[Series], *, every: int, confirmation: int) -> dict[str, Any]:
     """All figures."""
-    worlds: dict[str, list[Case]] = {"best elsewhere": [], "best overall": [], WORSE: []}
+    worlds: dict[str, list[Case]] = {"best elsewhere": [], "best of others": [], "best overall": [], WORSE: []}
     power: dict[float, list[Case]] = {gap: [] for gap in GAPS}
-    gaps, counts, found_gaps = [], {}, {gap: [] for gap in GAPS}
-    for series in all_series:
-        errors = {name: series.errors(points) for name, points in series.points.items()}
-        best = min(errors, key=lambda name: float(errors[name].mean()))
-        gaps.append(improvement(errors[WORSE], errors[best]))
-        moved = {(gap, sign): shifted(series, best, gap, sign) for gap in GAPS for sign in (1, -1)}
-        for (gap, _), worse in moved.items():
-            found_gaps[gap].append(improvement(worse, errors[best]))
-        played = searches(series, every=every)
+    all_errors = [{name: series.errors(points) for name, points in series.points.items()} for series in all_series]
+    relative = np.array(
+        [[errors[name].mean() / errors["median"].mean() for name in AGGREGATES] for errors in all_errors]
+    )
+    worse_by, counts = {}, {}
+    for number, (series, errors) in enumerate(zip(all_series, all_errors, strict=True)):
+        best = best_over(errors, np.ones(len(series.windows), dtype=bool))
+        worse_by[series.windows.symbol] = improvement(errors[WORSE], errors[best])
+        incumbents = {"best overall": best, WORSE: WORSE}
+        if len(all_series) > 1:
+            incumbents["best of others"] = AGGREGATES[int(np.delete(relative, number, axis=0).mean(axis=0).argmin())]
+        moved = {(gap, way): moved_to(series, best, gap, way) for gap in GAPS for way in (1, -1)}
+        played = searches(series, every=every, confirmation=confirmation)
         counts[series.windows.symbol] = len(played)
         for search in played:
             elsewhere = np.ones(len(series.windows), dtype=bool)
             for part in (search.confirmation, search.test, search.realised):
                 elsewhere[part] = False
-            else_best = min(errors, key=lambda name: float(errors[name][elsewhere].mean()))
-            for world, name in (("best elsewhere", else_best), ("best overall", best), (WORSE, WORSE)):
+            if elsewhere.any():
+                incumbents["best elsewhere"] = best_over(errors, elsewhere)
+            for world, name in incumbents.items():
                 worlds[world].append(Case(search=search, errors=errors, incumbent=errors[name], label=name))
-            for (gap, sign), worse in moved.items():
-                power[gap].append(Case(search=search, errors=errors, incumbent=worse, label=f"moved {sign * gap}"))
-    if not any(worlds.values()):
-        raise DataError(f"no symbol has the {128 + CONFIRMATION + TEST + REALISED} bars that one search needs")
-    rules = {name: {world: judge(rule, cases) for world, cases in worlds.items()} for name, rule in RULES.items()}
-    curve_rules = [DEFAULT, "default, --max-p 0.05", "default, interval above 0"]
-    curve = {name: {str(gap): judge(RULES[name], cases) for gap, cases in power.items()} for name in curve_rules}
+            for (gap, way), worse in moved.items():
+                power[gap].append(Case(search=search, errors=errors, incumbent=worse, label=f"{best} {way * gap:+}"))
+    if not any(counts.values()):
+        needed = windowing.MIN_CONTEXT + confirmation + TEST + REALISED
+        raise DataError(f"no symbol has the {needed} bars that one search needs; add older bars")
     return {
         "searches": counts,
-        "true gap of " + WORSE: {"least": min(gaps), "mean": float(np.mean(gaps)), "largest": max(gaps)},
-        "rules": rules,
-        "true gaps of the moved": {str(gap): float(np.mean(found)) for gap, found in found_gaps.items()},
-        "power": curve,
+        "confirmation": confirmation,
+        "every": every,
+        f"true gain over {WORSE}": worse_by,
+        "worlds": {
+            world: {name: judge(rule, cases) for name, rule in RULES.items()}
+            for world, cases in worlds.items()
+            if cases
+        },
+        "true gains": {
+            name: {str(gap): judge(rule, cases) for gap, cases in power.items()}
+            for name, rule in RULES.items()
+            if name == DEFAULT or name.startswith("default,")
+        },
     }
+
+
+def best_over(errors: dict[str, np.ndarray], where: np.ndarray) -> str:
+    """The aggregate with the least error on these windows, bool [W]."""
+    return min(errors, key=lambda name: float(errors[name][where].mean()))
 
 
 def per_cent(value: float | None, *, sign: bool = False) -> str:
@@ -323,37 +351,53 @@ def per_cent(value: float | None, *, sign: bool = False) -> str:
 
 def show(figures: dict[str, Any]) -> None:
     console = Console()
-    table = Table(title=f"{sum(figures['searches'].values())} searches, {len(figures['searches'])} symbols")
-    worlds = list(next(iter(figures["rules"].values())))
-    for heading in ("rule", *(f"{world}: promoted / worse of those / realised" for world in worlds)):
-        table.add_column(heading)
-    for name, by_world in figures["rules"].items():
-        cells = [
-            f"{per_cent(each['promoted'])} / {per_cent(each['worse'])} / {per_cent(each['realised'], sign=True)}"
-            for each in by_world.values()
-        ]
-        table.add_row(name, *cells)
-    console.print(table)
-    gap = figures["true gap of " + WORSE]
-    console.print(f"true gap of {WORSE}: {per_cent(gap['least'])} to {per_cent(gap['largest'])} by symbol")
-    power = Table(title="searches in which a gain was found, by the true gain")
-    for heading in ("rule", *(per_cent(true) for true in figures["true gaps of the moved"].values())):
-        power.add_column(heading)
-    for name, by_gap in figures["power"].items():
+    searched = f"{sum(figures['searches'].values())} searches, {len(figures['searches'])} symbols"
+    console.print(f"{searched}, confirmation on {figures['confirmation']} windows, {figures['seconds']} s")
+    for world, by_rule in figures["worlds"].items():
+        table = Table(title=f"incumbent: {world}", title_justify="left")
+        for heading in ("rule", "promoted", "worse of those", "realised"):
+            table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
+        for name, each in by_rule.items():
+            realised = per_cent(each["realised"], sign=True)
+            table.add_row(name, per_cent(each["promoted"]), per_cent(each["worse"]), realised)
+        console.print(table)
+    gains = figures[f"true gain over {WORSE}"].values()
+    console.print(f"true gain over {WORSE}: {per_cent(min(gains))} to {per_cent(max(gains))}, by symbol\n")
+    power = Table(title="promoted, by the true gain over all windows", title_justify="left")
+    power.add_column("rule", no_wrap=True)
+    for gap in GAPS:
+        power.add_column(per_cent(gap), justify="right", no_wrap=True)
+    for name, by_gap in figures["true gains"].items():
         power.add_row(name, *(per_cent(each["promoted"]) for each in by_gap.values()))
     console.print(power)
-    default = figures["rules"][DEFAULT]
-    useless, found = default["best elsewhere"]["promoted"], figures["power"][DEFAULT]["0.05"]["promoted"]
-    console.print(f"default rule: {per_cent(useless)} useless (at most {per_cent(MOST_USELESS)} wanted), ", end="")
-    console.print(f"{per_cent(found)} of 5 % gains found (at least {per_cent(LEAST_FOUND)} wanted)")
+    useless = [figures["worlds"][world][DEFAULT]["promoted"] for world in figures["worlds"] if world != WORSE]
+    found = figures["true gains"][DEFAULT]["0.05"]["promoted"]
+    console.print(
+        f"default rule: {per_cent(min(useless))} to {per_cent(max(useless))} useless, by what is called best "
+        f"(wanted: at most {per_cent(MOST_USELESS)}); {per_cent(found)} of true 5 % gains found "
+        f"(wanted: at least {per_cent(LEAST_FOUND)})"
+    )
+
+
+def at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How often each rule promotes without cause, and with.")
     parser.add_argument("--data-dir", type=Path, help="bars, a file a symbol (default: the packaged index bars)")
-    parser.add_argument("--every", type=int, default=REALISED, help="bars between two searches (default: %(default)s)")
+    parser.add_argument(
+        "--confirmation", type=at_least_one, default=CONFIRMATION, help="windows (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--every", type=at_least_one, default=EVERY, help="bars between searches (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     args = parser.parse_args()
+    if args.confirmation <= VALIDATION:
+        parser.error(f"--confirmation is more than the {VALIDATION} windows of validation, which are among them")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if args.data_dir is None:
@@ -361,10 +405,10 @@ def main() -> None:
         try:
             symbols, _ = windowing.list_symbols(args.data_dir or folder)
             series = [forecast(symbol, windowing.read_bars(path)[0]) for symbol, path in symbols.items()]
-            figures = measure(series, every=args.every)
+            figures = measure(series, every=args.every, confirmation=args.confirmation)
         except DataError as error:
             raise SystemExit(str(error)) from error
-    figures["seconds"] = round(time.perf_counter() - began, 1)
+    figures["seconds"] = round(time.perf_counter() - began)
     show(figures)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -32,7 +32,7 @@ On = Literal["confirmation", "validation"]
 LEVEL = 0.95  # of the interval
 INTERVAL_REPETITIONS = 800  # 20 in each tail; arch draws one in 10 us, and `promote` is to take no time
 TEST_REPETITIONS = 300  # the standard error of a p-value of 0.05 is then 0.013; 30 us each
-MIN_WINDOWS = 20  # with fewer an interval that says 95 % covers less than 90 %
+MIN_WINDOWS = 20  # what says 95 % then covers 87 %, with 10 windows 82 %, with 30 and more 89 to 95 %
 SEED = 20_181_231  # any: the same errors always give the same evidence
 
 
@@ -155,11 +155,8 @@ def _mae(measured: Measured, on: On) -> float | None:
 
 
 def _mean(errors: Sequence[float] | None) -> float | None:
-    """Correctly rounded, so that a difference of exactly the threshold stays one."""
-    try:
-        return math.fsum(errors) / len(errors) if errors else None
-    except OverflowError:
-        return None
+    """In decimals, as `exceeds`: the mean of equal errors is that error, and exactly the threshold stays exactly it."""
+    return float(sum(map(Decimal, map(repr, errors)), Decimal(0)) / len(errors)) if errors else None
 
 
 def _improvement(old: float | None, new: float | None) -> float | None:
@@ -184,11 +181,11 @@ def _evidence(chosen: Measured, incumbent: Measured, candidates: Sequence[Measur
     interval = p_value = None
     old = _mean(incumbent.errors)
     if old and incumbent.errors and chosen.errors and len(chosen.errors) >= MIN_WINDOWS:
-        scale = np.array(incumbent.errors) / old  # [W], of mean 1: what follows is free of units
-        new = np.array(chosen.errors) / old
-        tried = [np.array(candidate.errors) / old for candidate in candidates if candidate.errors]  # each [W]
-        # Sane but absurd errors overflow when squared; what comes of it is not finite and so not shown.
+        # Sane but absurd errors overflow; what comes of it is not finite and so not shown.
         with np.errstate(all="ignore"):
+            scale = np.array(incumbent.errors) / old  # [W], of mean 1: what follows is free of units
+            new = np.array(chosen.errors) / old
+            tried = [np.array(candidate.errors) / old for candidate in candidates if candidate.errors]  # each [W]
             if (block := _block_length(scale - new)) is not None:
                 interval = _interval(scale, new, block)
                 p_value = _superior_predictive_ability(scale, tried, block)

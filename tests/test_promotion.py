@@ -1,30 +1,69 @@
-"""The update rule, on its edges."""
+"""The update rule, on its edges, and how sure it says one can be."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+from arch.bootstrap import SPA
 
-from studies.promotion import Decision, Measured, decide, exceeds
+from studies import promotion
+from studies.promotion import Decision, Evidence, Measured, decide, exceeds
 
 OLD = {"aggregate": "mean", "num_samples": 64}
 NEW = {"aggregate": "median", "num_samples": 128}
+WINDOWS = 250
 
 
-def rule(new_mae: float | None, old_mae: float | None, **options: Any) -> Decision:
-    settings: dict[str, Any] = {
-        "finished": True,
-        "measured_incumbent": OLD,
-        "min_improvement": 0.01,
-        **options,
-    }
-    return decide(
-        Measured(model="toto", config=NEW, mae=new_mae), Measured(model="toto", config=OLD, mae=old_mae), **settings
+@pytest.fixture(autouse=True)
+def no_warning_is_good() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def measured(mae: float | None, config: dict[str, Any] = NEW, *, windows: int = 40, **fields: Any) -> Measured:
+    """The same error on every window; `validation_mae` and `test_mae` as that, unless given."""
+    errors = None if mae is None else (mae,) * windows
+    return Measured(
+        **{"model": "toto", "config": config, "errors": errors, "validation_mae": mae, "test_mae": mae} | fields
     )
 
 
+def rule(new: float | None, old: float | None, **options: Any) -> Decision:
+    settings: dict[str, Any] = {"confirmed": True, "stale": False, "min_improvement": 0.01, **options}
+    return decide([measured(new)], measured(old, OLD), **settings)
+
+
+def noisy(
+    gain: float = 0.0, *, seed: int = 0, windows: int = WINDOWS, number: int = 5
+) -> tuple[list[Measured], Measured]:
+    """Candidates of one true gain over an incumbent, errors of fat tails and a volatility that comes in clusters."""
+    rng = np.random.default_rng(seed)
+    logs = np.zeros(windows)
+    for i in range(1, windows):
+        logs[i] = 0.9 * logs[i - 1] + 0.2 * rng.normal()
+    common = np.exp(logs) * np.abs(rng.standard_t(5, windows))
+
+    def errors(level: float) -> tuple[float, ...]:
+        return tuple((0.01 * level * common * np.exp(0.3 * rng.normal(size=windows))).tolist())
+
+    candidates = [measured(0.01, {**NEW, "num_samples": index}, errors=errors(1 - gain)) for index in range(number)]
+    return candidates, measured(0.01, OLD, errors=errors(1.0))
+
+
+def told(candidates: list[Measured], incumbent: Measured, **options: Any) -> Decision:
+    return decide(candidates, incumbent, **{"confirmed": True, "stale": False, "min_improvement": 0.01} | options)
+
+
+# --- the threshold -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", ["confirmation", "validation"])
 @pytest.mark.parametrize(
     ("old", "new", "promoted"),
     [
@@ -40,9 +79,9 @@ def rule(new_mae: float | None, old_mae: float | None, **options: Any) -> Decisi
         (0.01, 0.0, True),
     ],
 )
-def test_strictly_more_than_one_per_cent(old: float, new: float, promoted: bool) -> None:
+def test_strictly_more_than_one_per_cent(old: float, new: float, promoted: bool, on: str) -> None:
     assert exceeds(old, new, 0.01) is promoted
-    decision = rule(new, old)
+    decision = rule(new, old, on=on)
     assert decision.promote is promoted
     assert decision.reason == ("improved" if promoted else "not better")
     assert decision.improvement == pytest.approx((old - new) / old)
@@ -50,6 +89,12 @@ def test_strictly_more_than_one_per_cent(old: float, new: float, promoted: bool)
 
 def test_binary_arithmetic_would_have_promoted_exactly_one_per_cent() -> None:
     assert (0.07 - 0.0693) / 0.07 > 0.01
+
+
+@pytest.mark.parametrize("windows", [3, 7, 30, 250])
+def test_a_mean_over_windows_adds_no_rounding_to_exactly_one_per_cent(windows: int) -> None:
+    decision = told([measured(0.0693, windows=windows)], measured(0.07, OLD, windows=windows))
+    assert decision.reason == "not better"
 
 
 @pytest.mark.parametrize("min_improvement", [0.0, 0.05, 0.5])
@@ -61,46 +106,309 @@ def test_equal_numbers_are_kept_even_without_a_threshold() -> None:
     assert rule(0.01, 0.01, min_improvement=0.0).reason == "not better"
 
 
-def test_no_incumbent_is_first() -> None:
-    decision = decide(
-        Measured(model="toto", config=NEW, mae=0.02),
-        None,
-        finished=True,
-        measured_incumbent=None,
-        min_improvement=0.01,
-    )
-    assert decision == Decision(promote=True, reason="first", improvement=None)
+# --- which candidate ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mae", [math.nan, math.inf, -math.inf, -0.01, None])
+def test_the_least_error_on_confirmation_is_chosen_and_the_first_of_equal_ones() -> None:
+    maes = [0.012, 0.008, 0.009, 0.008]
+    candidates = [measured(mae, {"number": number}) for number, mae in enumerate(maes)]
+    assert told(candidates, measured(0.01, OLD)).candidate == 1
+    assert told(candidates[::-1], measured(0.01, OLD)).candidate == 0
+    assert decide(candidates, None, confirmed=True, stale=False, min_improvement=0.01).candidate == 1
+
+
+def test_the_thirty_alone_choose_another_candidate_only_when_asked() -> None:
+    lucky = measured(0.011, {"number": 0}, validation_mae=0.005)
+    good = measured(0.008, {"number": 1}, validation_mae=0.009)
+    confirmed = told([lucky, good], measured(0.01, OLD))
+    assert (confirmed.candidate, confirmed.improvement) == (1, pytest.approx(0.2))
+    assert confirmed.evidence.improvement_validation == pytest.approx(0.1)
+    predecessors = told([lucky, good], measured(0.01, OLD), on="validation")
+    assert (predecessors.promote, predecessors.candidate, predecessors.improvement) == (True, 0, pytest.approx(0.5))
+
+
+def test_a_configuration_of_another_model_is_not_the_same() -> None:
+    other = measured(0.008, OLD, model="kronos")
+    assert told([other], measured(0.01, OLD)).reason == "improved"
+
+
+# --- reasons -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("force", [False, True])
-def test_a_candidate_that_is_no_number_is_never_promoted(mae: float | None, force: bool) -> None:
-    assert rule(mae, 0.01, force=force) == Decision(promote=False, reason="no candidate", improvement=None)
+def test_no_incumbent_is_first(force: bool) -> None:
+    decision = decide(
+        [measured(0.02)],
+        None,
+        confirmed=True,
+        stale=False,
+        min_improvement=0.01,
+        force=force,
+        require_test=True,
+        max_p=0.0,
+    )
+    assert decision == Decision(promote=True, reason="first", candidate=0)
 
 
-@pytest.mark.parametrize("mae", [math.nan, math.inf, 0.0, -0.01, None])
-def test_an_incumbent_that_is_no_number_is_not_comparable(mae: float | None) -> None:
-    assert rule(0.005, mae).reason == "not comparable"
-    assert rule(0.005, mae, force=True) == Decision(promote=True, reason="forced", improvement=None)
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("incumbent", [None, measured(0.01, OLD)])
+def test_nothing_is_promoted_unconfirmed(incumbent: Measured | None, force: bool) -> None:
+    candidates = [measured(0.005)]
+    decision = decide(candidates, incumbent, confirmed=False, stale=False, min_improvement=0.01, force=force)
+    assert decision == Decision(promote=False, reason="not confirmed")
 
 
 def test_an_incumbent_that_changed_since_it_was_measured_is_stale() -> None:
-    assert rule(0.005, 0.01, measured_incumbent=NEW).reason == "stale"
-    assert rule(0.005, 0.01, measured_incumbent=NEW, force=True).reason == "forced"
+    assert rule(0.005, 0.01, stale=True) == Decision(promote=False, reason="stale", candidate=0)
+    assert rule(0.005, 0.01, stale=True, force=True) == Decision(promote=True, reason="forced", candidate=0)
 
 
-def test_the_incumbent_itself_is_unchanged_even_by_force() -> None:
-    same = Measured(model="toto", config=OLD, mae=0.01)
-    for force in (False, True):
-        decision = decide(same, same, finished=True, measured_incumbent=OLD, min_improvement=0.01, force=force)
-        assert decision == Decision(promote=False, reason="unchanged", improvement=None)
-
-
-def test_an_unfinished_study_waits() -> None:
-    assert rule(0.005, 0.01, finished=False).reason == "not finished"
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_incumbent_itself_is_unchanged_even_by_force(force: bool, stale: bool) -> None:
+    same = measured(0.01, OLD)
+    assert told([same], same, force=force, stale=stale) == Decision(promote=False, reason="unchanged", candidate=0)
 
 
 def test_force_promotes_what_is_worse_and_says_by_how_much() -> None:
-    decision = rule(0.011, 0.01, force=True)
+    decision = rule(0.011, 0.01, force=True, require_test=True, max_p=0.01)
     assert (decision.promote, decision.reason) == (True, "forced")
     assert decision.improvement == pytest.approx(-0.1)
+
+
+# --- what is no number -------------------------------------------------------------------------------------
+
+NO_NUMBERS = [math.nan, math.inf, -math.inf, -0.01]
+FIELDS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "first error": lambda bad: {"errors": (bad, *[0.001] * 39)},
+    "last error": lambda bad: {"errors": (*[0.001] * 39, bad)},
+    "validation": lambda bad: {"validation_mae": bad},
+    "test": lambda bad: {"test_mae": bad},
+}
+
+
+@pytest.mark.parametrize("on", ["confirmation", "validation"])
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("bad", NO_NUMBERS)
+def test_a_candidate_with_what_is_no_number_is_left_out(bad: float, field: str, force: bool, on: str) -> None:
+    broken = measured(0.001, **FIELDS[field](bad))
+    good = measured(0.012, {"number": 1})
+    options: dict[str, Any] = {"force": force, "on": on}
+    alone = Decision(promote=False, reason="no candidate")
+    assert told([broken], measured(0.01, OLD), **options) == alone
+    assert decide([broken], None, confirmed=True, stale=False, min_improvement=0.01, **options) == alone
+    both = told([broken, good], measured(0.01, OLD), **options)
+    assert (both.candidate, both.reason) == (1, "forced" if force else "not better")
+
+
+@pytest.mark.parametrize("on", ["confirmation", "validation"])
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("bad", NO_NUMBERS)
+def test_an_incumbent_with_what_is_no_number_is_not_comparable(bad: float, field: str, on: str) -> None:
+    incumbent = measured(0.01, OLD, **FIELDS[field](bad))
+    expected = Decision(promote=False, reason="not comparable", candidate=0)
+    assert told([measured(0.005)], incumbent, on=on) == expected
+    forced = told([measured(0.005)], incumbent, on=on, force=True)
+    assert forced == Decision(promote=True, reason="forced", candidate=0)
+
+
+@pytest.mark.parametrize("on", ["confirmation", "validation"])
+def test_what_was_not_measured_is_never_compared(on: str) -> None:
+    assert rule(None, 0.01, on=on).reason == "no candidate"
+    assert rule(0.005, None, on=on).reason == "not comparable"
+    assert told([], measured(0.01, OLD), on=on).reason == "no candidate"
+    assert told([measured(0.005, errors=())], measured(0.01, OLD, errors=())).reason == "no candidate"
+
+
+def test_errors_too_large_to_add_up_are_survived() -> None:
+    decision = rule(1e308, 0.01)
+    assert (decision.reason, decision.improvement) == ("not better", None)
+    assert rule(0.01, 1e308).reason == "improved"
+
+
+@pytest.mark.parametrize("new", [0.0, 0.005])
+def test_nothing_is_better_than_an_incumbent_without_error(new: float) -> None:
+    decision = rule(new, 0.0)
+    assert (decision.promote, decision.reason, decision.improvement) == (False, "not better", None)
+    assert decision.evidence == Evidence()
+
+
+def test_errors_of_different_windows_are_an_error_of_the_caller() -> None:
+    with pytest.raises(ValueError, match=r"different windows .*\[249, 250\]"):
+        told([measured(0.01, windows=250)], measured(0.01, OLD, windows=249))
+    with pytest.raises(ValueError, match="different windows"):
+        told([measured(0.01, windows=2), measured(0.01, windows=3)], measured(None, OLD))
+
+
+# --- gates -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "reason"),
+    [
+        (0.02, 0.02, "improved"),
+        (0.0199, 0.02, "improved"),
+        (0.0201, 0.02, "worse on test"),
+        (None, 0.02, "worse on test"),
+        (0.02, None, "worse on test"),
+        (0.0, 0.0, "improved"),
+    ],
+)
+def test_test_is_a_gate_when_asked(new: float | None, old: float | None, reason: str) -> None:
+    candidates, incumbent = [measured(0.005, test_mae=new)], measured(0.01, OLD, test_mae=old)
+    assert told(candidates, incumbent, require_test=True).reason == reason
+    assert told(candidates, incumbent).reason == "improved"
+
+
+def test_significance_is_a_gate_when_asked() -> None:
+    candidates, incumbent = noisy(0.06, seed=3)
+    free = told(candidates, incumbent)
+    p = free.evidence.p_value
+    assert free.reason == "improved"
+    assert p is not None
+    assert 0 < p < 1
+    assert told(candidates, incumbent, max_p=p).reason == "improved"
+    refused = told(candidates, incumbent, max_p=math.nextafter(p, 0))
+    assert (refused.promote, refused.reason, refused.evidence) == (False, "not significant", free.evidence)
+
+
+def test_what_has_no_p_value_is_not_significant() -> None:
+    constant = rule(0.005, 0.01, max_p=1.0)
+    assert (constant.reason, constant.evidence.p_value) == ("not significant", None)
+
+
+def test_gates_say_nothing_of_what_is_not_better() -> None:
+    candidates = [measured(0.0099, test_mae=1.0)]
+    assert told(candidates, measured(0.01, OLD), require_test=True, max_p=0.0).reason == "not better"
+
+
+# --- evidence ----------------------------------------------------------------------------------------------
+
+
+def test_evidence_is_of_the_chosen_candidate() -> None:
+    candidates, incumbent = noisy(0.1)
+    decision = told(candidates, incumbent)
+    assert decision.candidate is not None
+    chosen = candidates[decision.candidate].errors
+    assert decision.improvement == pytest.approx(1 - np.mean(chosen or 0) / np.mean(incumbent.errors or 0), rel=1e-12)
+    low, high = decision.evidence.interval or (0, 0)
+    assert decision.improvement is not None
+    assert low < decision.improvement < high
+    assert 0.01 < high - low < 0.2
+
+
+def test_the_same_errors_give_the_same_evidence_and_units_do_not_matter() -> None:
+    candidates, incumbent = noisy(0.03)
+
+    def scaled(one: Measured) -> Measured:
+        return measured(0.01, dict(one.config), errors=tuple(1024 * error for error in one.errors or ()))
+
+    decision = told(candidates, incumbent)
+    assert told(candidates, incumbent) == decision
+    assert told([scaled(one) for one in candidates], scaled(incumbent)).evidence == decision.evidence
+
+
+def test_the_interval_covers_the_true_gain_as_often_as_it_says() -> None:
+    repeats, covered = 200, 0
+    for seed in range(repeats):
+        [candidate], incumbent = noisy(0.05, seed=seed, number=1)
+        low, high = told([candidate], incumbent).evidence.interval or (1, 1)
+        covered += low <= 0.05 <= high
+    # 95 % of 200 are 190, standard deviation 3.1; percentiles of 250 fat-tailed windows may fall 2 % short.
+    assert 176 <= covered <= 198
+
+
+def test_the_p_value_is_small_as_often_as_it_should_be_where_nothing_is_better() -> None:
+    p = np.array([told(*noisy(0.0, seed=seed)).evidence.p_value for seed in range(120)])
+    # 6 of 120 at 5 %, standard deviation 2.4; 60 at 50 %, 5.5.
+    assert (p <= 0.05).sum() <= 13
+    assert 43 <= (p <= 0.5).sum() <= 77
+
+
+def test_the_p_value_is_small_where_something_is_better() -> None:
+    p = np.array([told(*noisy(0.1, seed=seed)).evidence.p_value for seed in range(50)])
+    assert (p <= 0.05).sum() >= 40
+
+
+def test_the_p_value_allows_for_the_number_of_candidates() -> None:
+    """The luckiest of twenty looks better than one does; the test must not be taken in."""
+    alone = np.mean([told(*noisy(0.0, seed=seed, number=1)).evidence.p_value or 0 for seed in range(40)])
+    candidates, incumbent = noisy(0.0, number=20)
+    best = told(candidates, incumbent)
+    assert best.candidate is not None
+    by_itself = told([candidates[best.candidate]], incumbent)
+    assert by_itself.evidence.interval == best.evidence.interval
+    assert (by_itself.evidence.p_value or 0) < (best.evidence.p_value or 0)
+    assert 0.3 < alone < 0.7
+
+
+def test_the_p_value_is_that_of_arch() -> None:
+    candidates, incumbent = noisy(0.03, seed=3)
+    old = np.array(incumbent.errors)
+    new = np.stack([np.array(candidate.errors) for candidate in candidates], axis=1)
+    spa = SPA(old, new, block_size=1, reps=4000, seed=1)
+    spa.compute()
+    ours = told(candidates, incumbent).evidence.p_value
+    assert ours == pytest.approx(spa.pvalues["consistent"], abs=0.06)  # blocks of 1 and of 2, 300 repetitions and 4000
+
+
+def test_a_gain_that_no_repetition_reaches_is_not_called_certain() -> None:
+    assert told(*noisy(0.5)).evidence.p_value == 1 / promotion.TEST_REPETITIONS
+
+
+# --- what cannot be told -----------------------------------------------------------------------------------
+
+
+def test_equal_and_evenly_different_errors_tell_nothing_of_chance() -> None:
+    candidates, incumbent = noisy(0.0)
+    equal = told([measured(0.01, errors=incumbent.errors)], incumbent, force=True)
+    assert (equal.improvement, equal.evidence.interval, equal.evidence.p_value) == (0.0, None, None)
+    lifted = measured(0.01, OLD, errors=tuple(error + 0.01 for error in candidates[0].errors or ()))
+    even = told(candidates[:1], lifted)
+    assert even.reason == "improved"
+    assert (even.evidence.interval, even.evidence.p_value) == (None, None)
+
+
+def test_a_candidate_equal_to_the_incumbent_does_not_make_the_test_certain() -> None:
+    """Its difference of 0 is the largest of all, and no repetition exceeds it."""
+    [worse], incumbent = noisy(-0.5, number=1)
+    worse = measured(0.01, {"number": 0}, errors=worse.errors, validation_mae=0.005)
+    twin = measured(0.01, {"number": 1}, errors=incumbent.errors)
+    decision = told([worse, twin], incumbent, on="validation")
+    assert decision.candidate == 0
+    assert decision.evidence.p_value is not None
+    assert decision.evidence.p_value > 0.3
+
+
+@pytest.mark.parametrize("windows", range(1, promotion.MIN_WINDOWS + 3))
+def test_few_windows_tell_nothing(windows: int) -> None:
+    decision = told(*noisy(0.5, windows=windows))
+    enough = windows >= promotion.MIN_WINDOWS
+    assert decision.reason == "improved"
+    assert (decision.evidence.interval is not None, decision.evidence.p_value is not None) == (enough, enough)
+
+
+def test_what_was_not_measured_tells_nothing() -> None:
+    candidates = [measured(0.01, {"n": 0}), measured(None, {"n": 1}, validation_mae=0.005)]
+    decision = told(candidates, measured(0.01, OLD, test_mae=None), on="validation")
+    assert (decision.candidate, decision.reason) == (1, "improved")
+    assert decision.evidence == Evidence(improvement_validation=pytest.approx(0.5))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 5e-324, 1e200, 1e300])
+def test_absurd_errors_neither_fail_nor_warn(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    tiny = tuple(rng.random(40).tolist())
+    absurd = tuple((scale * rng.random(40)).tolist())
+    for candidate, incumbent in ((tiny, absurd), (absurd, tiny), (absurd, absurd[::-1])):
+        evidence = told([measured(0.01, errors=candidate)], measured(0.01, OLD, errors=incumbent)).evidence
+        numbers = [*(evidence.interval or ()), evidence.p_value or 0.0]
+        assert all(math.isfinite(number) for number in numbers)
+
+
+def test_one_window_with_all_the_error_is_survived() -> None:
+    """Resamples without that window have nothing to divide by."""
+    incumbent = measured(0.01, OLD, errors=(1.0, *[0.0] * 39))
+    evidence = told([measured(0.01, errors=(0.5, *[0.0] * 39))], incumbent).evidence
+    assert evidence.interval is None
