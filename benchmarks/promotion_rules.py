@@ -18,8 +18,8 @@ The incumbent, in four worlds. In the first three it is the best already, as wel
   looks at was looked at before.
 - `quantile_0.30`: truly worse. Its gap to the best overall is printed.
 
-For the power curve the incumbent is the best overall, moved up or down by that multiple of the volatility which makes
-it worse by 1, 2, 5 or 10 % over all windows.
+For the power curve the incumbent is the best overall, moved up and down in turns, by that multiple of the volatility
+for which the unmoved gains 1, 2, 5 or 10 % over all windows.
 """
 
 from __future__ import annotations
@@ -172,8 +172,7 @@ class Case:
         *,
         on: slice | None = None,
         of: slice | None = None,
-        min_improvement: float = MIN_IMPROVEMENT,
-        **gates: Any,
+        **gate: Any,
     ) -> tuple[Decision, str]:
         """The project's rule over these aggregates, and the one it chose. on, of: as `Search.measured`."""
         decision = decide(
@@ -181,17 +180,17 @@ class Case:
             self.search.measured(self.label, self.incumbent, on=on, of=of),
             confirmed=True,
             stale=False,
-            min_improvement=min_improvement,
+            min_improvement=MIN_IMPROVEMENT,
             on="confirmation" if on else "validation",
-            **gates,
+            **gate,
         )
         assert decision.candidate is not None
         return decision, names[decision.candidate]
 
-    def confirmed(self, **options: Any) -> tuple[Decision, str]:
+    def confirmed(self, **gate: Any) -> tuple[Decision, str]:
         """The default rule: the best of the top five on the confirmation windows."""
         top = sorted(self.errors, key=lambda name: float(self.errors[name][self.search.validation].mean()))[:TOP]
-        return self.decide(top, on=self.search.confirmation, **options)
+        return self.decide(top, on=self.search.confirmation, **gate)
 
     @cached_property
     def default(self) -> tuple[Decision, str]:
@@ -221,12 +220,22 @@ def default(case: Case) -> tuple[bool, str]:
     return decision.promote, name
 
 
-def gated(**options: Any) -> Rule:
-    """The default under an option that can only make it refuse more."""
+def gated(**gate: Any) -> Rule:
+    """The default with an option that can only make it refuse more."""
 
     def rule(case: Case) -> tuple[bool, str]:
         promote, name = default(case)
-        return promote and case.confirmed(**options)[0].promote, name
+        return promote and case.confirmed(**gate)[0].promote, name
+
+    return rule
+
+
+def above(least: float) -> Rule:
+    """The default with another threshold."""
+
+    def rule(case: Case) -> tuple[bool, str]:
+        decision, name = case.default
+        return decision.promote and decision.improvement is not None and decision.improvement > least, name
 
     return rule
 
@@ -243,12 +252,13 @@ RULES: dict[str, Rule] = {
     "the same and > 1 % on the rest of confirmation": best_of_30_and_earlier,
     DEFAULT: default,
     "search on confirmation, > 1 % there": search_on_all,
-    "default, --min-improvement 0.015": gated(min_improvement=0.015),
-    "default, --min-improvement 0.02": gated(min_improvement=0.02),
+    "default, --min-improvement 0.015": above(0.015),
+    "default, --min-improvement 0.02": above(0.02),
     "default, --require-test": gated(require_test=True),
     "default, --max-p 0.05": gated(max_p=0.05),
     "default, interval above 0": interval_above_0,
 }
+POWER = (DEFAULT, "default, --min-improvement 0.015", "default, --max-p 0.05", "default, interval above 0")
 
 
 # --- figures -----------------------------------------------------------------------------------------------
@@ -309,7 +319,7 @@ def measure(all_series: Sequence[Series], *, every: int, confirmation: int) -> d
         moved = {(gap, way): moved_to(series, best, gap, way) for gap in GAPS for way in (1, -1)}
         played = searches(series, every=every, confirmation=confirmation)
         counts[series.windows.symbol] = len(played)
-        for search in played:
+        for turn, search in enumerate(played):
             elsewhere = np.ones(len(series.windows), dtype=bool)
             for part in (search.confirmation, search.test, search.realised):
                 elsewhere[part] = False
@@ -317,8 +327,9 @@ def measure(all_series: Sequence[Series], *, every: int, confirmation: int) -> d
                 incumbents["best elsewhere"] = best_over(errors, elsewhere)
             for world, name in incumbents.items():
                 worlds[world].append(Case(search=search, errors=errors, incumbent=errors[name], label=name))
-            for (gap, way), worse in moved.items():
-                power[gap].append(Case(search=search, errors=errors, incumbent=worse, label=f"{best} {way * gap:+}"))
+            for gap in GAPS:
+                worse = moved[gap, (1, -1)[turn % 2]]
+                power[gap].append(Case(search=search, errors=errors, incumbent=worse, label=f"{best}, moved"))
     if not any(counts.values()):
         needed = windowing.MIN_CONTEXT + confirmation + TEST + REALISED
         raise DataError(f"no symbol has the {needed} bars that one search needs; add older bars")
@@ -335,7 +346,7 @@ def measure(all_series: Sequence[Series], *, every: int, confirmation: int) -> d
         "true gains": {
             name: {str(gap): judge(rule, cases) for gap, cases in power.items()}
             for name, rule in RULES.items()
-            if name == DEFAULT or name.startswith("default,")
+            if name in POWER
         },
     }
 

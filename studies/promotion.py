@@ -138,8 +138,12 @@ def decide(
 
 def exceeds(old: float, new: float, min_improvement: float) -> bool:
     """(old - new) / old > min_improvement, in decimals: in binary 0.07 to 0.0693 reads as more than 1 %."""
-    old_decimal, new_decimal = Decimal(repr(old)), Decimal(repr(new))
-    return old_decimal - new_decimal > Decimal(repr(min_improvement)) * old_decimal
+    return _decimal(old) - _decimal(new) > _decimal(min_improvement) * _decimal(old)
+
+
+def _decimal(number: float) -> Decimal:
+    """The shortest decimal that reads back as this number, numpy's floats too."""
+    return Decimal(repr(float(number)))
 
 
 def _sane(measured: Measured) -> bool:
@@ -156,7 +160,7 @@ def _mae(measured: Measured, on: On) -> float | None:
 
 def _mean(errors: Sequence[float] | None) -> float | None:
     """In decimals, as `exceeds`: the mean of equal errors is that error, and exactly the threshold stays exactly it."""
-    return float(sum(map(Decimal, map(repr, errors)), Decimal(0)) / len(errors)) if errors else None
+    return float(sum(map(_decimal, errors), Decimal(0)) / len(errors)) if errors else None
 
 
 def _improvement(old: float | None, new: float | None) -> float | None:
@@ -203,7 +207,7 @@ def _block_length(differences: np.ndarray) -> int | None:
 
     if not differences.std() > 1e-12:  # of errors of about 1: what rounding leaves of a constant
         return None
-    length = optimal_block_length(differences)["stationary"].iloc[0]
+    length = float(optimal_block_length(differences)["stationary"].to_numpy()[0])
     return max(1, math.ceil(length)) if math.isfinite(length) else None
 
 
@@ -235,6 +239,6 @@ def _superior_predictive_ability(old: np.ndarray, tried: Sequence[np.ndarray], b
     models = [errors for errors in tried if (old - errors).std() > 1e-12]
     test = SPA(old, np.stack(models, axis=1), block_size=block, reps=TEST_REPETITIONS, seed=SEED)
     test.compute()
-    p_value = float(test.pvalues["consistent"])
+    p_value = float(test.pvalues.to_dict()["consistent"])
     # This many repetitions cannot tell less from nothing.
     return max(p_value, 1 / TEST_REPETITIONS) if math.isfinite(p_value) else None
