@@ -1,7 +1,7 @@
 """How often a rule promotes what is no better, and how often it finds what is.
 
 `python -m benchmarks.promotion_rules [--data-dir FOLDER] [--json FILE]`: on the bars of a folder, else on the packaged
-daily index bars; about two minutes on one core.
+daily index bars; about two minutes of one core.
 
 Every 30 bars of each symbol's history, where that allows it, a search is played: it sees the bars up to there, splits
 them as a study does (30 windows of validation before 20 of test, confirmation on the 250 before test), picks among 20
@@ -367,7 +367,7 @@ def show(figures: dict[str, Any]) -> None:
     for world, by_rule in figures["worlds"].items():
         table = Table(title=f"incumbent: {world}", title_justify="left")
         for heading in ("rule", "promoted", "worse of those", "realised"):
-            table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
+            table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=heading != "rule")
         for name, each in by_rule.items():
             realised = per_cent(each["realised"], sign=True)
             table.add_row(name, per_cent(each["promoted"]), per_cent(each["worse"]), realised)
@@ -375,7 +375,7 @@ def show(figures: dict[str, Any]) -> None:
     gains = figures[f"true gain over {WORSE}"].values()
     console.print(f"true gain over {WORSE}: {per_cent(min(gains))} to {per_cent(max(gains))}, by symbol\n")
     power = Table(title="promoted, by the true gain over all windows", title_justify="left")
-    power.add_column("rule", no_wrap=True)
+    power.add_column("rule")
     for gap in GAPS:
         power.add_column(per_cent(gap), justify="right", no_wrap=True)
     for name, by_gap in figures["true gains"].items():
