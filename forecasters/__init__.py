@@ -28,6 +28,25 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be found, read, or does not fit the network it is for."""
 
 
+class SettingError(ValueError):
+    """How a forecaster is asked to run is not something that it can do."""
+
+
+COMPILE_MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
+DTYPES = ("float32", "bfloat16")  # of the network; statistics and Kronos' tokenizer are always float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a forecaster runs, whatever its checkpoint is. See compilation.py for mode, backend and folder."""
+
+    compile_mode: str = "auto"
+    compile_backend: str = "inductor"
+    compile_dir: str = "compiled_models"
+    dtype: str = "float32"
+    chunk: int = 10  # windows in a compiled graph; fewer are padded
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bars:
     """Consecutive bars of one symbol, oldest first. All arrays have one entry a bar, [T]."""
@@ -87,6 +106,11 @@ class Forecaster(Protocol):
     fingerprint: str  # of the weights, the network's configuration and the dtype
     forwards: int  # calls of the network so far
 
+    @property
+    def compilation(self) -> str:
+        """How the network runs: "off", a mode of torch.compile, or "MODE failed: why", which runs as "off" does."""
+        ...
+
     def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
         """Everything about these contexts that does not depend on how we sample.
 
@@ -137,21 +161,30 @@ MODELS: Mapping[str, Model] = {
 
 
 def load(
-    model: str, *, checkpoint: str, revision: str | None = None, device: str = "cpu", **options: Any
+    model: str,
+    *,
+    checkpoint: str,
+    revision: str | None = None,
+    device: str = "cpu",
+    running: Running = Running(),
+    **options: Any,
 ) -> ExactForecaster:
     """Load a model's checkpoint onto a device ("cpu", "cuda:0").
 
     checkpoint: a bundled name, a local folder or a hub id (see checkpoints.py).
     options: what only this model's loader takes: kronos its tokenizer, tokenizer_revision and network_context.
-    Raises CheckpointError.
+    Raises CheckpointError and SettingError.
     """
     module = importlib.import_module(MODELS[model].module)
-    return module.load(checkpoint, revision=revision, device=device, **options)
+    return module.load(checkpoint, revision=revision, device=device, running=running, **options)
 
 
-def inspect(model: str, *, checkpoint: str, revision: str | None = None, **options: Any) -> str:
+def inspect(
+    model: str, *, checkpoint: str, revision: str | None = None, running: Running = Running(), **options: Any
+) -> str:
     """The fingerprint that `load` would give its forecaster, without loading the weights.
 
     options: as for `load`. Raises CheckpointError where the checkpoint does not fit the network.
     """
-    return importlib.import_module(MODELS[model].module).inspect(checkpoint, revision=revision, **options)
+    module = importlib.import_module(MODELS[model].module)
+    return module.inspect(checkpoint, revision=revision, running=running, **options)

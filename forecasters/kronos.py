@@ -3,7 +3,8 @@
 `encode` runs the networks over a window's bars once; `draw` samples from what that left, `exact` sums over it.
 A sample is a path through a tree of token pairs: everything that two samples of a window share is computed once,
 the prefix for all of them, a generated token for all paths that begin alike. Knows nothing of windows' origins,
-aggregates, studies or the command line; the networks themselves are in kronos_network.py.
+aggregates, studies or the command line; the networks themselves are in kronos_network.py, and what is compiled runs
+the fixed shapes of kronos_fixed.py.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forecasters import Bars, CheckpointError, Expectation, ForecastError, out_of_memory
+from forecasters import Bars, CheckpointError, Expectation, ForecastError, Running, out_of_memory
 from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
+from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.kronos_fixed import FixedShapes
 from forecasters.kronos_network import (
     CALENDAR,
     DEPENDENCY_HEADS,
@@ -47,6 +50,9 @@ DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
 DRAW_ROWS = 4096  # paths drawn at a time: 4096 rows of 1024 float64 probabilities are 32 MiB
 TABLE_BYTES = 64 << 20  # of each lazily filled table, per encoded batch
 PREFILL_TOKENS = 8192  # a batch on an accelerator; on a CPU one window at a time is as fast and keeps windows apart
+FIXED_BARS = 64  # compiled contexts are padded to a multiple: 4 graphs serve the 5 published lengths
+FIXED_SAMPLES = 64  # paths of a window in a compiled step
+FIXED_BYTES = 4 << 30  # keys and values of their generated bars, on an accelerator; elsewhere DRAW_BYTES
 EXACT_PAIRS = 4096  # pairs enumerated a window; beyond them (top_k = 0, high temperature) the rest is sampled
 EXACT_FIRST = 256  # first tokens of them: each costs a row of second logits
 EXACT_WINDOWS = 8  # together: their joint probabilities are 2 MiB each at worst
@@ -298,10 +304,13 @@ class Kronos:
         *,
         fingerprint: str,
         network_context: int = NETWORK_CONTEXT,
+        policy: Policy | None = None,
+        chunk: int = 10,
     ) -> None:
         """The two on one device, the tokenizer in float32.
 
         network_context: bars the network sees at most; a generated bar beyond them pushes out the oldest.
+        policy: how to compile; None: not at all. chunk: windows in a compiled graph, fewer are padded.
         """
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.network = network.eval().requires_grad_(False)
@@ -311,11 +320,19 @@ class Kronos:
         # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.
         self._prefill_tokens = 0 if self.device.type == "cpu" else PREFILL_TOKENS  # 0: one window at a time
         self._draw_rows, self._exact_windows = DRAW_ROWS, EXACT_WINDOWS
+        identity = f"{network.config} {tokenizer.config} {network.norm.weight.dtype}"
+        self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
+        self._fixed, self._chunk = FixedShapes(tokenizer, network), chunk
+        self._fixed_samples = FIXED_SAMPLES
         self._s1_size, self._s2_size = 2**network.config.s1_bits, 2**network.config.s2_bits
 
     @property
     def device(self) -> torch.device:
         return self.network.norm.weight.device
+
+    @property
+    def compilation(self) -> str:
+        return self.graphs.state
 
     # -- encode --------------------------------------------------------------------------------------------------------
 
@@ -335,15 +352,21 @@ class Kronos:
         contexts = [bars.slice(max(0, len(bars) - max_context), len(bars)) for bars in contexts]
         windows: dict[int, Window] = {}
         while left := [i for i in range(len(contexts)) if i not in windows]:
-            # Together: equal lengths only, for the published code masks padding wrongly.
-            length = len(contexts[left[0]])
-            batch = [i for i in left if len(contexts[i]) == length][: max(1, self._prefill_tokens // length)]
+            # Together: equal lengths only, for the published code masks padding wrongly. Fixed shapes mask it rightly.
+            length, compiled = len(contexts[left[0]]), self.graphs.on
+            alike = left if compiled else [i for i in left if len(contexts[i]) == length]
+            batch = alike[: self._chunk if compiled else max(1, self._prefill_tokens // length)]
             try:
-                encoded = self._encode([contexts[i] for i in batch], clip, horizon)
+                encode = self._encode_fixed if compiled else self._encode
+                encoded = encode([contexts[i] for i in batch], clip, horizon)
             except torch.OutOfMemoryError as error:
+                self.graphs.release()
                 if len(batch) == 1:
                     raise out_of_memory(self.device, f"one window of {length} bars", error) from error
-                self._prefill_tokens = -(-len(batch) // 2) * length
+                if compiled:
+                    self._chunk = -(-len(batch) // 2)
+                else:
+                    self._prefill_tokens = -(-len(batch) // 2) * length
                 continue
             windows.update(zip(batch, encoded, strict=True))
         return EncodedBars(windows=[windows[i] for i in range(len(contexts))], horizon=horizon)
@@ -370,6 +393,61 @@ class Kronos:
                 decoder=decoder[i],
             )
             for i, prefix in enumerate(prefixes)
+        ]
+
+    def _encode_fixed(self, contexts: Sequence[Bars], clip: float, horizon: int) -> list[Window]:
+        """As `_encode`, contexts of any lengths padded to the shapes of one graph.
+
+        The tokenizer's encoder is not compiled: a last bit can turn a sign there, and with it a token, and it is 2 to
+        3 % of the work.
+        """
+        room, lengths = self.network_context, [len(bars) for bars in contexts]
+        again = np.minimum(np.arange(self._chunk), len(contexts) - 1)  # the last window again in those left over
+        normal = np.zeros((len(contexts), _whole_bars(max(lengths)), len(COLUMNS)), np.float32)
+        stamps = np.zeros((len(contexts), normal.shape[1] + horizon - 1, len(CALENDAR)), np.int64)
+        scaling = []
+        for i, bars in enumerate(contexts):
+            columns = columns_of(bars)
+            mean, scale = columns.mean(axis=1), columns.std(axis=1) + np.float32(EPSILON)
+            normal[i, : len(bars)] = np.clip((columns - mean[:, None]) / scale[:, None], -clip, clip).T
+            stamps[i, : len(bars) + horizon - 1] = calendar_of(bars.timestamps, horizon - 1)
+            scaling.append((mean, scale))
+        seen = [max(0, length - room) for length in lengths]  # the first bar that the network sees
+        shown = [max(0, length + horizon - room) for length in lengths]  # the first that the decoder sees at the end
+        sizes = [np.subtract(lengths, first) for first in (seen, shown)]
+        keep = horizon > 1 and max(lengths) < room
+        tokens, moments = self.tokenizer.tokens(self._to_device(normal[again])), self._to_device(stamps[again])
+        trunk, decoded = (
+            self._to_device(np.minimum(np.add.outer(first, np.arange(_whole_bars(max(size)))), normal.shape[1] - 1))
+            for first, size in ((np.array(seen)[again], sizes[0]), (np.array(shown)[again], sizes[1]))
+        )
+        rows = torch.arange(self._chunk, device=self.device)[:, None]
+        self.forwards += 1
+        key = (tuple(trunk.shape), tuple(decoded.shape), keep)
+        hidden, s1_logits, dependency, layers, decoder = self.graphs.run(
+            self._fixed.prefill, key, tokens[rows, trunk], moments[rows, trunk],
+            self._to_device(sizes[0][again] - 1), tokens[rows, decoded], keep,
+        )  # fmt: skip
+        s1_logits = s1_logits.cpu()
+
+        def of(cache: LayerCache, i: int, size: int) -> LayerCache:
+            return cache[0][i, :, :size].clone(), cache[1][i, :, :size].clone()  # copies, to keep no padding alive
+
+        return [
+            Window(
+                tokens=tokens[i, : lengths[i]].clone(),
+                stamps=moments[i, : lengths[i] + horizon - 1].clone(),
+                mean=scaling[i][0],
+                scale=scaling[i][1],
+                prefix=Prefix(
+                    hidden=hidden[i].clone(),
+                    keys=of(dependency, i, sizes[0][i]),
+                    layers=[of(layer, i, sizes[0][i]) for layer in layers],
+                ),
+                s1_logits=s1_logits[i].clone(),
+                decoder=[of(layer, i, sizes[1][i]) for layer in decoder],
+            )
+            for i in range(len(contexts))
         ]
 
     def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[Prefix]:
@@ -408,6 +486,25 @@ class Kronos:
             raise ForecastError(f"sample_count {count}: at least 1 is needed")
         _check_seeds(encoded, seeds)
         out = np.empty((len(encoded.windows), count, encoded.horizon, len(COLUMNS)))
+        longest = max(len(window.tokens) for window in encoded.windows)
+        # A window that slides changes all its positions at every step: nothing of that is of one shape.
+        if self.graphs.on and (encoded.horizon == 1 or longest + encoded.horizon - 1 <= self.network_context):
+            start = 0
+            while start < len(encoded.windows):
+                windows = range(start, min(start + self._chunk, len(encoded.windows)))
+                samples = self._samples_together(encoded.horizon)
+                try:
+                    values = self._draw_fixed(encoded, windows, sampling, count, seeds, samples)
+                except torch.OutOfMemoryError as error:
+                    self.graphs.release()
+                    if samples == 1:
+                        what = f"one sample of {encoded.horizon} bars of {self._chunk} windows"
+                        raise out_of_memory(self.device, what, error) from error
+                    self._fixed_samples = samples // 2
+                    continue
+                out[windows.start : windows.stop] = values
+                start = windows.stop
+            return _finite(out)
         chunks = self._chunks(encoded, count)[::-1]  # the next one last
         while chunks:
             windows, samples = chunks.pop()
@@ -428,13 +525,95 @@ class Kronos:
             out[windows.start : windows.stop, samples.start : samples.stop] = values
         return _finite(out)
 
+    def _samples_together(self, horizon: int) -> int:
+        """Paths of a window in a compiled step: a power of 2."""
+        limit = DRAW_BYTES if self.device.type == "cpu" else FIXED_BYTES
+        fit = max(1, limit // (self._bytes_a_bar * horizon * self._chunk))
+        return min(self._fixed_samples, 1 << (fit.bit_length() - 1))
+
+    def _draw_fixed(
+        self,
+        encoded: EncodedBars,
+        windows: range,
+        sampling: Sampling,
+        count: int,
+        seeds: Sequence[int],
+        samples: int,
+    ) -> np.ndarray:
+        """All columns of `count` paths of these windows, float64 [W, S, H, 6], by graphs of fixed shapes.
+
+        Everything stays on the device until all of it is drawn. samples: paths of a window in a step.
+        """
+        chosen, horizon = [encoded.windows[w] for w in windows], encoded.horizon
+        rows = [*chosen, *[chosen[-1]] * (self._chunk - len(chosen))]
+        stack, coder = self.network.transformer, self.tokenizer.decoder
+        lengths, decoded = [w.prefix.keys[0].shape[1] for w in rows], [w.decoded for w in rows]
+
+        def filled(name: str, caches: Sequence[LayerCache], sizes: Sequence[int]) -> LayerCache:
+            shape = (len(caches), caches[0][0].shape[0], _whole_bars(max(sizes)), caches[0][0].shape[2])
+            both = tuple(self.graphs.buffer(f"{name} {i}", shape, like=caches[0][i]) for i in range(2))
+            for row, (cache, size) in enumerate(zip(caches, sizes, strict=True)):
+                for buffer, part in zip(both, cache, strict=True):
+                    buffer[row, :, :size] = part
+            return both[0], both[1]
+
+        def own(name: str, prefix: LayerCache) -> LayerCache:
+            heads, size = prefix[0].shape[1], prefix[0].shape[3]
+            shape = (len(rows), heads, samples, horizon, size)
+            keys, values = (self.graphs.buffer(f"own {name} {i}", shape, like=prefix[0]) for i in range(2))
+            return keys, values
+
+        dependency = filled("dependency", [w.prefix.keys for w in rows], lengths)
+        layers = [
+            filled(f"layer {i}", [w.prefix.layers[i] for w in rows], lengths)
+            for i in range(len(stack) if horizon > 1 else 0)
+        ]
+        decoder = [filled(f"decoder {i}", [w.decoder[i] for w in rows], decoded) for i in range(len(coder))]
+        own_dependency = own("dependency", dependency)
+        own_layers = [own(f"layer {i}", prefix) for i, prefix in enumerate(layers)]
+        own_decoder = [own(f"decoder {i}", prefix) for i, prefix in enumerate(decoder)]
+        params = (
+            torch.tensor(sampling.temperature, dtype=torch.float32, device=self.device),
+            torch.tensor(sampling.top_k, device=self.device),
+            torch.tensor(sampling.top_p, dtype=torch.float32, device=self.device),
+        )
+        steps = torch.arange(horizon, device=self.device).unbind()
+        at, decoded_at = self._to_device(np.array(lengths)), self._to_device(np.array(decoded))
+        begin = torch.stack([w.prefix.hidden for w in rows])[:, None].expand(-1, samples, -1).contiguous()
+        logits = torch.stack([w.s1_logits for w in rows]).to(self.device)[:, None].expand(-1, samples, -1).contiguous()
+        ends = [len(w.tokens) for w in rows]
+        numbers = [seeds[windows[min(row, len(windows) - 1)]] for row in range(len(rows))]
+        blocks = []
+        for first in range(0, count, samples):
+            hidden, s1_logits, values = begin, logits, []
+            for step in range(horizon):
+                drawn = [uniforms(seed, step, first, first + samples) for seed in numbers]
+                follows = step + 1 < horizon
+                self.forwards += follows
+                stamps = (
+                    torch.stack([w.stamps[end + step] for w, end in zip(rows, ends, strict=True)]) if follows else None
+                )
+                key = (samples, horizon, follows, tuple(dependency[0].shape), *(tuple(k.shape) for k, _ in decoder[:1]))
+                bar, hidden, s1_logits = self.graphs.run(
+                    self._fixed.step, key, hidden, s1_logits, self._to_device(np.stack(drawn)), params, steps[step],
+                    stamps, at, decoded_at, dependency, layers, decoder, own_dependency, own_layers, own_decoder,
+                )  # fmt: skip
+                values.append(bar)
+            blocks.append(torch.stack(values, dim=2))  # [W, N, H, 6]
+        shaped = torch.cat(blocks, dim=1)[: len(chosen), :count].cpu().numpy().astype(np.float64)
+        return np.stack([w.mean + values * w.scale for w, values in zip(chosen, shaped, strict=True)])
+
+    @property
+    def _bytes_a_bar(self) -> int:
+        """Of keys and values, a bar of a path: of the transformer, the dependency layer and the decoder."""
+        config, coder = self.network.config, self.tokenizer.config
+        return 8 * (config.d_model * (config.n_layers + 1) + coder.d_model * (coder.n_dec_layers - 1))
+
     def _chunks(self, encoded: EncodedBars, count: int) -> list[tuple[range, range]]:
         """Ranges of windows of one length, and of samples, to draw together within DRAW_ROWS and DRAW_BYTES."""
         limit = self._draw_rows
         if encoded.horizon > 1:
-            config, coder = self.network.config, self.tokenizer.config
-            per_bar = 8 * (config.d_model * (config.n_layers + 1) + coder.d_model * (coder.n_dec_layers - 1))
-            limit = max(1, min(limit, DRAW_BYTES // (per_bar * encoded.horizon)))
+            limit = max(1, min(limit, DRAW_BYTES // (self._bytes_a_bar * encoded.horizon)))
         step = max(1, limit // count)
         lengths = [len(window.tokens) for window in encoded.windows]
         edges = [0, *(i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]), len(lengths)]
@@ -646,6 +825,10 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return values
 
 
+def _whole_bars(count: int) -> int:
+    return -(-max(1, count) // FIXED_BARS) * FIXED_BARS
+
+
 def _roots(windows: Sequence[Window]) -> Frontier:
     return Frontier(
         window=np.arange(len(windows)),
@@ -823,12 +1006,13 @@ def inspect(
     tokenizer: str | None = None,
     tokenizer_revision: str | None = None,
     network_context: int | None = None,
+    running: Running = Running(),
 ) -> str:
     """The fingerprint that `load` would give, from the files' headers and bytes. Raises CheckpointError."""
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
     for found, module in zip(pair, _build(*pair), strict=True):
         check(found, {name: tensor.shape for name, tensor in module.state_dict().items()}, _rename)
-    return _fingerprint(*pair, _context_of(checkpoint, network_context))
+    return _fingerprint(*pair, _context_of(checkpoint, network_context), running.dtype)
 
 
 def load(
@@ -839,20 +1023,34 @@ def load(
     tokenizer: str | None = None,
     tokenizer_revision: str | None = None,
     network_context: int | None = None,
+    running: Running = Running(),
 ) -> Kronos:
     """Load a network and its tokenizer (`checkpoints.resolve`, each) onto a device.
 
     tokenizer: the one that belongs to the network (`tokenizer_of`) unless named.
     network_context: bars the network sees at most; as published unless given.
-    Raises CheckpointError.
+    running: its dtype is the network's, the tokenizer stays in float32.
+    Raises CheckpointError and SettingError.
     """
+    policy = decide(
+        "kronos",
+        device=device,
+        mode=running.compile_mode,
+        backend=running.compile_backend,
+        folder=running.compile_dir,
+    )
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
     network, coder = _build(*pair)
     load_into(pair[0], network, _rename)
     load_into(pair[1], coder, _rename)
     context = _context_of(checkpoint, network_context)
     return Kronos(
-        coder.to(device), network.to(device), fingerprint=_fingerprint(*pair, context), network_context=context
+        coder.to(device),
+        network.to(device=device, dtype=getattr(torch, running.dtype)),
+        fingerprint=_fingerprint(*pair, context, running.dtype),
+        network_context=context,
+        policy=policy,
+        chunk=running.chunk,
     )
 
 
@@ -879,6 +1077,6 @@ def _context_of(checkpoint: str, network_context: int | None) -> int:
     return network_context or NETWORK_CONTEXTS.get(checkpoint, NETWORK_CONTEXT)
 
 
-def _fingerprint(checkpoint: Checkpoint, tokenizer: Checkpoint, network_context: int) -> str:
-    identity = f"kronos {checkpoint.digest} {tokenizer.digest} {network_context} float32"
+def _fingerprint(checkpoint: Checkpoint, tokenizer: Checkpoint, network_context: int, dtype: str) -> str:
+    identity = f"kronos {checkpoint.digest} {tokenizer.digest} {network_context} {dtype}"
     return hashlib.sha256(identity.encode()).hexdigest()

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forecasters import Bars, CheckpointError, ForecastError, StudentMixture, out_of_memory
+from forecasters import Bars, CheckpointError, ForecastError, Running, StudentMixture, out_of_memory
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
+from forecasters.compilation import OFF, Graphs, Policy, decide
 
 MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
 NORM_EPS = 1e-8  # inside the root (util.py:42)
@@ -116,8 +117,18 @@ class Statistics:
             highest=self.highest,
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.count, self.mean, self.m2, self.lowest, self.highest
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Statistics:
+        """The inverse of `tensors`."""
+        count, mean, m2, lowest, highest = tensors
+        return cls(count=count, mean=mean, m2=m2, lowest=lowest, highest=highest)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Statistics:
-        return Statistics(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        return Statistics.of([change(tensor) for tensor in self.tensors])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,8 +143,8 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        statistics = (getattr(self.statistics, field.name) for field in fields(self.statistics))
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.pads, self.ids, *statistics))
+        tensors = (*self.keys, *self.values, self.pads, self.ids, *self.statistics.tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def rows(self, start: int, stop: int) -> Prefix:
         """Of the windows [start, stop), as views."""
@@ -203,6 +214,37 @@ class Layer(nn.Module):
         y = self.attention.output(F.scaled_dot_product_attention(q, k, v, attn_mask=alike))
         return y.view(shape).transpose(1, 2)
 
+    def along_trajectories(
+        self,
+        normed: Tensor,
+        tables: tuple[Tensor, ...],
+        pads: Tensor,
+        done: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+    ) -> Tensor:
+        """Attention of one new patch a trajectory to the shared prefix and to its own patches, in one softmax.
+
+        normed [B, V, N, D] to the same. Keys, values and own as in `Network.extend`; own has room for patches to come,
+        which nobody sees yet.
+        """
+        q, k, v = self.attention.project(normed.flatten(0, 1), 0, 3)  # [B*V, heads, N, Q]
+        q = _rotate(q, tables[0], tables[1]) * q.shape[-1] ** -0.5
+        own_keys.index_copy_(3, done[None], _rotate(k, tables[2], tables[3])[..., None, :])
+        own_values.index_copy_(3, done[None], v[..., None, :])
+        shared = q @ keys.transpose(-1, -2)  # [B*V, heads, N, S]
+        padded = torch.arange(shared.shape[-1], device=q.device) < pads[:, None]
+        padded = padded.repeat_interleave(normed.shape[1], 0)[:, None, None]
+        ours = (own_keys @ q[..., None])[..., 0]  # [B*V, heads, N, patches]
+        ours = ours.masked_fill(torch.arange(ours.shape[-1], device=q.device) > done, -torch.inf)
+        scores = torch.cat((shared.masked_fill(padded, -torch.inf), ours), -1)
+        weights = scores.float().softmax(-1).type_as(q)
+        split = shared.shape[-1]
+        attended = weights[..., :split] @ values + (weights[..., None, split:] @ own_values)[..., 0, :]
+        return self.attention.output(attended).view_as(normed)
+
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
         return x + self.mlp(self.norm2(x))
@@ -258,10 +300,29 @@ class Network(nn.Module):
         prefix = Prefix(keys=keys, values=values, pads=patches, ids=ids, statistics=last) if keep else None
         return self._mixture(x[:, :, -1], steps), loc[..., -1], scale[..., -1], prefix
 
+    def answer(
+        self, series: Tensor, pads: Tensor, steps: int, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """`prefill` of one variate as plain tensors: all that the host needs in one, and with `keep` the prefix's.
+
+        Returns fp32 [B, 4 * steps * K + 2]: probs, df, loc, scale, affine loc and affine scale; then the prefix's
+        keys, its values and its statistics.
+        """
+        mixture, loc, scale, prefix = self.prefill(series, pads, steps=steps, keep=keep)
+        parts = (mixture.probs, mixture.df, mixture.loc, mixture.scale)
+        packed = torch.cat((*(part[:, 0].flatten(1) for part in parts), loc, scale), -1)
+        if prefix is None:
+            return packed, (), (), ()
+        return packed, prefix.keys, prefix.values, prefix.statistics.tensors
+
     def _embed(self, series: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """[B, V, T] to [B, V, S, D]. Padded points of a row's first patch enter as (0 - loc) / scale."""
         patches = series.unflatten(-1, (-1, self.config.patch_size))
-        return self.patch_embed["projection"]((patches - loc[..., None]) / scale[..., None])
+        return self._project((patches - loc[..., None]) / scale[..., None])
+
+    def _project(self, scaled: Tensor) -> Tensor:
+        projection = self.patch_embed["projection"]
+        return projection(scaled.to(self.unembed.weight.dtype))
 
     def _trunk(
         self, x: Tensor, pads: Tensor, ids: Tensor, *, every_patch: bool
@@ -295,16 +356,51 @@ class Network(nn.Module):
             x = layer.finish(x, y)
         return x, tuple(keys), tuple(values)
 
+    def extend(
+        self,
+        patch: Tensor,  # [B, V, N, P], in price
+        uniforms: Tensor | None,  # [B, V, N, steps, 3]
+        done: Tensor,  # int64 []: patches that were appended before
+        statistics: tuple[Tensor, ...],  # [B, V, N]
+        pads: Tensor,  # [B], in patches
+        ids: Tensor,  # [B, V]
+        prefix: Sequence[Tensor],  # keys, then values of every layer over time, [B*V, heads, S, Q]
+        own: Sequence[Tensor],  # the same of appended patches, [B*V, heads, N, patches, Q]; this one's are written
+        steps: int,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`Trajectories.advance` as one graph of tensors: the points, float64 [B, V, N, steps], and the statistics."""
+        seen = Statistics.of(statistics).extended(patch)
+        loc, scale = seen.affine()
+        x = self._project((patch.float() - loc[..., None]) / scale[..., None])
+        layers = len(prefix) // 2
+        position = pads.new_full((), prefix[0].shape[2]) - pads + done if layers else pads
+        tables = _rotation(position[:, None], position // 2, self.config.embed_dim // self.config.num_heads)
+        tables = tuple(table.repeat_interleave(x.shape[1], 0)[:, None] for table in tables)  # [B*V, 1, 1, Q]
+        at = 0
+        for layer in self.layers:
+            normed = layer.norm1(x)  # [B, V, N, D]
+            if layer.over_time:
+                caches = (prefix[at], prefix[layers + at], own[at], own[layers + at])
+                y = layer.along_trajectories(normed, tables, pads, done, *caches)
+                at += 1
+            else:
+                y = layer.across_variates(normed, ids)
+            x = layer.finish(x, y)
+        mixture = self._mixture(x, steps)
+        scaled = mixture.mean().double() if uniforms is None else drawn(mixture, uniforms)
+        return scaled * scale[..., None].double() + loc[..., None].double(), seen.tensors
+
     def _mixture(self, x: Tensor, steps: int) -> Mixture:
         """States [..., D] to the mixtures of the first `steps` points of the next patch, [..., steps, K]."""
         rows = steps * self.config.embed_dim  # the unembedding's rows run (step, D): the first steps come first
         x = F.linear(x, self.unembed.weight[:rows], self.unembed.bias[:rows]).unflatten(-1, (steps, -1))
-        head, eps = self.output_distribution, torch.finfo(x.dtype).eps
+        raw = {name: head(x).float() for name, head in self.output_distribution.items()}
+        eps = torch.finfo(torch.float32).eps
         return Mixture(
-            probs=head["mixture_weights"](x).softmax(-1),
-            df=2 + F.softplus(head["df"](x)).clamp_min(eps),
-            loc=head["loc_proj"](x),
-            scale=F.softplus(head["scale_proj"](x)).clamp_min(eps),
+            probs=raw["mixture_weights"].softmax(-1),
+            df=2 + F.softplus(raw["df"]).clamp_min(eps),
+            loc=raw["loc_proj"],
+            scale=F.softplus(raw["scale_proj"]).clamp_min(eps),
         )
 
 
@@ -316,57 +412,44 @@ class Trajectories:
     by about 1e-3.
     """
 
-    def __init__(self, network: Network, prefix: Prefix, count: int, *, patches: int) -> None:
-        """count: trajectories a window, N. patches: how often `advance` will be called at most."""
-        self.network, self.prefix, self.done = network, prefix, 0
-        self.statistics = prefix.statistics.map(lambda tensor: tensor[..., None].expand(*tensor.shape, count))
-        heads, size = network.config.num_heads, network.config.embed_dim // network.config.num_heads
-        shape = (len(prefix.keys), prefix.ids.numel(), heads, count, patches, size)
-        self.keys, self.values = (torch.empty(shape, device=prefix.ids.device) for _ in range(2))
+    def __init__(
+        self, network: Network, prefix: Prefix, count: int, *, patches: int, graphs: Graphs, room: int = 0
+    ) -> None:
+        """count: trajectories a window, N. patches: how often `advance` will be called at most.
 
-    def advance(self, patch: Tensor, steps: int) -> tuple[Mixture, Tensor, Tensor]:
-        """Append patch [B, V, N, P] and forecast the first `steps` points after it.
-
-        Returns the mixtures [B, V, N, steps, K] and the affine loc and scale [B, V, N].
+        room: windows that are run, the last one again in those left over; 0: as many as there are.
         """
-        network = self.network
-        self.statistics = self.statistics.extended(patch)
-        loc, scale = self.statistics.affine()
-        x = network.patch_embed["projection"]((patch.float() - loc[..., None]) / scale[..., None])
-        tables = self._tables(x.shape[1])
-        layer_over_time = 0
-        for layer in network.layers:
-            normed = layer.norm1(x)  # [B, V, N, D]
-            if layer.over_time:
-                y = self._over_time(layer, normed, layer_over_time, tables)
-                layer_over_time += 1
-            else:
-                y = layer.across_variates(normed, self.prefix.ids)
-            x = layer.finish(x, y)
-        self.done += 1
-        return network._mixture(x, steps), loc, scale
+        self.network, self._graphs = network, graphs
+        windows, variates = prefix.ids.shape
+        rows = torch.arange(max(room, windows), device=prefix.ids.device).clamp_max(windows - 1)
+        each = (rows[:, None] * variates + torch.arange(variates, device=rows.device)).flatten()  # with variates, B*V
+        self._pads, self._ids = prefix.pads[rows], prefix.ids[rows]
+        self._statistics = tuple(
+            tensor[rows][..., None].expand(-1, -1, count).contiguous() for tensor in prefix.statistics.tensors
+        )
+        self._kept = [self._filled(f"prefix {i}", tensor[each]) for i, tensor in enumerate(prefix.keys + prefix.values)]
+        heads, size = network.config.num_heads, network.config.embed_dim // network.config.num_heads
+        shape = (len(each), heads, count, patches, size)
+        self._own = [graphs.buffer(f"own {i}", shape, like=tensor) for i, tensor in enumerate(self._kept)]
+        self._steps = torch.arange(patches, device=rows.device).unbind()
+        self._done = 0
 
-    def _tables(self, variates: int) -> tuple[Tensor, ...]:
-        position = self.prefix.keys[0].shape[2] - self.prefix.pads + self.done if self.prefix.keys else self.prefix.pads
-        size = self.network.config.embed_dim // self.network.config.num_heads
-        tables = _rotation(position[:, None], position // 2, size)
-        return tuple(table.repeat_interleave(variates, 0)[:, None] for table in tables)  # [B*V, 1, 1, Q]
+    def _filled(self, name: str, values: Tensor) -> Tensor:
+        return self._graphs.buffer(name, values.shape, like=values).copy_(values)
 
-    def _over_time(self, layer: Layer, normed: Tensor, index: int, tables: tuple[Tensor, ...]) -> Tensor:
-        prefix, now = self.prefix, self.done + 1
-        q, k, v = layer.attention.project(normed.flatten(0, 1), 0, 3)  # [B*V, heads, N, Q]
-        q = _rotate(q, tables[0], tables[1]) * q.shape[-1] ** -0.5
-        self.keys[index, :, :, :, self.done] = _rotate(k, tables[2], tables[3])
-        self.values[index, :, :, :, self.done] = v
-        own_keys, own_values = self.keys[index, :, :, :, :now], self.values[index, :, :, :, :now]  # [.., N, now, Q]
-        shared = q @ prefix.keys[index].transpose(-1, -2)  # [B*V, heads, N, S]
-        padded = torch.arange(shared.shape[-1], device=q.device) < prefix.pads[:, None]
-        padded = padded.repeat_interleave(normed.shape[1], 0)[:, None, None]
-        own = (own_keys @ q[..., None])[..., 0]  # [B*V, heads, N, now]
-        weights = torch.cat((shared.masked_fill(padded, -torch.inf), own), -1).softmax(-1)
-        ours = weights[..., None, -now:] @ own_values  # [B*V, heads, N, 1, Q]
-        attended = weights[..., :-now] @ prefix.values[index] + ours[..., 0, :]
-        return layer.attention.output(attended).view_as(normed)
+    def advance(self, patch: Tensor, steps: int, uniforms: Tensor | None = None) -> Tensor:
+        """Append patch [B, V, N, P], in price, and continue with `steps` points, float64 [B, V, N, steps], in price.
+
+        uniforms: of as many draws, float64 [B, V, N, steps, 3]; None: the mixtures' means.
+        """
+        key = (*patch.shape, steps, uniforms is None, *(self._kept[0].shape if self._kept else ()), len(self._steps))
+        done = self._steps[self._done]
+        points, self._statistics = self._graphs.run(
+            self.network.extend, key, patch, uniforms, done, self._statistics, self._pads, self._ids, self._kept,
+            self._own, steps,
+        )  # fmt: skip
+        self._done += 1
+        return points
 
 
 def running_statistics(series: Tensor, pads: Tensor, config: Config) -> Statistics:
@@ -411,7 +494,7 @@ def _rotation(positions: Tensor, centre: Tensor, size: int) -> tuple[Tensor, ...
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack((-second, first), -1).flatten(-2) * sin
+    return (x * cos + torch.stack((-second, first), -1).flatten(-2) * sin).type_as(x)  # fp32 tables for any network
 
 
 def _time_mask(pads: Tensor, patches: int) -> Tensor:
@@ -444,14 +527,18 @@ class Encoded:
 
 
 class Toto:
-    """A loaded Toto 1.0 checkpoint, fp32; see `forecasters.Forecaster`."""
+    """A loaded Toto 1.0 checkpoint; see `forecasters.Forecaster`."""
 
     model = "toto"
 
-    def __init__(self, network: Network, *, fingerprint: str) -> None:
+    def __init__(self, network: Network, *, fingerprint: str, policy: Policy | None = None, chunk: int = 10) -> None:
+        """policy: how to compile; None: not at all. chunk: windows in a compiled forward, fewer are padded."""
         self.network = network.eval().requires_grad_(False)
         self.fingerprint = fingerprint
         self.forwards = 0
+        identity = f"{network.config} {network.unembed.weight.dtype}"
+        self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
+        self._chunk = chunk
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
         # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.
         self._batch_tokens = BATCH_TOKENS
@@ -460,6 +547,10 @@ class Toto:
     @property
     def device(self) -> torch.device:
         return self.network.unembed.weight.device
+
+    @property
+    def compilation(self) -> str:
+        return self.graphs.state
 
     def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
         """The mixtures of the close's next steps, from its last `context_length` values; one batched forward.
@@ -475,9 +566,11 @@ class Toto:
         patches = -(-max(map(len, rows)) // self.network.config.patch_size)
         parts, start = [], 0
         while start < len(rows):
-            batch = rows[start : start + max(1, self._batch_tokens // patches)]
+            most = max(1, self._batch_tokens // patches)
+            room = min(most, self._chunk) if self.graphs.on else 0  # windows of a graph's one shape
+            batch = rows[start : start + (room or most)]
             try:
-                parts.append(self._prefill(batch, horizon))
+                parts.append(self._prefill(batch, horizon, room))
             except torch.OutOfMemoryError as error:
                 if len(batch) == 1:
                     raise out_of_memory(self.device, f"one window of {len(batch[0])} points", error) from error
@@ -485,10 +578,19 @@ class Toto:
                 continue
             start += len(batch)
         # Float64 on the CPU from here on, where a seed gives the same samples on every device.
-        columns = [np.concatenate([part[0][i] for part in parts]) for i in range(6)]
-        names = ("probs", "df", "loc", "scale", "affine_loc", "affine_scale")
-        prefixes = tuple(part[1] for part in parts if part[1] is not None)
-        return Encoded(horizon=horizon, prefixes=prefixes, **dict(zip(names, columns, strict=True)))
+        packed = np.concatenate([part[0] for part in parts]).astype(np.float64)  # [W, 4 * h * K + 2]
+        shape = (len(rows), 4, min(horizon, self.network.config.patch_size), self.network.config.components)
+        probs, df, loc, scale = packed[:, :-2].reshape(shape).swapaxes(0, 1).copy()
+        return Encoded(
+            horizon=horizon,
+            probs=probs,
+            df=df,
+            loc=loc,
+            scale=scale,
+            affine_loc=packed[:, -2].copy(),
+            affine_scale=packed[:, -1].copy(),
+            prefixes=tuple(part[1] for part in parts if part[1] is not None),
+        )
 
     def draw(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples of the close, float64 [W, N, H].
@@ -545,30 +647,42 @@ class Toto:
             return _finite(first)
         points = np.empty((len(first), encoded.horizon))
 
-        def price(mixture: Mixture, loc: Tensor, scale: Tensor, _done: int) -> np.ndarray:
-            return _array(mixture.mean() * scale[..., None] + loc[..., None])
-
         def fill(start: int, stop: int, prefix: Prefix) -> None:
-            points[start:stop] = self._decode(prefix, first[start:stop, None], encoded.horizon, price)[:, 0]
+            points[start:stop] = self._decode(prefix, first[start:stop, None], encoded.horizon, None)[:, 0]
 
         self._in_groups(encoded, 1, fill)
         return _finite(points)
 
     @torch.inference_mode()
-    def _prefill(self, rows: Sequence[np.ndarray], horizon: int) -> tuple[list[np.ndarray], Prefix | None]:
-        """The six arrays of `Encoded` for these rows, and the prefix where the horizon passes the first patch."""
+    def _prefill(self, rows: Sequence[np.ndarray], horizon: int, room: int) -> tuple[np.ndarray, Prefix | None]:
+        """The numbers of `Encoded` for these rows, [W, 4 * h * K + 2], and the prefix past the first patch.
+
+        room: windows that the forward has, the last row again in those left over; 0: as many as there are.
+        """
         patch = self.network.config.patch_size
-        length = -(-max(map(len, rows)) // patch) * patch
-        series = np.zeros((len(rows), 1, length), np.float32)  # the reference's dtype at this border too
-        for i, row in enumerate(rows):
+        patches = -(-max(map(len, rows)) // patch)
+        length = (fixed_length(patches) if room else patches) * patch
+        series = np.zeros((max(room, len(rows)), 1, length), np.float32)  # the reference's dtype at this border too
+        pads = np.full(len(series), length)
+        for i in range(len(series)):
+            row = rows[min(i, len(rows) - 1)]
             series[i, 0, length - len(row) :] = row
-        pads = torch.tensor([length - len(row) for row in rows], device=self.device)
+            pads[i] -= len(row)
+        padding = torch.from_numpy(pads).to(self.device)
         self.forwards += 1
-        mixture, loc, scale, prefix = self.network.prefill(
-            torch.from_numpy(series).to(self.device), pads, steps=min(horizon, patch), keep=horizon > patch
+        steps, keep = min(horizon, patch), horizon > patch
+        arguments = (torch.from_numpy(series).to(self.device), padding, steps, keep)
+        packed, keys, values, statistics = self.graphs.run(
+            self.network.answer, (*series.shape, steps, keep), *arguments
         )
-        tensors = (mixture.probs, mixture.df, mixture.loc, mixture.scale, loc, scale)
-        return [_array(tensor[:, 0]) for tensor in tensors], prefix
+        prefix = None
+        if keep:
+            ids = torch.zeros(len(series), 1, dtype=torch.long, device=self.device)
+            whole = Prefix(
+                keys=keys, values=values, pads=padding // patch, ids=ids, statistics=Statistics.of(statistics)
+            )
+            prefix = whole.rows(0, len(rows))
+        return packed[: len(rows)].cpu().numpy(), prefix
 
     def _in_groups(self, encoded: Encoded, trajectories: int, decode: Callable[[int, int, Prefix], None]) -> None:
         """Call decode(first window, last + 1, their prefix) for windows to decode together, until all are.
@@ -584,6 +698,7 @@ class Toto:
                 try:
                     decode(start, start + count, part)
                 except torch.OutOfMemoryError as error:
+                    self.graphs.release()
                     if count == 1:
                         what = f"{trajectories} trajectories of one window, {encoded.horizon} steps"
                         raise out_of_memory(self.device, what, error) from error
@@ -599,34 +714,45 @@ class Toto:
         streams = [_stream(seed) for seed in seeds]
         for first in range(0, samples.shape[1], TRAJECTORIES):
             uniforms = np.stack([stream.random((TRAJECTORIES, encoded.horizon, 3)) for stream in streams])
-
-            def price(mixture: Mixture, loc: Tensor, scale: Tensor, done: int, u: np.ndarray = uniforms) -> np.ndarray:
-                probs, df = _array(mixture.probs), _array(mixture.df)
-                u = u[:, :, done : done + df.shape[-2]]
-                scaled = mixture_samples(probs, df, _array(mixture.loc), _array(mixture.scale), u)
-                return scaled * _array(scale)[..., None] + _array(loc)[..., None]
-
             begun = _first_patch(encoded, rows, uniforms[:, :, :patch])
-            block = self._decode(prefix, begun, encoded.horizon, price)
+            block = self._decode(prefix, begun, encoded.horizon, uniforms)
             samples[:, first : first + TRAJECTORIES] = block[:, : samples.shape[1] - first]
 
     @torch.inference_mode()
-    def _decode(self, prefix: Prefix, begun: np.ndarray, horizon: int, price: Callable[..., np.ndarray]) -> np.ndarray:
-        """Continue the first patch begun [W, N, P] to [W, N, H].
+    def _decode(self, prefix: Prefix, begun: np.ndarray, horizon: int, uniforms: np.ndarray | None) -> np.ndarray:
+        """Continue the first patch begun [W, N, P] to [W, N, H], one transfer to the host for all of it.
 
-        price(mixture [W, N, h, K], affine loc and scale [W, N], steps done): the next points, [W, N, h].
+        uniforms: [W, N, H, 3], of which the first P steps are spent; None: the mixtures' means are fed back.
         """
-        patch = self.network.config.patch_size
-        trajectories = Trajectories(self.network, prefix, begun.shape[1], patches=(horizon - 1) // patch)
-        parts = [begun]
+        patch, windows = self.network.config.patch_size, len(begun)
+        room = self._windows_together if self.graphs.on else windows
+        patches = (horizon - 1) // patch
+        trajectories = Trajectories(
+            self.network, prefix, begun.shape[1], patches=patches, graphs=self.graphs, room=room
+        )
+        again = np.minimum(np.arange(room), windows - 1)
+        latest, parts = self._to_device(begun[again]), []
+        if uniforms is not None:  # a graph draws whole patches; what is past the horizon is cut off
+            spare = np.zeros((windows, begun.shape[1], (patches + 1) * patch - horizon, 3))
+            draws = self._to_device(np.concatenate((uniforms, spare), 2)[again])
         for done in range(patch, horizon, patch):
-            # fp32, as the reference feeds its samples back. A patch that overflows is refused here, not after.
-            latest = torch.from_numpy(_finite(parts[-1])).to(self.device, torch.float32)
+            steps = patch if self.graphs.on else min(patch, horizon - done)
+            now = None if uniforms is None else draws[:, None, :, done : done + steps].contiguous()
             self.forwards += 1
-            mixture, loc, scale = trajectories.advance(latest[:, None], min(patch, horizon - done))
-            univariate = Mixture(**{field.name: getattr(mixture, field.name)[:, 0] for field in fields(mixture)})
-            parts.append(price(univariate, loc[:, 0], scale[:, 0], done))
-        return np.concatenate(parts, -1)
+            # fp32, as the reference feeds its samples back
+            latest = trajectories.advance(latest[:, None].float(), steps, now)[:, 0]
+            parts.append(latest)
+        rest = torch.cat(parts, -1)[:windows, :, : horizon - patch]
+        return np.concatenate((begun, rest.cpu().numpy()), -1)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def fixed_length(patches: int) -> int:
+    """The length, in patches, that so many are padded to: two a power of 2, so that few graphs serve all contexts."""
+    power = 1 << (patches - 1).bit_length()  # the least power of 2 that holds them
+    return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
 
 
 def mixture_samples(
@@ -643,6 +769,21 @@ def mixture_samples(
     df, loc, scale = (np.take_along_axis(array, component, -1)[..., 0] for array in (df, loc, scale))
     radius = np.sqrt(df * np.expm1(-2 / df * np.log1p(-uniforms[..., 1])))  # 1 - U is never 0
     return loc + scale * radius * np.cos(2 * np.pi * uniforms[..., 2])
+
+
+def drawn(mixture: Mixture, uniforms: Tensor) -> Tensor:
+    """`mixture_samples` on the device: float64 [..., h] for mixtures [..., h, K] and uniforms [..., h, 3].
+
+    The last bits may differ, and here they depend on the shape too; the first patch, whose shape is that of the
+    number of samples, is drawn by the other.
+    """
+    cumulative = mixture.probs.double().cumsum(-1)
+    component = (uniforms[..., :1] * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1, keepdim=True)
+    df, loc, scale = (
+        torch.take_along_dim(each.double(), component, -1)[..., 0] for each in (mixture.df, mixture.loc, mixture.scale)
+    )
+    radius = (df * torch.expm1(-2 / df * torch.log1p(-uniforms[..., 1]))).sqrt()
+    return loc + scale * radius * torch.cos(2 * torch.pi * uniforms[..., 2])
 
 
 def _first_patch(encoded: Encoded, rows: slice, uniforms: np.ndarray) -> np.ndarray:
@@ -671,10 +812,6 @@ def _finite(prices: np.ndarray) -> np.ndarray:
     if not (np.abs(prices) < np.finfo(np.float32).max / 2).all():
         raise ForecastError("the network's samples are not finite numbers; check the prices and the checkpoint")
     return prices
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().double().numpy()
 
 
 def read_config(checkpoint: Checkpoint) -> Config:
@@ -719,24 +856,32 @@ def check(checkpoint: Checkpoint) -> Config:
     return config
 
 
-def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu") -> Toto:
-    """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError."""
+def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = Running()) -> Toto:
+    """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
+    policy = decide(
+        "toto",
+        device=device,
+        mode=running.compile_mode,
+        backend=running.compile_backend,
+        folder=running.compile_dir,
+    )
     found = resolve(checkpoint, revision=revision)
     with torch.device("meta"):
         network = Network(read_config(found))
     load_into(found, network, _rename)
-    return Toto(network.to(device), fingerprint=_fingerprint(found))
+    network = network.to(device=device, dtype=getattr(torch, running.dtype))
+    return Toto(network, fingerprint=_fingerprint(found, running.dtype), policy=policy, chunk=running.chunk)
 
 
-def inspect(checkpoint: str, *, revision: str | None = None) -> str:
+def inspect(checkpoint: str, *, revision: str | None = None, running: Running = Running()) -> str:
     """The fingerprint that `load` would give its forecaster, without reading the weights into a network.
 
     Raises CheckpointError where the checkpoint does not fit.
     """
     found = resolve(checkpoint, revision=revision)
     check(found)
-    return _fingerprint(found)
+    return _fingerprint(found, running.dtype)
 
 
-def _fingerprint(found: Checkpoint) -> str:
-    return hashlib.sha256(f"toto {found.digest} float32".encode()).hexdigest()
+def _fingerprint(found: Checkpoint, dtype: str) -> str:
+    return hashlib.sha256(f"toto {found.digest} {dtype}".encode()).hexdigest()

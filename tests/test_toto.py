@@ -18,6 +18,7 @@ from scipy.stats import kstest
 import forecasters
 from forecasters import Bars, ForecastError, toto
 from forecasters.checkpoints import BUNDLED
+from forecasters.compilation import OFF, Graphs
 
 GOLDENS = Path(__file__).parent / "goldens"
 LENGTHS = [("toto-a", 96), ("toto-a", 70), ("toto-a", 16), ("toto-b-variates", 64), ("toto-b-variates", 50)]
@@ -61,28 +62,23 @@ def padded(prices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def continued(network: toto.Network, prices: np.ndarray, horizon: int, uniforms: np.ndarray | None = None):
     """[V, N, H]: means fed back, or with uniforms [V, N, H, 3] draws, for any number of variates."""
 
-    def price(mixture, loc, scale, done):
-        if uniforms is None:
-            scaled = mixture.mean().numpy()
-        else:
-            names = ("probs", "df", "loc", "scale")
-            probs, df, at, width = (
-                getattr(mixture, name)[0, ..., : horizon - done, :].double().numpy() for name in names
-            )
-            scaled = toto.mixture_samples(probs, df, at, width, uniforms[:, :, done : done + PATCH])[None]
-        return torch.from_numpy(scaled * scale[..., None].numpy() + loc[..., None].numpy())[..., : horizon - done]
-
     count = 1 if uniforms is None else uniforms.shape[1]
     with torch.inference_mode():
         mixture, loc, scale, prefix = network.prefill(*padded(prices), steps=PATCH, keep=True)
         assert prefix is not None
-        trajectories = toto.Trajectories(network, prefix, count, patches=(horizon - 1) // PATCH)
+        patches = (horizon - 1) // PATCH
+        graphs = Graphs(OFF, device=torch.device("cpu"), identity="")
+        trajectories = toto.Trajectories(network, prefix, count, patches=patches, graphs=graphs)
         wide = toto.Mixture(**{name: getattr(mixture, name)[:, :, None] for name in ("probs", "df", "loc", "scale")})
-        parts = [price(wide, loc[..., None], scale[..., None], 0)]
-        while sum(part.shape[-1] for part in parts) < horizon:
-            done = sum(part.shape[-1] for part in parts)
-            parts.append(price(*trajectories.advance(parts[-1].float(), PATCH), done))
-    return torch.cat(parts, -1)[0].double().numpy()
+        draws = None
+        if uniforms is not None:
+            spare = np.zeros((*uniforms.shape[:2], (patches + 1) * PATCH - horizon, 3))
+            draws = torch.from_numpy(np.concatenate((uniforms, spare), 2))[None].split(PATCH, 3)
+        scaled = wide.mean() if draws is None else toto.drawn(wide, draws[0])
+        parts = [scaled * scale[..., None, None] + loc[..., None, None]]
+        for i in range(patches):
+            parts.append(trajectories.advance(parts[-1].float(), PATCH, None if draws is None else draws[i + 1]))
+    return torch.cat(parts, -1)[0, ..., :horizon].double().numpy()
 
 
 def cdf(encoded: toto.Encoded, window: int, prices: np.ndarray) -> np.ndarray:
