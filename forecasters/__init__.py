@@ -47,6 +47,9 @@ class Running:
     chunk: int = 10  # windows in a compiled graph; fewer are padded
 
 
+BY_DEFAULT = Running()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bars:
     """Consecutive bars of one symbol, oldest first. All arrays have one entry a bar, [T]."""
@@ -106,11 +109,6 @@ class Forecaster(Protocol):
     fingerprint: str  # of the weights, the network's configuration and the dtype
     forwards: int  # calls of the network so far
 
-    @property
-    def compilation(self) -> str:
-        """How the network runs: "off", a mode of torch.compile, or "MODE failed: why", which runs as "off" does."""
-        ...
-
     def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
         """Everything about these contexts that does not depend on how we sample.
 
@@ -141,6 +139,31 @@ class ExactForecaster(Forecaster, Protocol):
         ...
 
 
+class GraphCounts(Protocol):
+    """What compiling has cost a forecaster so far."""
+
+    @property
+    def count(self) -> int: ...  # graphs, one a shape
+
+    @property
+    def recompilations(self) -> int: ...  # of shapes that had been compiled; 0 unless something is wrong
+
+    @property
+    def warmup_s(self) -> float: ...  # in first calls of a shape
+
+
+class LoadedForecaster(ExactForecaster, Protocol):
+    """What `load` gives."""
+
+    @property
+    def compilation(self) -> str:
+        """How the network runs: "off", a mode of torch.compile, or "MODE failed: why", which runs as "off" does."""
+        ...
+
+    @property
+    def graphs(self) -> GraphCounts: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Which params of a model belong to which stage, and where its weights come from by default."""
@@ -166,9 +189,9 @@ def load(
     checkpoint: str,
     revision: str | None = None,
     device: str = "cpu",
-    running: Running = Running(),
+    running: Running = BY_DEFAULT,
     **options: Any,
-) -> ExactForecaster:
+) -> LoadedForecaster:
     """Load a model's checkpoint onto a device ("cpu", "cuda:0").
 
     checkpoint: a bundled name, a local folder or a hub id (see checkpoints.py).
@@ -180,7 +203,7 @@ def load(
 
 
 def inspect(
-    model: str, *, checkpoint: str, revision: str | None = None, running: Running = Running(), **options: Any
+    model: str, *, checkpoint: str, revision: str | None = None, running: Running = BY_DEFAULT, **options: Any
 ) -> str:
     """The fingerprint that `load` would give its forecaster, without loading the weights.
 

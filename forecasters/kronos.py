@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forecasters import Bars, CheckpointError, Expectation, ForecastError, Running, out_of_memory
+from forecasters import BY_DEFAULT, Bars, CheckpointError, Expectation, ForecastError, Running, out_of_memory
 from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
 from forecasters.kronos_fixed import FixedShapes
@@ -1006,7 +1006,7 @@ def inspect(
     tokenizer: str | None = None,
     tokenizer_revision: str | None = None,
     network_context: int | None = None,
-    running: Running = Running(),
+    running: Running = BY_DEFAULT,
 ) -> str:
     """The fingerprint that `load` would give, from the files' headers and bytes. Raises CheckpointError."""
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
@@ -1023,7 +1023,7 @@ def load(
     tokenizer: str | None = None,
     tokenizer_revision: str | None = None,
     network_context: int | None = None,
-    running: Running = Running(),
+    running: Running = BY_DEFAULT,
 ) -> Kronos:
     """Load a network and its tokenizer (`checkpoints.resolve`, each) onto a device.
 

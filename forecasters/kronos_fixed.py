@@ -98,7 +98,7 @@ def pick(logits: Tensor, sampling: tuple[Tensor, Tensor, Tensor], u: Tensor) -> 
 
 
 def attend(q: Tensor, prefix: LayerCache, lengths: Tensor, own: LayerCache, count: Tensor) -> Tensor:
-    """Queries [W, heads, N, e] against their window's prefix and the first `count` bars of their own: [W, N, heads * e].
+    """Queries [W, heads, N, e] against their window's prefix and `count` bars of their own, to [W, N, heads * e].
 
     One softmax over both; the prefix is not copied for a path.
     """

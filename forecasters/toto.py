@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forecasters import Bars, CheckpointError, ForecastError, Running, StudentMixture, out_of_memory
+from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Running, StudentMixture, out_of_memory
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 from forecasters.compilation import OFF, Graphs, Policy, decide
@@ -731,13 +731,13 @@ class Toto:
             self.network, prefix, begun.shape[1], patches=patches, graphs=self.graphs, room=room
         )
         again = np.minimum(np.arange(room), windows - 1)
-        latest, parts = self._to_device(begun[again]), []
+        latest, parts, draws = self._to_device(begun[again]), [], None
         if uniforms is not None:  # a graph draws whole patches; what is past the horizon is cut off
             spare = np.zeros((windows, begun.shape[1], (patches + 1) * patch - horizon, 3))
             draws = self._to_device(np.concatenate((uniforms, spare), 2)[again])
         for done in range(patch, horizon, patch):
             steps = patch if self.graphs.on else min(patch, horizon - done)
-            now = None if uniforms is None else draws[:, None, :, done : done + steps].contiguous()
+            now = None if draws is None else draws[:, None, :, done : done + steps].contiguous()
             self.forwards += 1
             # fp32, as the reference feeds its samples back
             latest = trajectories.advance(latest[:, None].float(), steps, now)[:, 0]
@@ -856,7 +856,7 @@ def check(checkpoint: Checkpoint) -> Config:
     return config
 
 
-def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = Running()) -> Toto:
+def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(
         "toto",
@@ -873,7 +873,7 @@ def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", r
     return Toto(network, fingerprint=_fingerprint(found, running.dtype), policy=policy, chunk=running.chunk)
 
 
-def inspect(checkpoint: str, *, revision: str | None = None, running: Running = Running()) -> str:
+def inspect(checkpoint: str, *, revision: str | None = None, running: Running = BY_DEFAULT) -> str:
     """The fingerprint that `load` would give its forecaster, without reading the weights into a network.
 
     Raises CheckpointError where the checkpoint does not fit.

@@ -22,7 +22,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from forecasters import MODELS, CheckpointError
+from forecasters import MODELS, CheckpointError, SettingError
 from objectives.windows import DataError
 from storage import DatabaseUnavailable
 from storage.configs import ConcurrentWrite, ConfigFileError
@@ -103,6 +103,7 @@ class one_line_errors:  # noqa: N801 - reads as a statement
         DataError,
         DatabaseUnavailable,
         CheckpointError,
+        SettingError,
         ConfigFileError,
         ConcurrentWrite,
     )

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import forecasters
-from forecasters import CheckpointError, ForecastError
+from forecasters import CheckpointError, ForecastError, Running, SettingError
 from launch import devices
 from objectives.mae import Evaluator
 from objectives.windows import DataError
@@ -42,6 +42,7 @@ EXPECTED = (
     StudyMismatch,
     DatabaseUnavailable,
     CheckpointError,
+    SettingError,
     ForecastError,
     configs.ConfigFileError,
 )
@@ -242,6 +243,8 @@ class Worker:
 
     def _load(self, model: str) -> Evaluator:
         forecaster = forecasters.load(model, device=self.device, **checkpoint_of(self.config, model))
+        dtype = self.config.compile.dtype
+        log.info("%s on %s, %s, compilation %s", model, self.device, dtype, forecaster.compilation)
         return Evaluator(
             forecaster,
             cache_bytes=cache_bytes(self.config, workers=len(self.job.devices)),
@@ -252,11 +255,19 @@ class Worker:
 
 
 def checkpoint_of(config: Config, model: str) -> dict[str, Any]:
-    """Where the settings say a model's weights are, as `forecasters.load` and `inspect` take it."""
+    """Where the settings say a model's weights are and how it runs, as `forecasters.load` and `inspect` take it."""
+    running = Running(
+        compile_mode=config.compile.mode,
+        compile_backend=config.compile.backend,
+        compile_dir=str(config.compile.dir),
+        dtype=config.compile.dtype,
+        chunk=config.search.rung,
+    )
     if model == "toto":
-        return {"checkpoint": config.toto.checkpoint, "revision": config.toto.revision or None}
+        return {"checkpoint": config.toto.checkpoint, "revision": config.toto.revision or None, "running": running}
     kronos = config.kronos
     return {
+        "running": running,
         "checkpoint": kronos.checkpoint,
         "revision": kronos.revision or None,
         "tokenizer": kronos.tokenizer or None,

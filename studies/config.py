@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from forecasters import MODELS
+from forecasters import COMPILE_MODES, DTYPES, MODELS
 from objectives import aggregation
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
@@ -90,6 +90,14 @@ class Workers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compile:
+    mode: str
+    backend: str
+    dir: Path
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hyperparams:
     dir: Path
 
@@ -112,6 +120,7 @@ class Config:
     kronos: Kronos
     storage: Storage
     workers: Workers
+    compile: Compile
     hyperparams: Hyperparams
     promotion: Promotion
 
@@ -121,6 +130,7 @@ PATHS = {
     ("data", "dir"),
     ("storage", "data_dir"),
     ("workers", "log_dir"),
+    ("compile", "dir"),
     ("hyperparams", "dir"),
     ("promotion", "results_dir"),
 }
@@ -327,6 +337,8 @@ RULES: Mapping[tuple[str, str], Callable[[Any], str | None]] = {
     ("storage", "wait_s"): _at_least(0),
     ("workers", "lease_s"): _at_least(2),
     ("workers", "cache_mib"): _at_least(0),
+    ("compile", "mode"): _one_of(*COMPILE_MODES),
+    ("compile", "dtype"): _one_of(*DTYPES),
     ("promotion", "min_improvement"): _share,
 }
 
