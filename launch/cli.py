@@ -22,7 +22,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from forecasters import MODELS, CheckpointError, SettingError
+from forecasters import MODELS, CheckpointError, ForecastError, SettingError
 from objectives.windows import DataError
 from storage import DatabaseUnavailable
 from storage.configs import ConcurrentWrite, ConfigFileError
@@ -104,6 +104,7 @@ class one_line_errors:  # noqa: N801 - reads as a statement
         DatabaseUnavailable,
         CheckpointError,
         SettingError,
+        ForecastError,
         ConfigFileError,
         ConcurrentWrite,
     )
@@ -753,3 +754,84 @@ def demo_data(config: Config) -> None:
 
     for path in windows.demo_bars(config.data.dir):
         click.echo(path)
+
+
+VERIFY_COLUMNS = {
+    "model": "model",
+    "symbol": "symbol",
+    "mode": "mode",
+    "warmup_s": "warm-up s",
+    "mean_s": "s",
+    "std_s": "+-",
+    "speedup": "times eager",
+    "difference": "difference / std",
+    "moved": "moved samples",
+    "mae_change": "MAE change",
+    "graphs": "graphs",
+    "recompilations": "again",
+    "breaks": "breaks",
+    "peak_mib": "peak MiB",
+    "compilation": "ran as",
+}
+
+
+@studies.command(name="verify-compile")
+@symbols_option
+@models_option
+@click.option("--modes", type=Names(), multiple=True, help="Of default,reduce-overhead,max-autotune.  "
+              "[default: default on a CPU, else all]")  # fmt: skip
+@click.option("--device", metavar="DEVICE", help="cpu or cuda:0.  [default: the first GPU, else the CPU]")
+@click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True, help="Timed runs of a mode.")
+@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Different params compared.")
+@with_json
+@shared
+def verify_compile(
+    config: Config,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    modes: Sequence[Sequence[str]],
+    device: str | None,
+    repeats: int,
+    trials: int,
+    as_json: bool,
+) -> None:
+    """Run models eagerly and compiled on your bars: the time, and whether the forecasts stay the same.
+
+    Without --symbols the folder's first. Exit 1 where an MAE moves by more than a thousandth, where a graph breaks or
+    is compiled twice, or where compiling fails.
+
+    \b
+    studies verify-compile --models kronos --symbols BTCUSD --modes default
+    """
+    from launch import devices, verify
+    from launch.worker import checkpoint_of
+    from objectives.windows import list_symbols
+    from studies import space as spaces
+    from studies import study as studying
+
+    device = device or ("cuda:0" if devices.visible_gpus() else "cpu")
+    asked = flat(modes) or (verify.MODES if device.startswith("cuda") else verify.MODES[:1])
+    for mode in asked:
+        if mode not in verify.MODES:
+            raise click.BadParameter(f"{mode!r}; the modes are {', '.join(verify.MODES)}", param_hint="--modes")
+    names = checked_symbols(symbols) or config.data.symbols or sorted(list_symbols(config.data.dir)[0])[:1]
+    series, notes = studying.read_series(config, names)
+    for note in notes:
+        say(note)
+    rows = []
+    for each in series:
+        windows = studying.split_windows(config, each.symbol, each.bars).validation
+        for model in checked_models(models, config):
+            job = verify.Job(
+                model=model,
+                checkpoint=checkpoint_of(config, model),
+                device=device,
+                windows=windows,
+                trials=verify.random_trials(spaces.make(model, config), trials),
+                repeats=repeats,
+            )
+            rows += verify.compare(job, asked)
+    show([asdict(row) if as_json else verify.shown(row) for row in rows], VERIFY_COLUMNS, as_json=as_json)
+    if not all(row.passed for row in rows):
+        say("compiled forecasts are not those of eager ones, or were not compiled once; see the rows")
+        sys.exit(1)

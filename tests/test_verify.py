@@ -1,0 +1,125 @@
+"""`studies verify-compile`: what it measures, what it refuses, and what it says."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+import forecasters
+from forecasters import Bars, Running, compilation
+from launch import verify
+from launch.cli import studies
+from objectives.windows import split
+from studies import config as configuration
+from studies import space as spaces
+
+RUNNING = Running(compile_backend="eager", chunk=8)
+
+
+def bars(count: int = 300) -> Bars:
+    close = 100 * np.exp(np.cumsum(np.random.default_rng(1).normal(0, 0.01, count)))
+    days = np.datetime64("2020-01-01", "ns") + np.arange(count) * np.timedelta64(1, "D")
+    return Bars(timestamps=days, open=close, high=close, low=close, close=close, volume=None)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> verify.Job:
+    compilation.forget()
+    return verify.Job(
+        model="toto",
+        checkpoint={"checkpoint": "toto-tiny", "running": replace(RUNNING, compile_dir=str(tmp_path / "compiled"))},
+        device="cpu",
+        windows=split(bars(), symbol="X", horizon=1, validation=10, test=1).validation,
+        trials=[{"context_length": 256, "num_samples": n, "aggregate": "median"} for n in (16, 40)],
+        repeats=2,
+    )
+
+
+def here(job: verify.Job, mode: str) -> verify.Measured:
+    """In this process, which is quicker."""
+    return verify.measure(job, lambda: forecasters.load(job.model, device=job.device, **job.running(mode)))
+
+
+def test_a_mode_stands_beside_eager(job: verify.Job):
+    eager, compiled = verify.compare(job, ["default"], run=here)
+    assert (eager.mode, eager.graphs, eager.speedup, eager.passed) == ("off", 0, 1.0, True)
+    assert (compiled.mode, compiled.compilation, compiled.graphs) == ("default", "default", 1)
+    assert compiled.warmup_s > 0
+    assert compiled.difference < 1e-5
+    assert compiled.moved == compiled.recompilations == compiled.breaks == 0
+    assert compiled.mae_change < 1e-4
+    assert compiled.passed
+    assert verify.shown(compiled)["mode"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ({"recompilations": 1}, {"recompilations": 1}),
+        ({"breaks": 2}, {"breaks": 2}),
+        ({"compilation": "default failed: no compiler"}, {"compilation": "default failed: no compiler"}),
+        ({"points": 1.001}, {}),
+        ({"samples": 1.001}, {"moved": 1.0, "passed": True}),
+    ],
+)
+def test_what_is_not_the_same_does_not_pass(job: verify.Job, change: dict[str, Any], seen: dict[str, Any]):
+    def run(job: verify.Job, mode: str) -> verify.Measured:
+        measured = here(job, mode)
+        if mode == "off":
+            return measured
+        factor = next((value for name, value in change.items() if name in ("points", "samples")), None)
+        if "points" in change:
+            return replace(measured, points=[factor * points for points in measured.points])
+        return replace(measured, **({"samples": factor * measured.samples} if factor else change))
+
+    rows = verify.compare(job, ["default"], run=run)
+    assert {"passed": False} | seen == {name: getattr(rows[1], name) for name in ({"passed": False} | seen)}
+
+
+def test_a_graph_that_the_trials_did_not_warm_up_counts_as_made_again(job: verify.Job):
+    real, calls = verify.answer, []
+
+    def grown(forecaster: Any, windows: Any, params: Any, chunk: int) -> np.ndarray:
+        calls.append(params)
+        # From the second repetition on with a context that no warm-up saw.
+        return real(forecaster, windows, params | {"context_length": 256 if len(calls) < 4 else 64}, chunk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "answer", grown)
+        measured = here(job, "default")
+    assert measured.recompilations == 1
+
+
+def test_random_trials_are_of_the_space():
+    space = spaces.make("kronos", configuration.load())
+    trials = verify.random_trials(space, 50)
+    assert trials == verify.random_trials(space, 50)
+    assert all(space.contains(trial) for trial in trials)
+    assert {trial["top_k"] > 0 for trial in trials} == {True, False}
+
+
+def test_the_command_runs_each_mode_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table, folder = bars(), tmp_path / "bars"
+    folder.mkdir()
+    columns = {name: getattr(table, name) for name in ("open", "high", "low", "close")}
+    pd.DataFrame({"timestamp": table.timestamps, **columns}).to_csv(folder / "AAA.csv", index=False)
+    (tmp_path / "x.toml").write_text(
+        '[toto]\ncheckpoint = "toto-tiny"\ncontext_length = 128\n[compile]\ndir = "kernels"\n'
+    )
+    monkeypatch.setenv("TOTO_COMPILE_BACKEND", "eager")
+    monkeypatch.setenv("TOTO_COMPILE_MODE", "max-autotune")  # what is asked for goes before it
+    arguments = ["verify-compile", "--config", str(tmp_path / "x.toml"), "--data-dir", str(folder), "--models", "toto"]
+    options = ["--modes", "default", "--repeats", "2", "--trials", "2", "--json"]
+    result = CliRunner().invoke(studies, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(row["symbol"], row["compilation"]) for row in rows] == [("AAA", "off"), ("AAA", "default")]
+    assert (tmp_path / "kernels").is_dir()
+    usage = CliRunner().invoke(studies, [*arguments, "--modes", "fast"])
+    assert usage.exit_code == 2
+    assert "the modes are default, reduce-overhead, max-autotune" in usage.stderr
