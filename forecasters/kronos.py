@@ -581,22 +581,20 @@ class Kronos:
         at, decoded_at = self._to_device(np.array(lengths)), self._to_device(np.array(decoded))
         begin = torch.stack([w.prefix.hidden for w in rows])[:, None].expand(-1, samples, -1).contiguous()
         logits = torch.stack([w.s1_logits for w in rows]).to(self.device)[:, None].expand(-1, samples, -1).contiguous()
-        ends = [len(w.tokens) for w in rows]
+        stamps = [torch.stack([w.stamps[len(w.tokens) + step] for w in rows]) for step in range(horizon - 1)]
         numbers = [seeds[windows[min(row, len(windows) - 1)]] for row in range(len(rows))]
+        key = (samples, horizon, *(tuple(keys.shape) for keys, _ in (dependency, *decoder[:1])))
         blocks = []
         for first in range(0, count, samples):
+            u = [[uniforms(seed, step, first, first + samples) for seed in numbers] for step in range(horizon)]
+            draws = self._to_device(np.array(u)).unbind()  # horizon of [W, N, 2]
             hidden, s1_logits, values = begin, logits, []
-            for step in range(horizon):
-                drawn = [uniforms(seed, step, first, first + samples) for seed in numbers]
-                follows = step + 1 < horizon
-                self.forwards += follows
-                stamps = (
-                    torch.stack([w.stamps[end + step] for w, end in zip(rows, ends, strict=True)]) if follows else None
-                )
-                key = (samples, horizon, follows, tuple(dependency[0].shape), *(tuple(k.shape) for k, _ in decoder[:1]))
+            for step, now in enumerate(draws):
+                moment = stamps[step] if step < len(stamps) else None
+                self.forwards += moment is not None
                 bar, hidden, s1_logits = self.graphs.run(
-                    self._fixed.step, key, hidden, s1_logits, self._to_device(np.stack(drawn)), params, steps[step],
-                    stamps, at, decoded_at, dependency, layers, decoder, own_dependency, own_layers, own_decoder,
+                    self._fixed.step, (*key, moment is None), hidden, s1_logits, now, params, steps[step], moment,
+                    at, decoded_at, dependency, layers, decoder, own_dependency, own_layers, own_decoder,
                 )  # fmt: skip
                 values.append(bar)
             blocks.append(torch.stack(values, dim=2))  # [W, N, H, 6]

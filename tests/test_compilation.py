@@ -20,7 +20,7 @@ import torch
 import forecasters
 from forecasters import Bars, ForecastError, Running, SettingError, compilation, kronos_fixed
 from forecasters.compilation import Graphs, Policy, decide
-from forecasters.kronos import Sampling, inverse_cdf
+from forecasters.kronos import Kronos, Sampling, inverse_cdf
 from objectives.mae import Evaluator
 from objectives.windows import Windows, split
 
@@ -348,6 +348,27 @@ def test_memory_that_runs_out_is_no_failed_compilation(tmp_path: Path, monkeypat
     most = 0
     with pytest.raises(ForecastError, match="out of memory on cpu with one window"):
         drawn(compiled, "toto", 1, 8)
+
+
+def test_a_step_that_runs_out_of_memory_is_tried_with_fewer_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    eager, compiled = load("kronos", tmp_path, mode="off"), cast(Kronos, load("kronos", tmp_path))
+    real, sizes, most = kronos_fixed.FixedShapes.step, [], 16
+    encoded = compiled.encode(windows(7).contexts(range(8)), PARAMS["kronos"], 7)
+
+    def run(function: Any, key: Any, *arguments: Any) -> Any:
+        sizes.append(arguments[0].shape[1])
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError
+        return real(compiled._fixed, *arguments)
+
+    monkeypatch.setattr(compiled.graphs, "run", run)
+    expected = drawn(eager, "kronos", 7, 8)
+    seeds = windows(7).seeds(0)[:8]
+    assert_same(compiled.draw(encoded, PARAMS["kronos"], seeds), expected)
+    assert sizes == [64, 32, *[16] * 7 * 3]
+    most = 0
+    with pytest.raises(ForecastError, match="out of memory on cpu with one sample of 7 bars of 8 windows"):
+        compiled.draw(encoded, PARAMS["kronos"], seeds)
 
 
 def double(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,315 @@
+"""`python -m benchmarks.compile`: compiled networks against eager ones, on this machine's GPU or else its CPU.
+
+The bundled tiny checkpoints and random weights at the published sizes (Toto-Open-Base-1.0, Kronos-base), 30 windows of
+a random walk, horizons of 1, 7 and 64 bars. Each mode runs in processes of its own with an empty cache of kernels: the
+first compiles, the second shows what the kernels on disk save. All modes of a row answer the same params with the same
+seeds (launch/verify.py). Shares of a ceiling are of what this device reaches on one large matrix product and one large
+copy, measured in the same process: arithmetic of the network's products over the first, weights read once a forward
+over the second; the larger one says what binds. Lastly two workers share the device, started together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import forecasters
+from benchmarks.kronos_cost import BASE, TOKENIZER, random_bars, random_base
+from benchmarks.trial_cost import PUBLISHED
+from forecasters import Running, toto
+from launch import verify
+from objectives.windows import split
+
+WINDOWS, TOTO_CONTEXT, KRONOS_CONTEXT = 30, 512, 192
+SAMPLES = {1: 256, 7: 64, 64: 64}  # Kronos' paths of a window, by horizon; Toto draws four times as many
+MATMUL = {"cuda": 8192, "cpu": 2048}
+COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+PUBLISHED_NAMES = ("Datadog/Toto-Open-Base-1.0", "NeoQuasar/Kronos-base")
+COLUMNS = {
+    "size": "size", "model": "model", "horizon": "P", "mode": "mode", "warmup_s": "warm-up s",
+    "second_warmup": "second / first", "mean_s": "s", "std_s": "+-", "speedup": "times eager",
+    "difference": "difference / std", "moved": "moved", "mae_change": "MAE change", "graphs": "graphs",
+    "recompilations": "again", "breaks": "breaks", "of_matmul": "of matmul", "of_copy": "of copy",
+    "peak_mib": "peak MiB", "compilation": "ran as",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What this benchmark measures beside `verify.measure`."""
+
+    flop: float  # of one answer
+    forwards: int
+    weight_bytes: int
+    matmul_flop_s: float
+    copy_bytes_s: float
+
+
+def random_checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Random weights at the published sizes, as checkpoints on disk that load as published ones do."""
+    torch.manual_seed(0)
+    network, kronos = toto.Network(PUBLISHED), random_base(512)
+    toto_config, tokens = asdict(PUBLISHED), asdict(TOKENIZER)
+    for name, module, config in (
+        ("toto", network, toto_config),
+        ("kronos", kronos.network, asdict(BASE)),
+        ("kronos/tokenizer", kronos.tokenizer, tokens),
+    ):
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.json").write_text(json.dumps(config))
+        save_file(
+            {key: tensor.contiguous() for key, tensor in module.state_dict().items()}, place / "model.safetensors"
+        )
+    return {name: {"checkpoint": str(folder / name)} for name in ("toto", "kronos")}
+
+
+def job_of(model: str, checkpoint: dict[str, Any], running: Running, device: str, horizon: int, repeats: int):
+    """Thirty windows and three sets of params, of which only the sampling changes."""
+    walk = random_bars(TOTO_CONTEXT + WINDOWS + 2 * horizon + 60)
+    kept = split(walk, symbol="WALK", horizon=horizon, validation=WINDOWS, test=1).validation
+    count = SAMPLES.get(horizon, 64)
+    if model == "toto":
+        trials = [
+            {"context_length": TOTO_CONTEXT, "num_samples": n, "aggregate": aggregate}
+            for n, aggregate in ((4 * count, "median"), (2 * count, "mean"), (count, "quantile_0.30"))
+        ]
+    else:
+        base = {"max_context": KRONOS_CONTEXT, "clip": 2.0}
+        trials = [
+            {**base, "temperature": 0.3, "top_k": 24, "top_p": 1.0, "sample_count": count},
+            {**base, "temperature": 0.2, "top_k": 0, "top_p": 0.8, "sample_count": count // 2},
+            {**base, "temperature": 0.4, "top_k": 48, "top_p": 1.0, "sample_count": count},
+        ]
+    return verify.Job(
+        model=model,
+        checkpoint={**checkpoint, "running": running},
+        device=device,
+        windows=kept,
+        trials=trials,
+        repeats=repeats,
+    )
+
+
+def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) in a process of its own."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measured(job: verify.Job, mode: str, threads: int) -> tuple[verify.Measured, Extra]:
+    torch.set_num_threads(threads)
+    loaded: list[Any] = []
+
+    def make() -> Any:
+        loaded.append(forecasters.load(job.model, device=job.device, **job.running(mode)))
+        return loaded[0]
+
+    result, forecaster = verify.measure(job, make), loaded[0]
+    before = forecaster.forwards
+    # Counted as run, fixed shapes and all, but outside of the graphs, where nothing can be seen.
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        verify.answer(forecaster, job.windows, job.trials[0], job.checkpoint["running"].chunk)
+    extra = Extra(
+        flop=counter.get_total_flops(),
+        forwards=forecaster.forwards - before,
+        weight_bytes=sum(p.numel() * p.element_size() for p in forecaster.network.parameters()),
+        matmul_flop_s=matmul_rate(job.device, forecaster.network),
+        copy_bytes_s=copy_rate(job.device),
+    )
+    return result, extra
+
+
+def best_seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
+    taken = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def matmul_rate(device: str, network: torch.nn.Module) -> float:
+    """Floating-point operations a second of a large product in the network's dtype."""
+    size = MATMUL[device.split(":")[0]]
+    a, b = torch.randn(2, size, size, device=device, dtype=next(network.parameters()).dtype)
+    return 2 * size**3 / best_seconds(lambda: a @ b, device)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.empty(COPY_BYTES[device.split(":")[0]], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
+
+
+def rows_of(size: str, job: verify.Job, modes: Sequence[str], threads: int, cache: Path) -> list[dict[str, Any]]:
+    extras: dict[str, Extra] = {}
+    second: dict[str, float] = {}
+
+    def run(job: verify.Job, mode: str) -> verify.Measured:
+        own = replace(job.checkpoint["running"], compile_dir=str(cache / mode))
+        job = replace(job, checkpoint={**job.checkpoint, "running": own})
+        shutil.rmtree(cache / mode, ignore_errors=True)
+        result, extras[mode] = fresh(measured, job, mode, threads)
+        if mode != verify.EAGER:
+            again, _ = fresh(measured, job, mode, threads)
+            second[mode] = again.warmup_s / result.warmup_s
+        return result
+
+    rows = []
+    for row in verify.compare(job, modes, run=run):
+        extra = extras[row.mode]
+        rows.append(
+            {
+                "size": size,
+                **asdict(row),
+                "second_warmup": second.get(row.mode),
+                "of_matmul": extra.flop / row.mean_s / extra.matmul_flop_s,
+                "of_copy": extra.forwards * extra.weight_bytes / row.mean_s / extra.copy_bytes_s,
+                "matmul_tflop_s": extra.matmul_flop_s / 1e12,
+                "copy_gb_s": extra.copy_bytes_s / 1e9,
+            }
+        )
+    return rows
+
+
+def worker(job: verify.Job, mode: str, threads: int, barrier: Any, results: Any) -> None:
+    """One of several that share a device: warm up, wait for the others, answer again and again."""
+    torch.set_num_threads(threads)
+    forecaster = forecasters.load(job.model, device=job.device, **job.running(mode))
+    chunk = job.checkpoint["running"].chunk
+    verify.answer(forecaster, job.windows, job.trials[0], chunk)
+    barrier.wait()
+    began = time.perf_counter()
+    for _ in range(job.repeats):
+        verify.answer(forecaster, job.windows, job.trials[0], chunk)
+    results.put((time.perf_counter() - began, forecaster.graphs.recompilations, forecaster.compilation))
+
+
+def together(job: verify.Job, mode: str, count: int, threads: int, cache: Path) -> dict[str, Any]:
+    """Answers a second of so many workers at once on one device."""
+    own = replace(job.checkpoint["running"], compile_dir=str(cache / mode))
+    job = replace(job, checkpoint={**job.checkpoint, "running": own})
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(count), context.Queue()
+    workers = [context.Process(target=worker, args=(job, mode, threads, barrier, results)) for _ in range(count)]
+    for each in workers:
+        each.start()
+    ended = [results.get() for _ in workers]
+    for each in workers:
+        each.join()
+    return {
+        "model": job.model,
+        "horizon": job.windows.horizon,
+        "mode": mode,
+        "workers": count,
+        "answers a second": count * job.repeats / max(seconds for seconds, _, _ in ended),
+        "recompilations": sum(again for _, again, _ in ended),
+        "compilation": ended[0][2],
+    }
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What the figures are of."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "forecast-studies": version("forecast-studies"),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.3f}"
+
+
+def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    shape = Table(*columns.values(), title=title, box=None)
+    for row in rows:
+        shape.add_row(*(shown(row[key]) for key in columns))
+    Console(width=240).print(shape)
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="Compiled networks against eager ones.")
+    parser.add_argument("--device", default="cuda:0" if on_gpu else "cpu")
+    parser.add_argument("--sizes", nargs="+", choices=["tiny", "published"], default=["tiny", "published"])
+    parser.add_argument("--models", nargs="+", choices=["toto", "kronos"], default=["toto", "kronos"])
+    parser.add_argument("--horizons", nargs="+", type=int, default=[1, 7, 64])
+    parser.add_argument("--modes", nargs="+", default=["reduce-overhead", "max-autotune"] if on_gpu else ["default"])
+    parser.add_argument("--dtype", choices=forecasters.DTYPES, default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of a process, on the CPU")
+    parser.add_argument("--workers", type=int, default=2, help="that share the device at the end; 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    args = parser.parse_args()
+    known = machine(args.device, args.threads)
+    print(", ".join(f"{name} {value}" for name, value in known.items()), flush=True)
+    rows, shared = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        cache, running = Path(scratch) / "kernels", Running(dtype=args.dtype)
+        checkpoints = {"tiny": {model: {"checkpoint": f"{model}-tiny"} for model in args.models}}
+        if "published" in args.sizes:
+            checkpoints["published"] = fresh(random_checkpoints, Path(scratch))
+        for size in args.sizes:
+            for model in args.models:
+                for horizon in args.horizons:
+                    job = job_of(model, checkpoints[size][model], running, args.device, horizon, args.repeats)
+                    found = rows_of(size, job, args.modes, args.threads, cache / f"{size} {model} {horizon}")
+                    table(f"{size} {model}, {horizon} bars", COLUMNS, found)
+                    rows += found
+                if args.workers:
+                    # At the first horizon, on the kernels that were just compiled.
+                    job = job_of(model, checkpoints[size][model], running, args.device, args.horizons[0], args.repeats)
+                    place = cache / f"{size} {model} {args.horizons[0]}"
+                    for mode in ("off", args.modes[0]):
+                        for count in (1, args.workers):
+                            shared.append({"size": size, **together(job, mode, count, args.threads, place)})
+    if shared:
+        names = ("size", "model", "horizon", "mode", "workers", "answers a second", "recompilations", "compilation")
+        table("workers on one device", {name: name for name in names}, shared)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": known, "rows": rows, "workers": shared}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
