@@ -293,13 +293,13 @@ def main() -> None:
             for model in args.models:
                 for horizon in args.horizons:
                     job = job_of(model, checkpoints[size][model], running, args.device, horizon, args.repeats)
-                    found = rows_of(size, job, args.modes, args.threads, cache / f"{size} {model} {horizon}")
+                    found = rows_of(size, job, args.modes, args.threads, cache / f"{size}-{model}-{horizon}")
                     table(f"{size} {model}, {horizon} bars", COLUMNS, found)
                     rows += found
                 if args.workers:
                     # At the first horizon, on the kernels that were just compiled.
                     job = job_of(model, checkpoints[size][model], running, args.device, args.horizons[0], args.repeats)
-                    place = cache / f"{size} {model} {args.horizons[0]}"
+                    place = cache / f"{size}-{model}-{args.horizons[0]}"
                     for mode in ("off", args.modes[0]):
                         for count in (1, args.workers):
                             shared.append({"size": size, **together(job, mode, count, args.threads, place)})

@@ -28,6 +28,8 @@ from forecasters import COMPILE_MODES, SettingError
 log = logging.getLogger(__name__)
 
 INDUCTOR = "torch_inductor"  # the folder of kernels within the cache's, as before
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # torch writes its default into it as soon as anything asks
+_OURS = "STUDIES_KERNELS"  # says that the variable's value is ours; in the environment, for the children
 ERROR_CHARACTERS = 200  # of a compiler's message, in the one warning
 MOST_GRAPHS = 256  # of one function; torch's own limit of 8 is meant for shapes that nobody planned
 
@@ -125,8 +127,7 @@ class Graphs:
             (policy.folder / INDUCTOR).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingError(f"[compile] dir = {policy.folder}: {error.strerror}; name a folder to write") from None
-        # Inductor reads it at each compilation. A user's own choice stays.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((policy.folder / INDUCTOR).resolve()))
+        _keep_kernels_in((policy.folder / INDUCTOR).resolve())
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
 
     @property
@@ -223,6 +224,18 @@ class Graphs:
                 done.touch()
                 return
         yield  # another worker has compiled it while we waited
+
+
+def _keep_kernels_in(folder: Path) -> None:
+    """Inductor reads the variable at each compilation; what the user set stays, what torch or we set does not."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if " " in str(folder):
+        log.warning("%s has a space, which torch's call of the compiler cannot take; kernels go elsewhere", folder)
+        return
+    now = os.environ.get(CACHE_VARIABLE)
+    if now is None or now == default_cache_dir() or os.environ.get(_OURS) == now:
+        os.environ[CACHE_VARIABLE] = os.environ[_OURS] = str(folder)
 
 
 def graph_breaks() -> int:

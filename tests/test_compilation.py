@@ -41,14 +41,17 @@ PARAMS: dict[str, dict[str, Any]] = {
         "max_context": 100, "clip": 2.0, "temperature": 0.7, "top_k": 12, "top_p": 0.9, "sample_count": 40,
     },
 }  # fmt: skip
+SCRUBBED = ("TORCHINDUCTOR_CACHE_DIR", "STUDIES_KERNELS")
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for name in [name for name in os.environ if name.startswith(("TOTO_", "KRONOS_", "TORCHINDUCTOR_"))]:
+def _one_thread_and_no_graphs(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith(("TOTO_", "KRONOS_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    for name in SCRUBBED:
+        monkeypatch.setenv(name, "")  # so that what a test writes there is undone
+        monkeypatch.delenv(name)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     compilation.forget()
@@ -138,6 +141,18 @@ def test_the_environment_reaches_a_loaded_forecaster(monkeypatch: pytest.MonkeyP
     forecaster = load("toto", tmp_path, mode="auto", backend="inductor")
     drawn(forecaster, "toto", 1, 1)
     assert (forecaster.compilation, forecaster.graphs.count) == ("default", 1)
+
+
+def test_kernels_go_to_the_folder_unless_the_user_named_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.compiler.list_backends(None)  # imports what writes torch's own default
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        load("toto", folder)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "compiled" / compilation.INDUCTOR)
+    load("toto", tmp_path / "with space")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "b" / "compiled" / compilation.INDUCTOR)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    load("toto", tmp_path / "a")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
@@ -248,6 +263,7 @@ def test_tokens_are_picked_by_tensors_as_by_numbers(top_k: int, top_p: float):
     np.testing.assert_array_equal(ours.flatten(), expected)
 
 
+@pytest.mark.timeout(600)  # 25 s each on an idle core
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler, g++ or clang++, and there is none")
 def test_inductors_kernels_give_kronos_the_same_answer(tmp_path: Path):
     eager, compiled = load("kronos", tmp_path, mode="off"), load("kronos", tmp_path, backend="inductor")
@@ -255,6 +271,7 @@ def test_inductors_kernels_give_kronos_the_same_answer(tmp_path: Path):
     assert compiled.compilation == "default"
 
 
+@pytest.mark.timeout(600)  # 25 s each on an idle core
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler, g++ or clang++, and there is none")
 def test_inductors_kernels_give_toto_the_same_answer_and_serve_a_second_process(tmp_path: Path):
     script = (
@@ -268,12 +285,12 @@ def test_inductors_kernels_give_toto_the_same_answer_and_serve_a_second_process(
         "found = [counters['inductor'][f'fxgraph_cache_{which}'] for which in ('miss', 'hit')]\n"
         "print(json.dumps([compiled.compilation, *found]))\n"
     )
-    environ = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environ = {name: value for name, value in os.environ.items() if name not in SCRUBBED}
     environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     command = [sys.executable, "-c", script, str(tmp_path)]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environ) for _ in range(2)]
     assert [json.loads(run.stdout) for run in runs] == [["default", 1, 0], ["default", 0, 1]]
-    assert (tmp_path / "compiled" / compilation.INDUCTOR).is_dir()
+    assert list((tmp_path / "compiled" / compilation.INDUCTOR).rglob("*.so"))
 
 
 # ---- dtype -----------------------------------------------------------------------------------------------------------
