@@ -151,7 +151,9 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
     def once() -> None:
         slot = slots.claim(storage, study_id, worker=database.worker_name(), lease_s=60)
         assert slot is not None
-        outcome = studying.work(storage, run, slot, evaluator, worker=database.worker_name(), device="cpu", watch=watch)
+        outcome = studying.work(
+            storage, run, slot, evaluator, attrs={"worker": database.worker_name(), "device": "cpu"}, watch=watch
+        )
         assert outcome.state == "complete", outcome
 
     return storage.engine, once

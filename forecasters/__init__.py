@@ -108,6 +108,7 @@ class Forecaster(Protocol):
     model: str
     fingerprint: str  # of the weights, the network's configuration and the dtype
     forwards: int  # calls of the network so far
+    free_draw_horizon: int  # up to it, a draw with other seeds runs no network
 
     def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
         """Everything about these contexts that does not depend on how we sample.

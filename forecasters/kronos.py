@@ -315,6 +315,7 @@ class Kronos:
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.network = network.eval().requires_grad_(False)
         self.fingerprint, self.network_context = fingerprint, network_context
+        self.free_draw_horizon = 1
         self.forwards = 0  # runs of the transformer: a window's (on a CPU) or a batch's prefix, a step of the suffixes
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
         # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.

@@ -535,6 +535,7 @@ class Toto:
         """policy: how to compile; None: not at all. chunk: windows in a compiled forward, fewer are padded."""
         self.network = network.eval().requires_grad_(False)
         self.fingerprint = fingerprint
+        self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
         identity = f"{network.config} {network.unembed.weight.dtype}"
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)

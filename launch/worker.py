@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import forecasters
-from forecasters import CheckpointError, ForecastError, Running, SettingError
+from forecasters import CheckpointError, ForecastError, LoadedForecaster, Running, SettingError
 from launch import devices
 from objectives.mae import Evaluator
 from objectives.windows import DataError
@@ -137,6 +137,7 @@ class Worker:
         self.name = database.worker_name()
         named = {study.name: study for study in studying.list_studies(storage)}
         self.studies = {named[name].study_id: named[name] for name in job.studies if name in named}
+        self.forecasters: dict[str, LoadedForecaster] = {}
         self.evaluators: dict[str, Evaluator] = {}
         self.series: dict[str, Series] = {}
         self.runs: dict[int, Run] = {}
@@ -199,8 +200,7 @@ class Worker:
                 run,
                 slot,
                 self.evaluators[study.model],
-                worker=self.name,
-                device=self.device,
+                attrs=self._attrs(study.model),
                 watch=watch,
             )
             self.last = slot
@@ -215,6 +215,12 @@ class Worker:
         self.failures[study.study_id] = 0
         seconds = time.monotonic() - began
         log.info("%s #%d %s %s %.3fs", study.name, outcome.number, outcome.state, outcome.text, seconds)
+
+    def _attrs(self, model: str) -> dict[str, str]:
+        """What every trial says of who ran it."""
+        compilation = self.forecasters[model].compilation
+        compiled = {} if compilation == "off" else {"compilation": compilation}
+        return {"worker": self.name, "device": self.device, **compiled}
 
     def _count_failure(self, study: Study, slot: Slot, error: Exception) -> None:
         log.error("%s slot %d failed: %s", study.name, slot.number, error)
@@ -242,7 +248,9 @@ class Worker:
         return self.series[symbol]
 
     def _load(self, model: str) -> Evaluator:
-        forecaster = forecasters.load(model, device=self.device, **checkpoint_of(self.config, model))
+        forecaster = self.forecasters[model] = forecasters.load(
+            model, device=self.device, **checkpoint_of(self.config, model)
+        )
         dtype = self.config.compile.dtype
         log.info("%s on %s, %s, compilation %s", model, self.device, dtype, forecaster.compilation)
         return Evaluator(

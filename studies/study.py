@@ -469,14 +469,15 @@ class Watch:
 
 
 def work(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str, watch: Watch
+    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, attrs: Mapping[str, str], watch: Watch
 ) -> Outcome:
     """Do what a claimed slot asks for and finish it.
 
+    attrs: user attributes of a new trial, such as its worker and device.
     Raises ForecastError after failing the slot's trial; the slot itself is the caller's to fail.
     """
     if slot.stage == slots.TRIAL:
-        return _run_trial(storage, run, slot, evaluator, worker=worker, device=device, watch=watch)
+        return _run_trial(storage, run, slot, evaluator, attrs=attrs, watch=watch)
     if slot.stage == slots.BASELINE:
         assert slot.params is not None
         measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
@@ -490,10 +491,10 @@ def work(
 
 
 def _run_trial(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, worker: str, device: str, watch: Watch
+    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, attrs: Mapping[str, str], watch: Watch
 ) -> Outcome:
     try:
-        trial = _new_trial(storage, run, slot, worker=worker, device=device)
+        trial = _new_trial(storage, run, slot, attrs=attrs)
     except ClaimLost:  # frozen between the claim and here
         return Outcome(state="lost", number=slot.number, text="before its trial began")
     reported: list[float] = []
@@ -537,13 +538,13 @@ def _label(trial: optuna.Trial) -> str:
     return " ".join(f"{name}={value}" for name, value in trial.params.items())
 
 
-def _new_trial(storage: RetryingStorage, run: Run, slot: Slot, *, worker: str, device: str) -> optuna.Trial:
+def _new_trial(storage: RetryingStorage, run: Run, slot: Slot, *, attrs: Mapping[str, str]) -> optuna.Trial:
     """A RUNNING trial that carries its claim from its first moment, so that a crash leaves no unowned one."""
-    attrs: dict[str, Any] = {database.CLAIM_ATTR: slot.claim}
+    system_attrs: dict[str, Any] = {database.CLAIM_ATTR: slot.claim}
     if slot.params is not None:
-        attrs["fixed_params"] = dict(slot.params)
-    user_attrs = {"worker": worker, "device": device} | ({"label": slot.label} if slot.label else {})
-    template = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=attrs, user_attrs=user_attrs)
+        system_attrs["fixed_params"] = dict(slot.params)
+    user_attrs = {**attrs, **({"label": slot.label} if slot.label else {})}
+    template = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=system_attrs, user_attrs=user_attrs)
     run.optuna_study._thread_local.cached_all_trials = None  # as Study.ask does: the sampler is to read anew
     trial_id = run.optuna_study._storage.create_new_trial(run.study.study_id, template_trial=template)
     storage.defer_writes(trial_id)
@@ -555,7 +556,7 @@ def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str,
 
     baselines: params by label. One that cannot be measured says why under "error".
     Every configuration is measured with the same passes: as many as bring the error that sampling leaves in each MAE
-    below the run's tolerance, two at least and `max_passes` at most.
+    below the run's tolerance, two at least and `max_passes` at most; two where every draw runs the network.
     Raises ForecastError where a trial's configuration cannot be measured.
     """
     trials = best_trials(run, CANDIDATES)
@@ -570,6 +571,8 @@ def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str,
                 raise
             confirmed.append(str(error))
     needed = max((_passes_needed(run, one) for one in confirmed if isinstance(one, Measurement)), default=0)
+    if run.confirmation.horizon > evaluator.forecaster.free_draw_horizon:
+        needed = 2  # each further pass runs the network as often as a search of 40 trials does
     if needed > len(passes):
         passes = range(FRESH_FROM, FRESH_FROM + needed)
         confirmed = [

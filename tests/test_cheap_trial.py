@@ -329,7 +329,7 @@ def work(ours: RetryingStorage, run: Run, evaluator: Evaluator) -> studying.Outc
     slot = slots.claim(ours, run.study.study_id, worker="w:1", lease_s=60)
     assert slot is not None
     watch = studying.Watch(ours, [])
-    return studying.work(ours, run, slot, cast(Any, evaluator), worker="w:1", device="cpu", watch=watch)
+    return studying.work(ours, run, slot, cast(Any, evaluator), attrs={"worker": "w:1", "device": "cpu"}, watch=watch)
 
 
 def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage, run: Run) -> None:
@@ -349,6 +349,8 @@ def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage
     assert (first.params, first.user_attrs["label"]) == ({"a": 3, "b": "y", "c": 8}, "incumbent")
     assert (last.value, last.intermediate_values, last.params.keys()) == (0.9, {0: 0.9}, SPACE.knobs.keys())
     (complete,) = [trial for trial in stock_trials(run) if trial.number == 12]
+    assert complete.user_attrs["worker"] == "w:1"
+    assert "claim" not in complete.user_attrs
     assert complete.intermediate_values == dict.fromkeys(range(10), 0.5)
     assert complete.user_attrs["measured"]["seconds"] == {"encode": 0.1, "draw": 0.2, "aggregate": 0.3}
 

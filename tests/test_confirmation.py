@@ -90,7 +90,7 @@ class Place:
         evaluator = evaluator or self.evaluator(exact=searching.get("objective") == "exact")
         watch = studying.Watch(self.storage, [evaluator])
         while slot := slots.claim(self.storage, study.study_id, worker="host:1", lease_s=60):
-            studying.work(self.storage, run, slot, evaluator, worker="host:1", device="cpu", watch=watch)
+            studying.work(self.storage, run, slot, evaluator, attrs={"worker": "host:1", "device": "cpu"}, watch=watch)
         return self.result(study)
 
     def result(self, study: Study) -> Any:

@@ -35,6 +35,7 @@ class Plain:
 
     model = "toto"
     fingerprint = "plain"
+    free_draw_horizon = 10**9
 
     def __init__(self, company: float = 0.0) -> None:
         self.company = company  # how much a forecast depends on who else is in the batch, as on a GPU
