@@ -49,7 +49,7 @@ COLUMNS = {
     "size": "size", "model": "model", "horizon": "P", "mode": "mode", "warmup_s": "warm-up s",
     "second_warmup": "second / first", "mean_s": "s", "std_s": "+-", "speedup": "times eager",
     "difference": "difference / std", "moved": "moved", "mae_change": "MAE change", "graphs": "graphs",
-    "recompilations": "again", "breaks": "breaks", "of_matmul": "of matmul", "of_copy": "of copy",
+    "recompilations": "again", "breaks": "breaks", "skips": "skipped", "of_matmul": "of matmul", "of_copy": "of copy",
     "peak_mib": "peak MiB", "compilation": "ran as",
 }  # fmt: skip
 

@@ -131,6 +131,10 @@ class Graphs:
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
 
     @property
+    def _captured(self) -> bool:
+        return self.policy.captures and self._device.type == "cuda"
+
+    @property
     def count(self) -> int:
         """Graphs compiled so far."""
         return len(self._warm)
@@ -155,6 +159,9 @@ class Graphs:
         try:
             with self._turn(function, key):
                 result = self._call(function, arguments)
+                if self._captured:  # it is recorded at the second call and replayed from the third one on
+                    self._call(function, arguments)
+                    result = self._call(function, arguments)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # the root of all that torch's compilers raise
@@ -190,7 +197,7 @@ class Graphs:
             mode = None if self.policy.backend != "inductor" or self.policy.mode == "default" else self.policy.mode
             compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=self.policy.backend, mode=mode)
             self._compiled[function] = compiled
-        if not (self.policy.captures and self._device.type == "cuda"):
+        if not self._captured:
             return compiled(*arguments)
         torch.compiler.cudagraph_mark_step_begin()
         return tree_map_only(Tensor, torch.clone, compiled(*arguments))
@@ -243,6 +250,13 @@ def graph_breaks() -> int:
     from torch._dynamo.utils import counters
 
     return sum(counters["graph_break"].values())
+
+
+def cuda_graph_skips() -> int:
+    """Graphs of this process that were to be CUDA graphs and are not, since `forget`; 0 on a CPU."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["cudagraph_skips"]
 
 
 def forget() -> None:

@@ -66,14 +66,14 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def rotary_frequencies(head_dim: int) -> Tensor:
-    """Radians a position, float32 [head_dim / 2]."""
-    return 1.0 / (ROPE_BASE ** (torch.arange(0, head_dim, 2).float() / head_dim))
+def rotary_frequencies(head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Radians a position, float32 [head_dim / 2]; made on the device, since a CUDA graph holds nothing of the host."""
+    return 1.0 / (ROPE_BASE ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim))
 
 
 def rotary_table(head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines for integer positions [n], float32 whatever the network's dtype is: each [n, head_dim]."""
-    angles = positions.float()[:, None] * rotary_frequencies(head_dim).to(positions.device)
+    angles = positions.float()[:, None] * rotary_frequencies(head_dim, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -726,7 +726,7 @@ class Toto:
         uniforms: [W, N, H, 3], of which the first P steps are spent; None: the mixtures' means are fed back.
         """
         patch, windows = self.network.config.patch_size, len(begun)
-        room = self._windows_together if self.graphs.on else windows
+        room = min(self._windows_together, self._chunk) if self.graphs.on else windows  # a chunk's prefix at a time
         patches = (horizon - 1) // patch
         trajectories = Trajectories(
             self.network, prefix, begun.shape[1], patches=patches, graphs=self.graphs, room=room

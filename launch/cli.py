@@ -770,6 +770,7 @@ VERIFY_COLUMNS = {
     "graphs": "graphs",
     "recompilations": "again",
     "breaks": "breaks",
+    "skips": "skipped",
     "peak_mib": "peak MiB",
     "compilation": "ran as",
 }
@@ -797,8 +798,8 @@ def verify_compile(
 ) -> None:
     """Run models eagerly and compiled on your bars: the time, and whether the forecasts stay the same.
 
-    Without --symbols the folder's first. Exit 1 where an MAE moves by more than a thousandth, where a graph breaks or
-    is compiled twice, or where compiling fails.
+    Without --symbols the folder's first. Exit 1 where an MAE moves by more than a thousandth, where a graph breaks, is
+    compiled twice or cannot be a CUDA graph, or where compiling fails.
 
     \b
     studies verify-compile --models kronos --symbols BTCUSD --modes default

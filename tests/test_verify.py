@@ -62,6 +62,7 @@ def test_a_mode_stands_beside_eager(job: verify.Job):
     [
         ({"recompilations": 1}, {"recompilations": 1}),
         ({"breaks": 2}, {"breaks": 2}),
+        ({"skips": 1}, {"skips": 1}),
         ({"compilation": "default failed: no compiler"}, {"compilation": "default failed: no compiler"}),
         ({"points": 1.001}, {}),
         ({"samples": 1.001}, {"moved": 1.0, "passed": True}),
