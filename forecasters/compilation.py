@@ -203,7 +203,7 @@ class Graphs:
         return tree_map_only(Tensor, torch.clone, compiled(*arguments))
 
     def _give_up(self, error: Exception) -> None:
-        text = " ".join(str(error).split())[:ERROR_CHARACTERS]
+        text = " ".join(str(error).split()).split(" Set TORCHDYNAMO_VERBOSE")[0][:ERROR_CHARACTERS]
         self.on, self.state = False, f"{self.policy.mode} failed: {type(error).__name__}: {text}"
         log.warning("compiling (%s) failed, going on without: %s: %s", self.policy.mode, type(error).__name__, text)
 
