@@ -29,8 +29,6 @@ from storage.configs import ConcurrentWrite, ConfigFileError
 from studies import config as configuration
 from studies.config import Config, ConfigError
 
-REPORT_S = 10.0  # between two lines of progress
-
 
 class Names(click.ParamType):
     """A comma-separated list; the option may be repeated too."""
@@ -148,9 +146,13 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_js
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell(key, row[key]) for key in columns))
-    # Not a terminal: as wide as the rows are, so that a pipe gets whole lines.
-    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
-    console.print(table)
+    wide_console().print(table)
+
+
+def wide_console(*, plain: bool = False) -> Console:
+    """For results. Not a terminal: wide enough that a pipe gets whole lines. plain: without colours and the like."""
+    width = None if sys.stdout.isatty() else 240
+    return Console(width=width, highlight=False, color_system=None if plain else "auto")
 
 
 def cell(key: str, value: Any) -> str:
@@ -248,6 +250,7 @@ cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="So many C
 @click.option(
     "--objective", type=click.Choice(["sampled", "exact"]), help="exact: no sampling noise.  [default: sampled]"
 )
+@click.option("--plain", is_flag=True, help="Lines of progress in the place of the live table.")
 @shared
 def launch_workers(
     config: Config,
@@ -259,6 +262,7 @@ def launch_workers(
     models: Sequence[Sequence[str]],
     trials: int | None,
     objective: str | None,
+    plain: bool,
 ) -> None:
     """Search: go on with every unfinished study of the symbols and models, open those that are missing.
 
@@ -306,12 +310,12 @@ def launch_workers(
     working = [item.study for item in opened if item.state != "finished"]
     if not working:
         say(f"nothing to do: {len(opened)} {plural('study', len(opened))} finished at the newest bar")
-        show_studies(storage, [item.study.study_id for item in opened], as_json=False)
+        show_studies(storage, [item.study.study_id for item in opened], plain=plain)
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
     shown = [item.study.study_id for item in opened]
-    sys.exit(run_workers(config, storage, series, working, seats, shown=shown, cluster=cluster))
+    sys.exit(run_workers(config, storage, series, working, seats, shown=shown, cluster=cluster, plain=plain))
 
 
 def run_workers(
@@ -323,9 +327,10 @@ def run_workers(
     *,
     shown: Sequence[int],
     cluster: Any = None,
+    plain: bool = False,
 ) -> int:
     """Work on studies until they are finished, then show those of `shown`. Returns the exit status."""
-    from launch import ray_cluster, supervisor
+    from launch import live, ray_cluster, supervisor
     from launch.worker import Job
     from storage import database, slots
 
@@ -345,6 +350,7 @@ def run_workers(
     else:
         supervise = functools.partial(ray_cluster.RaySupervisor, cluster)
         secret = database.password_in_use(storage)  # also where this machine has it from a file
+    view = live.View(storage, {study.study_id: study.name for study in working}, plain=plain)
     supervising = supervise(
         job,
         folder,
@@ -352,27 +358,31 @@ def run_workers(
         storage,
         study_ids,
         environment={"OPTUNA_STORAGE": url, **secret},
-        say=say,
-        report=Progress(storage, study_ids),
+        say=view.say,
+        report=view,
     )
-    status = supervising.run()
+    view.watch(supervising.children)
+    with view:
+        status = supervising.run()
     if cluster is not None:
         cluster.end()
     if supervising.signals >= 2:
-        sys.stderr.flush()
+        with live.whoever_listens():
+            pass
         os._exit(status)  # no table, no taking down of the interpreter: at once
     if status == supervisor.EXIT_INTERRUPTED:
         storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
-    try:
-        show_studies(storage, shown, as_json=False)
-        progress = slots.progress(storage)
-        for study in working:
-            for parked in slots.parked(storage, study.study_id)[:1]:
-                say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
-                status = status or 1
-    except DatabaseUnavailable as error:
-        say(str(error))
-        status = status or 1
+    with live.whoever_listens():
+        try:
+            show_studies(storage, shown, as_json=False, plain=plain)
+            progress = slots.progress(storage)
+            for study in working:
+                for parked in slots.parked(storage, study.study_id)[:1]:
+                    status = status or 1
+                    say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
+        except DatabaseUnavailable as error:
+            status = status or 1
+            say(str(error))
     return status
 
 
@@ -396,32 +406,6 @@ def check_ray_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_tot
         url = word.removeprefix("--storage=")
         if "://" in url and database.hand_over(database.parse_url(url))[1]:
             raise click.UsageError("--ray shows this command line to the cluster; put the password into PGPASSWORD")
-
-
-class Progress:
-    """Says now and then how far the run is."""
-
-    def __init__(self, storage: Any, study_ids: Sequence[int]) -> None:
-        self.storage, self.study_ids = storage, study_ids
-        self.began = self.last = time.monotonic()
-        self.done_before: int | None = None
-
-    def __call__(self) -> None:
-        from storage import slots
-
-        now = time.monotonic()
-        if self.done_before is not None and now - self.last < REPORT_S:
-            return
-        self.last = now
-        progress = slots.progress(self.storage)
-        done = sum(progress[study_id].done for study_id in self.study_ids)
-        budget = sum(progress[study_id].budget for study_id in self.study_ids)
-        if self.done_before is None:
-            self.done_before = done
-            return
-        rate = (done - self.done_before) / (now - self.began)
-        left = f", about {(budget - done) / rate / 60:.1f} min left" if rate else ""
-        say(f"{done}/{budget} trials, {rate:.1f} a second{left}")
 
 
 def checkpoint_fingerprint(config: Config, model: str) -> str:
@@ -588,19 +572,6 @@ def studies() -> None:
     """Look at the studies and at the server they live in."""
 
 
-LIST_COLUMNS = {
-    "study": "study",
-    "state": "state",
-    "done": "done",
-    "budget": "budget",
-    "parked": "parked",
-    "incumbent_mae": "incumbent",
-    "best_mae": "best",
-    "improvement": "improvement",
-    "skill": "skill",
-}
-
-
 @studies.command(name="list")
 @with_json
 @shared
@@ -613,14 +584,18 @@ def list_command(config: Config, as_json: bool) -> None:
     show_studies(open_storage(config), None, as_json=as_json)
 
 
-def show_studies(storage: Any, study_ids: Sequence[int] | None, *, as_json: bool) -> None:
+def show_studies(storage: Any, study_ids: Sequence[int] | None, *, as_json: bool = False, plain: bool = False) -> None:
+    """plain: no control characters, on a terminal neither."""
     from launch import listing
 
-    rows = [asdict(row) for row in listing.rows(storage, study_ids)]
-    if not rows and not as_json:
+    rows = listing.rows(storage, study_ids)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    elif rows:
+        console = wide_console(plain=plain)
+        console.print(listing.table(rows, console.width))
+    else:
         say("no studies yet; make some with launch-workers")
-        return
-    show(rows, LIST_COLUMNS, as_json=as_json)
 
 
 @studies.command(name="show")
@@ -641,7 +616,8 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    click.echo(listing.as_text(found))
+    console = wide_console()
+    console.print(listing.as_text(found, console.width))
 
 
 @studies.command()

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from launch.tables import NOTHING, Column, fitted, number, share
 from storage import database, slots
 from storage.database import RetryingStorage
 from studies import study as studying
 
 BEST_SHOWN = 5
+FOR_IMPORTANCES = 20  # complete trials; the best of fewer are too few to tell one knob from another
+BEST_FOR_IMPORTANCES = 5  # trials, at least, that PED-ANOVA takes for the best: what Optuna recommends
+# Of a confirmation's result, in which baselines that could not be measured have no numbers.
+CONFIRMED = {
+    "mae": "$.candidates[*].confirmation.mae",
+    "skill": "$.candidates[*].confirmation.skill",
+    "incumbent": "$.baselines.incumbent.confirmation.mae",
+    "incumbent_validation": "$.baselines.incumbent.validation.mae",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A study at a glance. MAEs are of the validation windows; improvement and skill are shares."""
+    """A study at a glance. Improvements, over the incumbent, and skills are shares.
+
+    Plain numbers are of the search's windows, confirmed ones of the confirmation's; a best is never compared with an
+    incumbent of other windows.
+    """
 
     study: str
     symbol: str
@@ -25,26 +47,39 @@ class Row:
     done: int
     budget: int
     parked: int
+    parked_reason: str | None  # of the first parked slot
     incumbent_mae: float | None
     best_mae: float | None
     improvement: float | None
     skill: float | None
+    confirmed_incumbent_mae: float | None
+    confirmed_mae: float | None  # the lowest among the confirmed candidates
+    confirmed_improvement: float | None
+    confirmed_skill: float | None
 
 
 def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[Row]:
     """Every study, or those named by id, sorted by name."""
     progress = slots.progress(storage)
-    best = database.best_values(storage)
-    baselines = slots.results_of_all(storage, slots.BASELINE)
+    best = database.best_values(storage, study_ids)
+    baselines = slots.pick(storage, slots.BASELINE, {"mae": "$.validation.mae"}, study_ids, label="incumbent")
+    confirmations = slots.pick(storage, slots.CONFIRMATION, CONFIRMED, study_ids)
+    reasons = slots.first_parked(storage, study_ids)
     found = []
     for study in studying.list_studies(storage):
         if study_ids is not None and study.study_id not in study_ids:
             continue
         now = progress[study.study_id]
-        measured = baselines.get(study.study_id, {})
-        incumbent = measured.get("incumbent", {}).get("validation", {}).get("mae")
+        confirmed = confirmations.get(study.study_id, dict.fromkeys(CONFIRMED, ()))
+        measured = baselines.get(study.study_id, {"mae": ()})
+        incumbent = _first(confirmed["incumbent_validation"]) or _first(measured["mae"])
         mae = best.get(study.study_id)
         no_change = study.definition.get("no_change_mae")
+        confirmed_mae, confirmed_skill = min(
+            zip(confirmed["mae"], confirmed["skill"], strict=True), default=(None, None)
+        )
+        confirmed_incumbent = _first(confirmed["incumbent"])
+        parked = reasons.get(study.study_id)
         found.append(
             Row(
                 study=study.name,
@@ -55,13 +90,58 @@ def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> li
                 done=now.done,
                 budget=now.budget,
                 parked=now.parked,
+                parked_reason=parked.error if parked else None,
                 incumbent_mae=incumbent,
                 best_mae=mae,
-                improvement=(incumbent - mae) / incumbent if incumbent and mae is not None else None,
+                improvement=_improvement(incumbent, mae),
                 skill=1 - mae / no_change if mae is not None and no_change else None,
+                confirmed_incumbent_mae=confirmed_incumbent,
+                confirmed_mae=confirmed_mae,
+                confirmed_improvement=_improvement(confirmed_incumbent, confirmed_mae),
+                confirmed_skill=confirmed_skill,
             )
         )
     return found
+
+
+def _first(values: Sequence[float]) -> float | None:
+    return values[0] if values else None
+
+
+def _improvement(incumbent: float | None, mae: float | None) -> float | None:
+    return (incumbent - mae) / incumbent if incumbent and mae is not None else None
+
+
+def table(rows: Sequence[Row], width: int) -> Table:
+    """The rows in lines of at most `width` cells; a narrow one leaves columns out, never a study."""
+
+    def state(row: Row) -> str:
+        return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
+
+    return fitted(
+        [
+            Column(
+                heading="study",
+                cells=[row.study for row in rows],
+                shorter=[f"{row.symbol}/{row.model}" for row in rows] if _newest_only(rows) else (),
+            ),
+            Column(heading="state", cells=[state(row) for row in rows], keep=9),
+            Column(heading="trials", cells=[f"{row.done}/{row.budget}" for row in rows], right=True, keep=8),
+            Column(heading="incumbent", cells=[number(row.incumbent_mae) for row in rows], right=True, keep=2),
+            Column(heading="best", cells=[number(row.best_mae) for row in rows], right=True, keep=5),
+            Column(heading="better by", cells=[share(row.improvement) for row in rows], right=True, keep=4),
+            Column(heading="skill", cells=[share(row.skill) for row in rows], right=True, keep=3),
+            Column(heading="confirmed", cells=[number(row.confirmed_mae) for row in rows], right=True, keep=1),
+            Column(heading="better by", cells=[share(row.confirmed_improvement) for row in rows], right=True, keep=7),
+            Column(heading="skill", cells=[share(row.confirmed_skill) for row in rows], right=True, keep=6),
+        ],
+        width,
+    )
+
+
+def _newest_only(rows: Sequence[Row]) -> bool:
+    """Whether symbol and model tell the studies apart."""
+    return len({(row.symbol, row.model) for row in rows}) == len(rows)
 
 
 def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
@@ -71,17 +151,11 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
     if study is None:
         return None
     (row,) = rows(storage, [study.study_id])
-
+    seconds = slots.seconds(storage, [study.study_id]).get(study.study_id, {})
+    importances, too_few = importances_of(storage, name)
     return {
-        "study": name,
-        "state": row.state,
-        "budget": row.budget,
-        "done": row.done,
+        **asdict(row),
         "trials": database.trial_states(storage, study.study_id),
-        "incumbent_mae": row.incumbent_mae,
-        "best_mae": row.best_mae,
-        "improvement": row.improvement,
-        "skill": row.skill,
         "best": [
             {"trial": trial.number, "mae": trial.value, "params": trial.params}
             for trial in database.best_trials(storage, study.study_id, BEST_SHOWN)
@@ -92,45 +166,160 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
             {"stage": item.stage, "slot": item.number, "error": item.error}
             for item in slots.parked(storage, study.study_id)
         ],
+        "seconds": seconds,
+        "importances": importances,
+        "importances_missing": too_few,
         "definition": dict(study.definition),
     }
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """The details as a person reads them."""
+def importances_of(storage: RetryingStorage, name: str) -> tuple[dict[str, float] | None, str | None]:
+    """How much of a study's spread between good and other trials each knob explains: shares that add up to 1.
+
+    By PED-ANOVA (Watanabe et al., IJCAI 2023) as Optuna computes it, conditional knobs among them. None and why, where
+    too few trials are complete.
+    """
+    study = optuna.load_study(study_name=name, storage=storage)
+    complete = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
+    if complete < FOR_IMPORTANCES:
+        return None, f"{complete} complete trials; {FOR_IMPORTANCES} are needed to tell"
+    best = max(0.1, BEST_FOR_IMPORTANCES / complete)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=best))
+    return found, None
+
+
+# --- one study, for a person ----------------------------------------------------------------------------------
+
+
+def as_text(found: Mapping[str, Any], width: int) -> RenderableType:
+    """The details as a person reads them, in lines of at most `width` cells where words allow."""
     trials = ", ".join(f"{count} {state}" for state, count in found["trials"].items()) or "none"
-    lines = [
-        f"{found['study']}  {found['state']}  {found['done']}/{found['budget']} trials ({trials})",
-        f"no change      mae {_mae(found['definition'].get('no_change_mae'))}",
+    parts: list[RenderableType] = [
+        Text(f"{found['study']}  {found['state']}  {found['done']}/{found['budget']} trials ({trials})"),
+        *_section("on the windows of the search", _searched(found, width)),
     ]
-    for label, measured in found["baselines"].items():
-        lines.append(f"{label:<14} mae {_mae(measured['validation']['mae'])}  {_params(measured['params'])}")
-    for trial in found["best"]:
-        lines.append(f"trial {trial['trial']:<8} mae {_mae(trial['mae'])}  {_params(trial['params'])}")
-    confirmed = found["confirmation"] or {"candidates": (), "baselines": {}}
-    for one in sorted(confirmed["candidates"], key=lambda one: one["confirmation"]["mae"]):
-        lines.append(f"confirmed {one['trial']:<4} {_confirmed(one)}")
-    for label, one in confirmed["baselines"].items():
-        lines.append(f"{label:<14} {one['error'] if 'error' in one else _confirmed(one)}")
+    if found["confirmation"]:
+        confirmed = found["confirmation"]
+        of = ", ".join(f"{part['count']} {name}" for name, part in confirmed["windows"].items() if name != "validation")
+        passes = confirmed["passes"]
+        heading = f"confirmed on {of} windows, {passes} {'pass' if passes == 1 else 'passes'}"
+        parts += _section(heading, _confirmed(confirmed, width))
+    parts += _section("configurations", _configurations(found))
+    parts += _section("worker time by stage", _seconds(found["seconds"], width))
+    parts += _section("importance of the knobs (PED-ANOVA)", _importances(found, width))
     for parked in found["parked"]:
-        lines.append(f"parked slot {parked['slot']}: {parked['error']}")
-    for key in ("bars", "checkpoint"):
-        lines.append(f"{key:<14} {found['definition'][key]}")
-    lines.append(f"windows        {_params(found['definition']['windows'])}")
-    return "\n".join(lines)
+        parts.append(Text(f"parked slot {parked['slot']}: {parked['error']}"))
+    definition = found["definition"]
+    parts.append(Text())
+    parts += [Text(f"{key:<10} {definition[key]}") for key in ("bars", "checkpoint")]
+    parts.append(Text(f"{'windows':<10} {_params(definition['windows'])}"))
+    return Group(*parts)
 
 
-def _confirmed(one: Mapping[str, Any]) -> str:
-    confirmation, test = one["confirmation"], one["test"]
-    return (
-        f"mae {_mae(confirmation['mae'])} on {confirmation['windows']}  skill {confirmation['skill']:+.4f}  "
-        f"test {_mae(test['mae'])}  {_params(one['params'])}"
+def _section(heading: str, body: RenderableType) -> list[RenderableType]:
+    return [Text(), Text(heading, style="bold"), body]
+
+
+def _searched(found: Mapping[str, Any], width: int) -> Table:
+    no_change = found["definition"].get("no_change_mae")
+    lines = [("no change", no_change, None)]
+    lines += [(label, one["validation"]["mae"], None) for label, one in found["baselines"].items()]
+    lines += [(f"trial {trial['trial']}", trial["mae"], found["incumbent_mae"]) for trial in found["best"]]
+    return fitted(
+        [
+            Column(heading="", cells=[label for label, _, _ in lines]),
+            Column(heading="mae", cells=[number(mae) for _, mae, _ in lines], right=True, keep=3),
+            Column(
+                heading="better by",
+                cells=[share(_improvement(incumbent, mae)) for _, mae, incumbent in lines],
+                right=True,
+                keep=2,
+            ),
+            Column(
+                heading="skill",
+                cells=[share(_improvement(no_change, mae)) for _, mae, _ in lines],
+                right=True,
+                keep=1,
+            ),
+        ],
+        width,
     )
 
 
-def _mae(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6f}"
+def _confirmed(confirmed: Mapping[str, Any], width: int) -> Table:
+    measured = sorted(confirmed["candidates"], key=lambda one: one["confirmation"]["mae"])
+    lines = [(f"trial {one['trial']}", one) for one in measured]
+    lines += [(label, one) for label, one in confirmed["baselines"].items() if "error" not in one]
+    incumbent = confirmed["baselines"].get("incumbent", {})
+
+    def numbers(windows: str, key: str) -> list[float]:
+        return [one[windows][key] for _, one in lines]
+
+    def gains(windows: str) -> list[str]:
+        base = incumbent.get(windows, {}).get("mae")
+        return [share(None if one is incumbent else _improvement(base, one[windows]["mae"])) for _, one in lines]
+
+    return fitted(
+        [
+            Column(heading="", cells=[label for label, _ in lines]),
+            Column(heading="mae", cells=[number(mae) for mae in numbers("confirmation", "mae")], right=True, keep=6),
+            Column(heading="better by", cells=gains("confirmation"), right=True, keep=5),
+            Column(heading="skill", cells=[share(one) for one in numbers("confirmation", "skill")], right=True, keep=4),
+            Column(heading="test mae", cells=[number(mae) for mae in numbers("test", "mae")], right=True, keep=3),
+            Column(heading="better by", cells=gains("test"), right=True, keep=2),
+            Column(heading="skill", cells=[share(one) for one in numbers("test", "skill")], right=True, keep=1),
+        ],
+        width,
+    )
+
+
+def _configurations(found: Mapping[str, Any]) -> RenderableType:
+    named = {f"trial {one['trial']}": one["params"] for one in found["best"]}
+    named |= {label: one["params"] for label, one in found["baselines"].items()}
+    confirmed = found["confirmation"] or {"candidates": (), "baselines": {}}
+    named |= {f"trial {one['trial']}": one["params"] for one in confirmed["candidates"]}
+    named |= {label: one["params"] for label, one in confirmed["baselines"].items()}
+    errors = [f"{label}: {one['error']}" for label, one in confirmed["baselines"].items() if "error" in one]
+    width = max((len(name) for name in named), default=0)
+    return Group(*(_hanging(name, _params(params), width) for name, params in named.items()), *map(Text, errors))
+
+
+def _hanging(name: str, words: str, width: int) -> Table:
+    """Words that wrap beside a name."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=width)
+    grid.add_column()
+    grid.add_row(Text(name), Text(words))
+    return grid
+
+
+def _seconds(seconds: Mapping[str, float], width: int) -> RenderableType:
+    total = sum(seconds.values())
+    if not total:
+        return Text("not told by any slot yet")
+    return fitted(
+        [
+            Column(heading="", cells=list(seconds)),
+            Column(heading="time", cells=[f"{value:.3f} s" for value in seconds.values()], right=True),
+            Column(heading="share", cells=[f"{100 * value / total:.1f}%" for value in seconds.values()], right=True),
+        ],
+        width,
+    )
+
+
+def _importances(found: Mapping[str, Any], width: int) -> RenderableType:
+    if found["importances"] is None:
+        return Text(found["importances_missing"])
+    return fitted(
+        [
+            Column(heading="", cells=list(found["importances"])),
+            Column(heading="share", cells=[f"{100 * one:.1f}%" for one in found["importances"].values()], right=True),
+        ],
+        width,
+    )
 
 
 def _params(params: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in params.items())
+    return " ".join(f"{name}={value}" for name, value in params.items()) or NOTHING

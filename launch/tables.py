@@ -1,0 +1,91 @@
+"""Tables of any terminal's width: a line is never wrapped, what does not fit is left out; and how numbers read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+GAP = 2  # between two columns
+SHORTEST = 12  # of the first column, before others are left out
+NOTHING = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of cells. The first of a table stays whatever the width; of the others the highest `keep` stays.
+
+    shorter: what the cells say instead where not all columns have room.
+    """
+
+    heading: str
+    cells: Sequence[str]
+    shorter: Sequence[str] = ()
+    right: bool = False
+    keep: int = 0
+
+    @property
+    def width(self) -> int:
+        return max(cell_len(text) for text in (self.heading, *self.cells))
+
+
+def fitted(columns: Sequence[Column], width: int) -> Table:
+    """A table of at most `width` cells a line, without the columns that say nothing or have no room."""
+    first, *others = columns
+    others = [column for column in others if any(cell not in ("", NOTHING) for cell in column.cells)]
+    if first.width + sum(GAP + column.width for column in others) > width:
+        first, *others = (replace(c, cells=c.shorter) if c.shorter else c for c in (first, *others))
+    while others and min(first.width, SHORTEST) + sum(GAP + column.width for column in others) > width:
+        others.remove(min(reversed(others), key=lambda column: column.keep))
+    room = max(1, width - sum(GAP + column.width for column in others))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP // 2))
+    for column in (first, *others):
+        table.add_column(
+            Text(column.heading),
+            justify="right" if column.right else "left",
+            width=min(column.width, room) if column is first else column.width,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+    for cells in zip(*(column.cells for column in (first, *others)), strict=True):
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def number(value: float | None) -> str:
+    """An error, six digits behind the point."""
+    return NOTHING if value is None else f"{value:.6f}"
+
+
+def share(value: float | None, digits: int = 2) -> str:
+    """A relative gain or a skill, in per cent."""
+    return NOTHING if value is None else f"{100 * value:+.{digits}f}%"
+
+
+def rate(a_second: float | None) -> str:
+    """How many in a second, a minute or an hour."""
+    if not a_second:
+        return NOTHING
+    for unit, seconds in (("s", 1), ("min", 60)):
+        if a_second * seconds >= 1:
+            return f"{a_second * seconds:.1f}/{unit}"
+    return f"{a_second * 3600:.1f}/h"
+
+
+def duration(seconds: float | None) -> str:
+    """In the two largest units that matter."""
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
