@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forecasters import MODELS, CheckpointError, ForecastError, SettingError
+from launch import streams
 from objectives.windows import DataError
 from storage import DatabaseUnavailable
 from storage.configs import ConcurrentWrite, ConfigFileError
@@ -128,7 +129,8 @@ class one_line_errors:  # noqa: N801 - reads as a statement
 
 def say(line: str) -> None:
     """One line to the user, beside the results."""
-    click.echo(line, err=True)
+    with streams.whoever_listens():
+        click.echo(line, err=True)
 
 
 def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -367,12 +369,12 @@ def run_workers(
     if cluster is not None:
         cluster.end()
     if supervising.signals >= 2:
-        with live.whoever_listens():
+        with streams.whoever_listens():
             pass
         os._exit(status)  # no table, no taking down of the interpreter: at once
     if status == supervisor.EXIT_INTERRUPTED:
         storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
-    with live.whoever_listens():
+    with streams.whoever_listens():
         try:
             show_studies(storage, shown, as_json=False, plain=plain)
             progress = slots.progress(storage)

@@ -123,7 +123,10 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit status: 0 done, 1 a worker gave up, 130 interrupted."""
         self.clerk.start()
-        previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            heard.remove(signal.SIGHUP)  # nohup: the run outlives its terminal
+        previous = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             while any(child.status is None for child in self.children):
                 for child in self.children:

@@ -20,13 +20,13 @@ from typing import Any
 
 import pyte
 import pytest
-from conftest import execute
 from pyte.screens import HistoryScreen
 from rich.console import Console
 from test_run import SETTINGS, Place, bars, incumbent, place, wait_until_gone, workers_of  # noqa: F401 - two are fixtures
 
 from launch import live
 from launch.live import GpuMemory, Rates, State, StudyLine, WorkerLine, view
+from storage import embedded
 
 HIDE_CURSOR = b"\x1b[?25l"
 
@@ -110,3 +110,291 @@ class Terminal:
         assert self.process.wait(timeout=120) == code, "\n".join(self.everything())
         self._reader.join(5)
         return self.everything()
+
+
+started: list[Terminal] = []
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """A test that fails leaves no run behind."""
+    yield
+    while started:
+        terminal = started.pop()
+        if terminal.process.poll() is None:
+            terminal.process.terminate()
+            terminal.process.wait(30)
+        if terminal.master >= 0:
+            terminal.hang_up()
+
+
+def launch(place: Place, *words: str, columns: int = 80, lines: int = 40) -> Terminal:  # noqa: F811
+    command = place.command("launch-workers", "--cpus", "2", *words)
+    started.append(Terminal(command, place.environment, columns=columns, lines=lines))
+    return started[-1]
+
+
+STUDY = re.compile(r"(NASDAQ|SP500)/toto\S* +(\d+)/(\d+) .*")
+WORKER = re.compile(r"([01])( cpu)? +((NASDAQ|SP500)/toto\S* +)?(trial \d+/\d+|confirmation|waits|done)\b.*")
+BAR = re.compile(r"[━╸╺]+  (\d+)/(\d+)  .* left")
+
+
+def matches(lines: list[str], pattern: re.Pattern[str]) -> list[re.Match[str]]:
+    return [found for line in lines if (found := pattern.fullmatch(line))]
+
+
+def is_drawn(lines: list[str]) -> bool:
+    """Whether the whole table is there, once, with trials done."""
+    table = (matches(lines, WORKER), matches(lines, STUDY), matches(lines, BAR))
+    return tuple(map(len, table)) == (2, 2, 1) and table[2][0][1] != "0"
+
+
+def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
+    """The end is told once, nothing of the table is left on the screen, and the cursor is there."""
+    ends = [line for line in lines if re.match(rf"(NASDAQ|SP500)/toto\S* +finished +{trials}/{trials} ", line)]
+    assert len(ends) == 2, "\n".join(lines)
+    assert matches(terminal.lines(), BAR) == []
+    assert not any(re.match("(worker|study) +(study|at|trials)", line) for line in lines[-terminal.screen.lines :])
+    assert HIDE_CURSOR not in terminal.written
+    assert not terminal.screen.cursor.hidden
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_run_on_a_terminal(place: Place, columns: int) -> None:  # noqa: F811
+    incumbent(place, "SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
+    terminal = launch(place, "--trials", "90", columns=columns)
+    lines = terminal.wait_for(is_drawn)
+    text = "\n".join(lines)
+    assert [found[1] for found in matches(lines, WORKER)] == ["0", "1"], text
+    assert [found[1] for found in matches(lines, STUDY)] == ["NASDAQ", "SP500"], text
+    assert matches(lines, BAR)[0][2] == "180"
+    (heading,) = [line for line in lines if line.startswith("study ")]
+    assert heading.split("  ")[0] == "study"
+    assert heading.split()[1:] == ["trials", "best", "incumbent", "better", "by", "left"]
+    assert all(line == "" for line in lines[lines.index(matches(lines, BAR)[0][0]) + 1 :]), text
+
+    killed = workers_of(terminal.process.pid)[0]
+    os.kill(killed, signal.SIGKILL)
+    terminal.wait_for(lambda now: any("died of signal SIGKILL" in line for line in now))
+    lines = terminal.wait_for(is_drawn)
+    text = "".join(lines)
+    assert re.search(r"worker \d \(cpu\) died of signal SIGKILL; starting it again in 1 s; see \S+/worker-\d.log", text)
+    assert_ended(terminal, terminal.end(0), 90)
+    place.assert_exact(90, "SP500", "NASDAQ")
+
+
+def test_a_terminal_changes_its_size_and_the_run_is_interrupted(place: Place) -> None:  # noqa: F811
+    terminal = launch(place, "--trials", "2000", columns=120, lines=30)
+    terminal.wait_for(is_drawn)
+    for columns, lines in ((50, 30), (90, 12), (40, 24), (140, 50)):
+        terminal.resize(columns, lines)
+        time.sleep(2.5)  # it is drawn anew within a second or two
+        terminal.wait_for(is_drawn)
+    os.write(terminal.master, b"\x03")
+    terminal.wait_for(
+        lambda now: any("stopping after the trials at hand; once more to stop at once" in line for line in now)
+    )
+    lines = terminal.end(130)
+    assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/toto\S* +running +\d+/2000 ", line)]) == 2
+    assert matches(terminal.lines(), BAR) == []
+    assert HIDE_CURSOR not in terminal.written
+    assert "studies: 2 new" in lines
+
+
+def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:  # noqa: F811
+    text = SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace("[64, 128, 256]", "[20000, 24000]")
+    (place.folder / "studies.toml").write_text(text.replace("lease_s = 2.0", "lease_s = 30.0"))
+    terminal = launch(place, "--trials", "500")
+    place.wait_for("select count(*) from trials where state = 'RUNNING'", 2)
+    terminal.wait_for(lambda now: len(matches(now, WORKER)) == 2)
+    for _ in range(2):
+        os.write(terminal.master, b"\x03")
+        time.sleep(0.5)
+    lines = terminal.end(130)
+    said = [line for line in lines if line]
+    assert said[-1] == "stopping after the trials at hand; once more to stop at once"  # below it, nothing
+    assert HIDE_CURSOR not in terminal.written
+    place.wait_for("select count(*) from trials where state = 'RUNNING'", 0, seconds=0)
+
+
+def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None:  # noqa: F811
+    terminal = launch(place, "--trials", "2000")
+    terminal.wait_for(is_drawn)
+    workers = workers_of(terminal.process.pid)
+    terminal.hang_up()
+    assert terminal.process.wait(30) == 130
+    wait_until_gone(workers, 1)
+    place.wait_for("select count(*) from trials where state in ('RUNNING', 'FAIL')", 0, seconds=0)
+    place.wait_for("select count(*) from slots where state = 'busy'", 0, seconds=0)
+
+
+def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:  # noqa: F811
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    command += place.command("launch-workers", "--cpus", "2", "--trials", "60")
+    terminal = Terminal(command, place.environment, columns=80)
+    started.append(terminal)
+    terminal.wait_for(is_drawn)
+    terminal.hang_up()  # what is written from now on fails with EIO
+    assert terminal.process.wait(120) == 0
+    place.assert_exact(60, "SP500", "NASDAQ")
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:  # noqa: F811
+    run = place.launch("--trials", "60")
+    assert run.stderr is not None
+    run.stderr.readline()
+    run.stderr.close()
+    place.wait_for_trials(5)
+    os.kill(workers_of(run.pid)[0], signal.SIGKILL)  # so that there is something to say
+    assert run.stdout is not None
+    shown = run.stdout.read()
+    assert run.wait(120) == 0
+    assert len(re.findall(r"finished +60/60 ", shown)) == 2
+    place.assert_exact(60, "SP500", "NASDAQ")
+
+
+def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) -> None:  # noqa: F811
+    terminal = launch(place, "--trials", "20", "--plain")
+    lines = terminal.end(0)
+    assert re.findall(rb"[^\x20-\x7e\r\n]", terminal.written) == []
+    assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/toto\S* +finished +20/20 ", line)]) == 2
+    place.environment["FORCE_COLOR"] = ""
+    piped = place.run("launch-workers", "--cpus", "2", "--trials", "40")
+    assert re.findall(r"[^\x20-\x7e\n]", piped.stdout + piped.stderr) == []
+    assert len(re.findall(r"finished +40/40 ", piped.stdout)) == 2
+
+
+def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Path) -> None:  # noqa: F811
+    del place.environment["OPTUNA_STORAGE"]
+    server = scratch / f"restarted-{os.getpid()}"
+    (place.folder / "studies.toml").write_text(f'{SETTINGS}[storage]\ndata_dir = "{server}"\n')
+    terminal = launch(place, "--trials", "400", columns=100)
+    try:
+        terminal.wait_for(is_drawn)
+        embedded.stop(server)
+        terminal.wait_for(lambda now: any("the database has not answered for " in line for line in now))
+        embedded.start(server)
+        terminal.wait_for(is_drawn)
+        assert_ended(terminal, terminal.end(0), 400)
+    finally:
+        terminal.process.kill()
+        embedded.stop(server)
+
+
+# --- the table alone ------------------------------------------------------------------------------------------
+
+
+def state(workers: int, studies: int, *, at_work: int = 2, elsewhere: int = 0) -> State:
+    def worker(n: int) -> WorkerLine:
+        study, at = f"SYM{n}/toto@2026-03-19", f"trial {n}/100"
+        return WorkerLine(number=n, device=f"gpu {n}", study=study, at=at, rate=0.3, memory="12.3/80 GiB")
+
+    def study(n: int) -> StudyLine:
+        return StudyLine(
+            name=f"SYM{n}/kronos@2026-03-19T00:00:00Z",
+            done=n % 101,
+            budget=100,
+            parked=0,
+            open=100 - n % 101,
+            best=0.012345,
+            incumbent=0.0125,
+            rate=0.1 if n < at_work else None,
+            at_work=n < at_work,
+        )
+
+    return State(
+        workers=[worker(n) for n in range(workers)],
+        studies=[study(n) for n in range(studies)],
+        elsewhere=elsewhere,
+        rate=1.5,
+    )
+
+
+def drawn(table: Any, columns: int, lines: int) -> list[str]:
+    console = Console(width=columns, height=lines, color_system=None, force_terminal=True)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().split("\n")[:-1]]
+
+
+@pytest.mark.parametrize(("workers", "studies"), [(1, 1), (2, 4), (8, 500), (64, 500), (64, 1), (1, 60)])
+def test_the_table_fits_every_terminal(workers: int, studies: int) -> None:
+    shown = state(workers, studies, elsewhere=3)
+    for columns in (20, 40, 60, 80, 132, 200):
+        for lines in (2, 5, 8, 12, 24, 50, 90):
+            table = drawn(view(shown, columns, lines), columns, lines)
+            assert len(table) < max(2, lines)
+            assert all(len(line) <= columns for line in table)
+            assert f"{shown.done}/{shown.budget}" in table[-1]
+
+
+def test_what_has_no_room_is_counted() -> None:
+    table = drawn(view(state(2, 500), 80, 24), 80, 24)
+    assert [line.split("/")[0] for line in table if line.startswith("SYM")] == ["SYM0", "SYM1"]
+    assert table[-3].startswith("and 498 other studies: 4 done, 490 under way, 4 to come")
+    table = drawn(view(state(64, 2, elsewhere=1), 80, 24), 80, 24)
+    workers = [int(line.split()[0]) for line in table if line[:1].isdigit()]
+    (others,) = [line for line in table if "more workers" in line]
+    assert workers == list(range(len(workers)))
+    assert others == f"and {64 - len(workers)} more workers and 1 worker of other runs"
+
+
+def test_wide_terminals_say_more() -> None:
+    wide, narrow = (drawn(view(state(2, 2), columns, 40), columns, 40) for columns in (120, 44))
+    assert wide[0].split("  ")[0] == "worker"
+    assert "GPU memory" in wide[0]
+    assert "SYM0/toto@2026-03-19" in wide[1]
+    assert "GPU memory" not in narrow[0]
+    assert narrow[1].split() == ["0", "SYM0/toto", "trial", "0/100", "18.0/min"]
+
+
+def test_rates_are_of_late_and_of_long_enough() -> None:
+    rates = Rates()
+    rates.add(0.0, {"a": 0, "b": 0})
+    assert rates.of("a", 0.0) is None
+    for second in range(1, 1001):  # 1 a second at first, then 10; b once in 100 s
+        rates.add(float(second), {"a": second if second <= 500 else 500 + 10 * (second - 500), "b": second // 100})
+    assert rates.of("a", 0.0) == pytest.approx(10.0)
+    assert rates.of("b", 0.0) == pytest.approx(0.01, rel=0.1)
+    assert rates.of("b", 995.0) == pytest.approx(1 / 5)  # only what was seen since
+    assert rates.of("c", 0.0) is None
+
+
+def test_gpu_memory_is_asked_for_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nsleep 0.3\necho '0, GPU-8f6d-11, 1536, 81920'\necho '1, GPU-77aa-22, [N/A], [N/A]'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    memory = GpuMemory()
+    began = time.monotonic()
+    assert memory.of("0") == ""
+    assert time.monotonic() - began < 0.3
+    deadline = time.monotonic() + 30
+    while memory.of("0") != "1.5/80 GiB":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert memory.of("GPU-8f6d") == "1.5/80 GiB"
+    assert memory.of("1") == memory.of("MIG-1") == ""
+    memory.end()
+
+
+def test_no_driver_no_gpu_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert GpuMemory().of("0") == ""
+
+
+def test_lines_are_said_from_a_signal_handler_in_the_middle_of_another(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = live.View(SimpleNamespace(), {})  # pyright: ignore[reportArgumentType] - it is not asked to look
+    previous = signal.signal(signal.SIGALRM, lambda *_: shown.say("from the handler"))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        with shown:
+            for number in range(2000):
+                shown.say(f"line {number} \x1b[2J")
+                time.sleep(0.0001)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line != "from the handler"] == [f"line {number}  [2J" for number in range(2000)]
+    assert "from the handler" in lines

@@ -1,0 +1,73 @@
+"""stdout and stderr of a command that outlives those who read them: a closed pipe, a terminal that hung up."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+
+def let_go(stream: IO[str] | None) -> None:
+    """Have what is written to a stream from now on go nowhere: its terminal or reader is gone."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def whoever_listens() -> Iterator[None]:
+    """Write to stdout and stderr, and go on where one of them cannot be written to any more."""
+    with contextlib.suppress(OSError):
+        yield
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            let_go(stream)
+
+
+class Stderr(io.TextIOBase):
+    """The stream behind stderr, until its terminal or reader is gone."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self.gone = self._stream is None or self._stream.closed
+
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "utf-8" if self.gone else self._stream.encoding
+
+    def isatty(self) -> bool:
+        return not self.gone and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str, /) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, do: Any) -> None:
+        if self.gone:
+            return
+        try:
+            do()
+        except (OSError, ValueError):
+            self.gone = True
+            let_go(self._stream)
+
+    def size(self) -> tuple[int, int]:
+        """Columns and lines; a terminal that does not know says 0."""
+        try:
+            columns, lines = os.get_terminal_size(self.fileno())
+        except (OSError, ValueError):
+            return 80, 24
+        return columns or 80, lines or 24
