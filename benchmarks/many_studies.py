@@ -9,22 +9,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import text
 
+from launch.live import Watch
 from storage import database, embedded, slots
 from storage.database import RetryingStorage
 
 PICK_MS, LIST_MS = 20, 2000  # to pick the next slot; for `studies list`
+LOOK_MS = 200  # for the live table, which then looks every 20 s
 STUDIES, TRIALS = 500, 100
 DEFINITION = {"no_change_mae": 1.0, "bars": "b" * 64, "checkpoint": "c" * 64, "windows": {"horizon": 1}}
 
@@ -57,15 +61,38 @@ insert into slots (study_id, stage, number, state, claim)
     select s, 1, n - 1, case when s % 10 > 0 or n <= :trials / 2 then 'done' else 'free' end,
            case when s % 10 > 0 or n <= :trials / 2 then 'h:1:' || s || ':' || n end
     from generate_series(1, :studies) s, generate_series(1, :trials) n;
-insert into slots (study_id, stage, number, label, state)
-    select s, 2, 0, 'confirmation', case when s % 10 > 0 then 'done' else 'free' end
+insert into slots (study_id, stage, number, label, state, result)
+    select s, 2, 0, 'confirmation', case when s % 10 > 0 then 'done' else 'free' end,
+           case when s % 10 > 0 then cast(:confirmation as jsonb) end
     from generate_series(1, :studies) s;
 """
+
+
+def confirmation() -> dict[str, Any]:
+    """A result about as long as real ones, 60 kB: seven configurations, an error for each of 300 windows."""
+    errors = random.Random(0)
+
+    def measured(windows: int) -> dict[str, Any]:
+        return {"mae": 0.8, "skill": 0.2, "windows": windows, "errors": [errors.random() for _ in range(windows)]}
+
+    def one() -> dict[str, Any]:
+        counts = {"validation": 30, "confirmation": 250, "test": 20}
+        return {"params": {}, **{name: measured(count) for name, count in counts.items()}}
+
+    drawn = [[errors.random() for _ in range(50)] for _ in range(8)]
+    return {
+        "candidates": [{"trial": number, **one()} for number in range(5)],
+        "baselines": {"incumbent": one(), "stored": one()},
+        "no_change": measured(300),
+        "forecasts": drawn,
+    }
+
 
 
 def fill(storage: RetryingStorage) -> None:
     """Make the studies in an empty database."""
     values = {"studies": STUDIES, "trials": TRIALS, "definition": json.dumps(DEFINITION)}
+    values["confirmation"] = json.dumps(confirmation())
     storage.transaction(lambda connection: connection.execute(text(FILL), values))
 
 
@@ -101,6 +128,8 @@ def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
         "create and end a trial": lambda: storage.set_trial_state_values(storage.create_new_trial(10), TrialState.FAIL),
     }
     found = {name: (fastest_ms(work), PICK_MS) for name, work in picks.items()}
+    watch = Watch(storage, {study_id: f"S{study_id}" for study_id in everyone})
+    found["a look of the live table at every study"] = (fastest_ms(watch.look), LOOK_MS)
     found["studies list, as a process"] = (fastest_ms(lambda: list_studies(url, folder), times=2), LIST_MS)
     storage.engine.dispose()
     return found

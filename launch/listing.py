@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -17,11 +13,10 @@ from rich.text import Text
 from launch.tables import NOTHING, Column, fitted, number, share
 from storage import database, slots
 from storage.database import RetryingStorage
+from studies import importance
 from studies import study as studying
 
 BEST_SHOWN = 5
-FOR_IMPORTANCES = 20  # complete trials; the best of fewer are too few to tell one knob from another
-BEST_FOR_IMPORTANCES = 5  # trials, at least, that PED-ANOVA takes for the best: what Optuna recommends
 # Of a confirmation's result, in which baselines that could not be measured have no numbers.
 CONFIRMED = {
     "mae": "$.candidates[*].confirmation.mae",
@@ -152,7 +147,7 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
         return None
     (row,) = rows(storage, [study.study_id])
     seconds = slots.seconds(storage, [study.study_id]).get(study.study_id, {})
-    importances, too_few = importances_of(storage, name)
+    importances, too_few = importance.importances(storage, name)
     return {
         **asdict(row),
         "trials": database.trial_states(storage, study.study_id),
@@ -171,23 +166,6 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
         "importances_missing": too_few,
         "definition": dict(study.definition),
     }
-
-
-def importances_of(storage: RetryingStorage, name: str) -> tuple[dict[str, float] | None, str | None]:
-    """How much of a study's spread between good and other trials each knob explains: shares that add up to 1.
-
-    By PED-ANOVA (Watanabe et al., IJCAI 2023) as Optuna computes it, conditional knobs among them. None and why, where
-    too few trials are complete.
-    """
-    study = optuna.load_study(study_name=name, storage=storage)
-    complete = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
-    if complete < FOR_IMPORTANCES:
-        return None, f"{complete} complete trials; {FOR_IMPORTANCES} are needed to tell"
-    best = max(0.1, BEST_FOR_IMPORTANCES / complete)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=best))
-    return found, None
 
 
 # --- one study, for a person ----------------------------------------------------------------------------------
@@ -298,7 +276,8 @@ def _hanging(name: str, words: str, width: int) -> Table:
 def _seconds(seconds: Mapping[str, float], width: int) -> RenderableType:
     total = sum(seconds.values())
     if not total:
-        return Text("not told by any slot yet")
+        return Text("none told yet")
+    seconds = dict(sorted(seconds.items(), key=lambda item: -item[1]))
     return fitted(
         [
             Column(heading="", cells=list(seconds)),
@@ -322,4 +301,5 @@ def _importances(found: Mapping[str, Any], width: int) -> RenderableType:
 
 
 def _params(params: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in params.items()) or NOTHING
+    values = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in params.items()}
+    return " ".join(f"{name}={value}" for name, value in values.items()) or NOTHING

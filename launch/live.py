@@ -38,7 +38,7 @@ from storage.slots import Glance
 
 DRAW_S = 1.0  # between two drawings, and between two looks at the database
 REPORT_S = 10.0  # between two lines of progress
-LOOK_SHARE = 0.01  # of the time, at most, that looks may take: with 500 studies one takes 60 ms
+LOOK_SHARE = 0.01  # of the time, at most, that looks may take: with 500 studies one takes 40 ms
 SILENCE_S = 5.0  # without an answer from the database, then it is said
 RECENT_S, RECENT_DONE = 30.0, 20  # a rate is of the last so many seconds and slots, whichever is longer
 SAMPLES = 600  # kept of a run to tell rates from
@@ -534,7 +534,10 @@ class View:
             return
         began, before = self._begun
         a_second = (state.done - before) / (now - began)
-        left = f", about {(state.budget - state.done) / a_second / 60:.1f} min left" if a_second else ""
+        if state.done >= state.budget:
+            left = ", confirming"
+        else:
+            left = f", about {(state.budget - state.done) / a_second / 60:.1f} min left" if a_second else ""
         self._print(f"{state.done}/{state.budget} trials, {a_second:.1f} a second{left}")
 
     def _draw(self) -> None:
