@@ -88,7 +88,6 @@ def confirmation() -> dict[str, Any]:
     }
 
 
-
 def fill(storage: RetryingStorage) -> None:
     """Make the studies in an empty database."""
     values = {"studies": STUDIES, "trials": TRIALS, "definition": json.dumps(DEFINITION)}

@@ -11,13 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 GAP = 2  # between two columns
-SHORTEST = 12  # of the first column, before others are left out
 NOTHING = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column of cells. The first of a table stays whatever the width; of the others the highest `keep` stays.
+    """One column of cells. The first of a table stays, whole if at all possible; of the others the highest `keep`.
 
     shorter: what the cells say instead where not all columns have room.
     """
@@ -39,7 +38,7 @@ def fitted(columns: Sequence[Column], width: int) -> Table:
     others = [column for column in others if any(cell not in ("", NOTHING) for cell in column.cells)]
     if first.width + sum(GAP + column.width for column in others) > width:
         first, *others = (replace(c, cells=c.shorter) if c.shorter else c for c in (first, *others))
-    while others and min(first.width, SHORTEST) + sum(GAP + column.width for column in others) > width:
+    while others and first.width + sum(GAP + column.width for column in others) > width:
         others.remove(min(reversed(others), key=lambda column: column.keep))
     room = max(1, width - sum(GAP + column.width for column in others))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP // 2))

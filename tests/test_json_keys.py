@@ -1,0 +1,115 @@
+"""What --json prints is read by scripts: every command that has it prints JSON, with exactly these keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import click
+from test_run import SETTINGS, Place, bars, incumbent, place  # noqa: F401 - two are fixtures
+
+from launch import cli, verify
+
+COMMANDS = {"promote", "studies list", "studies show", "studies verify-compile"}
+
+PROMOTE = {
+    "symbol", "study", "model", "incumbent_model", "incumbent_mae", "best_mae", "improvement", "improvement_low",
+    "improvement_high", "p_value", "improvement_validation", "improvement_test", "skill", "test_mae",
+    "incumbent_test_mae", "windows", "decision", "reason", "next", "path", "written", "pairs",
+}  # fmt: skip
+PAIR = {"symbol", "model", "study", "status", "reason", "mae", "test_mae", "passes"}
+ROLLBACK = {"symbol", "model", "promoted_at", "step", "restored", "removed", "mismatch", "kept", "remaining"}
+LIST = {
+    "study", "symbol", "model", "as_of", "state", "done", "budget", "parked", "parked_reason", "incumbent_mae",
+    "best_mae", "improvement", "skill", "confirmed_incumbent_mae", "confirmed_mae", "confirmed_improvement",
+    "confirmed_skill",
+}  # fmt: skip
+SHOW = LIST | {
+    "trials", "best", "baselines", "confirmation", "seconds", "importances", "importances_missing", "definition",
+}  # fmt: skip
+BEST = {"trial", "mae", "params"}
+BASELINE = {"params", "validation"}
+SECONDS = {"encode", "draw", "aggregate", "sample", "storage", "idle", "other"}
+DEFINITION = {
+    "symbol", "model", "as_of", "metric", "objective", "bars", "windows", "space", "checkpoint", "no_change_mae",
+}  # fmt: skip
+DEFINED_WINDOWS = {"horizon", "validation", "test", "min_context", "rung"}
+CONFIRMATION = {"windows", "passes", "sampling_error", "candidates", "baselines", "no_change", "forecasts"}
+MEASURED = {"mae", "price_mae", "mae_percent", "no_change_mae", "skill", "windows", "seconds"}
+CONFIRMED = MEASURED | {"errors", "sampling_error"}
+WINDOWS = {"validation", "confirmation", "test"}
+VERIFY = {
+    "model", "symbol", "mode", "compilation", "windows", "horizon", "dtype", "trials", "warmup_s", "mean_s", "std_s",
+    "speedup", "difference", "moved", "mae_change", "graphs", "recompilations", "breaks", "peak_mib", "passed",
+}  # fmt: skip
+
+
+def commands(group: Mapping[str, click.Command], before: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.items():
+        if isinstance(command, click.Group):
+            found |= commands(command.commands, f"{before}{name} ")
+        else:
+            found[before + name] = command
+    return found
+
+
+def test_these_commands_have_json() -> None:
+    everything = commands({"launch-workers": cli.launch_workers, "promote": cli.promote, "studies": cli.studies})
+    with_json = {name for name, command in everything.items() if any("--json" in p.opts for p in command.params)}
+    assert with_json == COMMANDS
+
+
+def test_keys_of_verify_compile() -> None:
+    """It compiles for minutes: tests/test_verify.py runs the command and reads its JSON, here are the keys."""
+    assert {field.name for field in fields(verify.Row)} == VERIFY
+
+
+def test_keys(place: Place) -> None:  # noqa: F811
+    def printed(*words: str) -> Any:
+        return json.loads(place.run(*words, "--json").stdout)
+
+    assert printed("studies", "list") == []
+    (place.folder / "studies.toml").write_text(SETTINGS.replace("[search]", "[search]\nprune_worst = 0.0"))
+    incumbent(place, "SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
+    place.run("launch-workers", "--cpus", "2", "--trials", "22", "--symbols", "SP500")
+
+    (row,) = printed("studies", "list")
+    assert set(row) == LIST
+    assert (row["state"], row["done"], row["budget"], row["parked"], row["parked_reason"]) == (
+        "finished", 22, 22, 0, None,
+    )  # fmt: skip
+
+    show = printed("studies", "show", row["study"])
+    assert set(show) == SHOW
+    assert {key: value for key, value in show.items() if key in LIST and key != "parked"} == {
+        key: value for key, value in row.items() if key != "parked"
+    }
+    assert show["parked"] == []
+    assert show["trials"] == {"complete": 22}
+    assert all(set(one) == BEST for one in show["best"])
+    assert set(show["baselines"]) == {"incumbent"}
+    assert set(show["baselines"]["incumbent"]) == BASELINE
+    assert set(show["baselines"]["incumbent"]["validation"]) == MEASURED
+    assert set(show["seconds"]) == SECONDS
+    assert set(show["importances"]) == {"num_samples", "aggregate"}
+    assert show["importances_missing"] is None
+    assert set(show["definition"]) == DEFINITION
+    assert set(show["definition"]["windows"]) == DEFINED_WINDOWS
+    confirmation = show["confirmation"]
+    assert set(confirmation) == CONFIRMATION
+    assert set(confirmation["windows"]) == set(confirmation["no_change"]) == WINDOWS
+    for one in (*confirmation["candidates"], *confirmation["baselines"].values()):
+        assert set(one) - {"trial"} == {"params", *WINDOWS}
+        assert all(set(one[windows]) == CONFIRMED for windows in WINDOWS)
+    assert set(confirmation["forecasts"]) == {"validation", "test"}
+
+    for dry in (["--dry-run"], []):
+        (decided,) = printed("promote", *dry)
+        assert set(decided) == PROMOTE
+        assert [set(pair) for pair in decided["pairs"]] == [PAIR]
+        assert decided["decision"] == "promoted"
+    for dry in (["--dry-run"], []):
+        assert set(printed("promote", "--rollback", "SP500", *dry)) == ROLLBACK

@@ -1,0 +1,234 @@
+"""The rows and the details that `studies list` and `studies show` print, and how they read in a narrow terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+from rich.console import Console
+
+from launch import listing, tables
+from launch.listing import Row
+from launch.tables import Column, fitted
+from storage import database, slots
+from storage.database import RetryingStorage
+from studies import importance
+
+DEFINITION = {
+    "no_change_mae": 0.0125,
+    "bars": "b" * 32,
+    "checkpoint": "c" * 64,
+    "windows": {"horizon": 1, "validation": 30},
+}
+NAME = "BTCUSD/toto@2026-03-19"
+
+
+@pytest.fixture
+def storage(database_url: str) -> Iterator[RetryingStorage]:
+    storage = database.open_storage(database_url, wait_s=10, create=False)
+    yield storage
+    storage.engine.dispose()
+
+
+def make(storage: RetryingStorage, name: str = NAME, *, trials: int = 0, baseline: float | None = None) -> int:
+    """A study with so many complete trials, their values rising from 0.010, and a measured incumbent."""
+
+    def fill(connection: Any, study_id: int) -> None:
+        slots.add(connection, study_id, slots.BASELINE, 0, label="incumbent", params={"aggregate": "mean"})
+        slots.raise_budget(connection, study_id, max(trials, 1))
+        slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params={})
+
+    study_id = database.create_study(storage, name, {"definition": DEFINITION}, "pct_return_mae", fill)
+    slot = claim(storage, study_id)
+    result = None if baseline is None else {"params": {"aggregate": "mean"}, "validation": {"mae": baseline}}
+    slots.finish(storage, slot, result=result)
+    study = optuna.load_study(study_name=name, storage=storage)
+    knobs = {
+        "num_samples": optuna.distributions.CategoricalDistribution([64, 128, 256]),
+        "temperature": optuna.distributions.FloatDistribution(0.05, 0.4),
+    }
+    for number in range(trials):
+        params = {"num_samples": [64, 128, 256][number % 3], "temperature": 0.06 + 0.3 * number / trials}
+        study.add_trial(
+            create_trial(state=TrialState.COMPLETE, value=0.01 + number * 1e-5, params=params, distributions=knobs)
+        )
+        slots.finish(storage, claim(storage, study_id), seconds={"encode": 3.0, "idle": 1.0})
+    return study_id
+
+
+def claim(storage: RetryingStorage, study_id: int) -> slots.Slot:
+    slot = slots.claim(storage, study_id, worker="host:1", lease_s=60)
+    assert slot is not None
+    return slot
+
+
+def measured(mae: float, skill: float) -> dict[str, Any]:
+    return {"mae": mae, "skill": skill, "windows": 250, "errors": [mae] * 250}
+
+
+def confirmation(incumbent: dict[str, Any]) -> dict[str, Any]:
+    def one(trial: int, mae: float) -> dict[str, Any]:
+        numbers = {name: measured(mae + more, 1 - mae) for name, more in (("confirmation", 0), ("test", 0.001))}
+        return {"trial": trial, "params": {"num_samples": 64}, "validation": measured(0.01, 0.2), **numbers}
+
+    return {
+        "windows": {name: {"count": 250} for name in ("validation", "confirmation", "test")},
+        "passes": 2,
+        "candidates": [one(0, 0.0121), one(7, 0.0119), one(3, 0.0120)],
+        "baselines": {"incumbent": incumbent},
+    }
+
+
+INCUMBENT = {"params": {"aggregate": "mean"}, "validation": measured(0.0113, 0.1), "confirmation": measured(0.0125, 0),
+             "test": measured(0.0126, 0)}  # fmt: skip
+
+
+def test_a_search_under_way(storage: RetryingStorage) -> None:
+    make(storage, trials=4, baseline=0.0111)
+    (row,) = listing.rows(storage)
+    assert (row.study, row.symbol, row.model, row.as_of) == (NAME, "BTCUSD", "toto", "2026-03-19")
+    assert (row.state, row.done, row.budget, row.parked, row.parked_reason) == ("running", 4, 4, 0, None)
+    assert (row.best_mae, row.incumbent_mae) == (0.01, 0.0111)
+    assert row.improvement == pytest.approx((0.0111 - 0.01) / 0.0111)
+    assert row.skill == pytest.approx(1 - 0.01 / 0.0125)
+    confirmed = (row.confirmed_mae, row.confirmed_incumbent_mae, row.confirmed_improvement, row.confirmed_skill)
+    assert confirmed == (None, None, None, None)
+
+
+def test_confirmed_numbers_are_compared_on_their_own_windows(storage: RetryingStorage) -> None:
+    study_id = make(storage, trials=4, baseline=0.0111)
+    slots.finish(storage, claim(storage, study_id), result=confirmation(INCUMBENT))
+    (row,) = listing.rows(storage)
+    assert row.state == "finished"
+    assert (row.best_mae, row.incumbent_mae) == (0.01, 0.0113)  # what is in use may be another since the baselines
+    assert row.improvement == pytest.approx((0.0113 - 0.01) / 0.0113)
+    assert (row.confirmed_mae, row.confirmed_incumbent_mae) == (0.0119, 0.0125)
+    assert row.confirmed_improvement == pytest.approx((0.0125 - 0.0119) / 0.0125)
+    assert row.confirmed_skill == pytest.approx(1 - 0.0119)  # of the same candidate
+    assert listing.rows(storage, [study_id]) == [row]
+    assert listing.rows(storage, []) == []
+
+
+def test_an_incumbent_that_could_not_be_confirmed(storage: RetryingStorage) -> None:
+    study_id = make(storage, trials=4, baseline=0.0111)
+    broken = {"params": {"aggregate": "mean"}, "error": "out of memory on cuda:0"}
+    slots.finish(storage, claim(storage, study_id), result=confirmation(broken))
+    (row,) = listing.rows(storage)
+    assert (row.incumbent_mae, row.confirmed_incumbent_mae, row.confirmed_improvement) == (0.0111, None, None)
+    assert row.confirmed_mae == 0.0119
+    assert "incumbent: out of memory on cuda:0" in shown(storage)
+
+
+def test_parked_slots_and_their_reasons(storage: RetryingStorage) -> None:
+    study_id = make(storage, baseline=None)
+    for _ in range(slots.MAX_FAILURES):
+        slots.fail(storage, claim(storage, study_id), "BTCUSD: samples are not finite [/bold]")
+    slots.park_study(storage, study_id, "5 failures in a row")
+    (row,) = listing.rows(storage)
+    assert (row.state, row.parked) == ("parked", 2)
+    assert row.parked_reason == "BTCUSD: samples are not finite [/bold]"
+    assert (row.best_mae, row.incumbent_mae, row.improvement, row.skill) == (None, None, None, None)
+    details = listing.details(storage, NAME)
+    assert details is not None
+    assert [(one["stage"], one["slot"], one["error"]) for one in details["parked"]] == [
+        (slots.TRIAL, 0, row.parked_reason),
+        (slots.CONFIRMATION, 0, "5 failures in a row"),
+    ]
+    assert details["confirmation"] is None
+    text = shown(storage)
+    assert "parked slot 0: BTCUSD: samples are not finite [/bold]" in text
+    assert "none told yet" in text
+
+
+def shown(storage: RetryingStorage, width: int = 80) -> str:
+    details = listing.details(storage, NAME)
+    assert details is not None
+    json.dumps(details)
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(listing.as_text(details, width))
+    text = captured.get()
+    assert all(len(line.rstrip()) <= width for line in text.split("\n"))
+    return text
+
+
+def test_importances_and_seconds(storage: RetryingStorage) -> None:
+    study_id = make(storage, trials=importance.NEEDED, baseline=0.0111)
+    slots.finish(storage, claim(storage, study_id), result=confirmation(INCUMBENT))
+    found, missing = importance.importances(storage, NAME)
+    assert found is not None
+    assert missing is None
+    assert list(found) == ["temperature", "num_samples"]  # the values rise with the temperature alone
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["temperature"] > 0.8
+    text = shown(storage)
+    assert re.search(r"encode +60.000 s +75.0%\n *idle +20.000 s +25.0%", text)
+    assert re.search(r"temperature +\d\d\.\d%", text)
+    assert re.search(r"trial 7 +0.011900 +\+4.80% +\+98.81% +0.012900 +-2.38% ", text)
+    assert re.search(r"trial 0 +0.010000 +\+11.50% +\+20.00%", text)
+    assert "20/20 trials (20 complete)" in text
+
+
+def test_too_few_trials_have_no_importances(storage: RetryingStorage) -> None:
+    make(storage, trials=importance.NEEDED - 1)
+    assert importance.importances(storage, NAME) == (None, "19 complete trials; 20 are needed to tell")
+    assert "19 complete trials; 20 are needed to tell" in shown(storage)
+
+
+def test_a_name_that_is_none(storage: RetryingStorage) -> None:
+    assert listing.details(storage, NAME) is None
+
+
+def row(number: int, **changes: Any) -> Row:
+    values: dict[str, Any] = {
+        "study": f"SYMBOL{number}/kronos@2026-03-19T00:00:00Z", "symbol": f"SYMBOL{number}", "model": "kronos",
+        "as_of": "2026-03-19T00:00:00Z", "state": "finished", "done": 100, "budget": 100, "parked": 0,
+        "parked_reason": None, "incumbent_mae": 0.0125, "best_mae": 0.0119, "improvement": 0.048, "skill": 0.02,
+        "confirmed_incumbent_mae": 0.0131, "confirmed_mae": 0.0129, "confirmed_improvement": 0.0153,
+        "confirmed_skill": -0.01,
+    }  # fmt: skip
+    return Row(**(values | changes))
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120, 240])
+def test_no_line_is_wider_than_the_terminal_and_every_study_is_there(width: int) -> None:
+    rows = [row(number) for number in range(20)] + [row(20, state="running", parked=3)]
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(listing.table(rows, width))
+    lines = captured.get().rstrip("\n").split("\n")
+    assert len(lines) == 1 + len(rows)
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert [line.split("/")[0] for line in lines[1:]] == [f"SYMBOL{number}" for number in range(21)]
+    if width >= 80:
+        assert all("+1.53%" in line for line in lines[1:])  # what was confirmed is what matters most
+        assert "running (3 parked)" in lines[-1]
+    if width == 240:
+        headings = ("study", "state", "trials", "incumbent", "best", "better by", "skill")
+        assert re.split("  +", lines[0].strip()) == [*headings, "confirmed", "better by", "skill"]
+
+
+def test_studies_that_differ_in_their_last_bar_keep_their_names() -> None:
+    rows = [row(1), row(1, study="SYMBOL1/kronos@2026-03-20T00:00:00Z")]
+    console = Console(width=60, color_system=None)
+    with console.capture() as captured:
+        console.print(listing.table(rows, 60))
+    assert "2026-03-19" in captured.get()
+    assert "2026-03-20" in captured.get()
+
+
+def test_columns_that_say_nothing_are_left_out() -> None:
+    table = fitted([Column(heading="a", cells=["1"]), Column(heading="b", cells=["-"])], 80)
+    assert len(table.columns) == 1
+
+
+def test_numbers_for_people() -> None:
+    assert [tables.rate(x) for x in (None, 0.0, 12.34, 0.5, 0.001)] == ["-", "-", "12.3/s", "30.0/min", "3.6/h"]
+    spans = (None, 0.4, 59.4, 90, 3600 * 3 + 1200, 3600 * 50, float("inf"))
+    assert [tables.duration(x) for x in spans] == ["-", "0 s", "59 s", "2 min", "3 h 20 min", "2 d 2 h", "-"]
+    assert (tables.share(-0.0123), tables.share(None), tables.number(0.0123456)) == ("-1.23%", "-", "0.012346")
