@@ -13,12 +13,14 @@ import logging
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import IO, Any, cast
 
 from rich.console import Console, Group, RenderableType
@@ -438,6 +440,7 @@ class View:
         self._live: Live | None = None
         self._drawn = (0, 0)  # columns and lines of what is on the terminal now
         self._state: State | None = None
+        self._resumed = False  # after Ctrl-Z: the shell wrote below the table
         self._begun: tuple[float, int] | None = None  # when, and how many trials were done
         self._look_at = 0.0
         self._asked_at: float | None = None  # the database, which has not answered yet
@@ -473,16 +476,21 @@ class View:
         self._original, sys.stderr = sys.stderr, Said(self)
         for handler in self._took:
             handler.setStream(sys.stderr)
+        self._on_resume = signal.signal(signal.SIGCONT, self._resume)
         self._writer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGCONT, self._on_resume)
         sys.stderr = self._original
         for handler in self._took:
             handler.setStream(sys.stderr)
         self._inbox.put(None)
         self._writer.join(CLOSE_S)
         self._watch.gpus.end()
+
+    def _resume(self, number: int, frame: FrameType | None) -> None:
+        self._resumed = True
 
     def _write(self) -> None:
         """What the thread does."""
@@ -555,14 +563,15 @@ class View:
         self._live.update(SegmentLines(drawn, new_lines=True), refresh=True)
 
     def _fit(self) -> None:
-        """Start on a fresh screen where the terminal became too small for what is on it.
+        """Start on a fresh screen where it is not known any more which lines the table takes.
 
-        Many terminals then wrap what they show, and how many lines the table takes is not known any more. What was
-        there goes up into the scrollback.
+        So it is in a terminal that became too small, since many then wrap what they show, and after a stop, when the
+        shell has written. What was there goes up into the scrollback.
         """
         columns, lines = self._stderr.size()
         self._console.size = columns, lines
-        if self._live is not None and (columns < self._drawn[0] or lines <= self._drawn[1]):
+        resumed, self._resumed = self._resumed, False
+        if self._live is not None and (resumed or columns < self._drawn[0] or lines <= self._drawn[1]):
             self._live.update("")
             self._live.stop()
             self._live, self._drawn = None, (0, 0)

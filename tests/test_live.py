@@ -67,6 +67,11 @@ class Terminal:
             self._size(columns, lines)
             self.screen.resize(lines, columns)
 
+    def show(self, text: str) -> None:
+        """What another program writes."""
+        with self._lock:
+            self.stream.feed(text.encode())
+
     def _read(self) -> None:
         while True:
             try:
@@ -183,17 +188,21 @@ def test_a_run_on_a_terminal(place: Place, columns: int) -> None:  # noqa: F811
     place.assert_exact(90, "SP500", "NASDAQ")
 
 
-def test_a_terminal_changes_its_size_and_the_run_is_interrupted(place: Place) -> None:  # noqa: F811
+def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(place: Place) -> None:  # noqa: F811
     terminal = launch(place, "--trials", "2000", columns=120, lines=30)
     terminal.wait_for(is_drawn)
     for columns, lines in ((50, 30), (90, 12), (40, 24), (140, 50)):
         terminal.resize(columns, lines)
         time.sleep(2.5)  # it is drawn anew within a second or two
         terminal.wait_for(is_drawn)
+    terminal.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    terminal.show("\r\n[1]+  Stopped\r\n$ fg\r\n")
+    terminal.process.send_signal(signal.SIGCONT)
+    time.sleep(2.5)
+    terminal.wait_for(is_drawn)
     os.write(terminal.master, b"\x03")
-    terminal.wait_for(
-        lambda now: any("stopping after the trials at hand; once more to stop at once" in line for line in now)
-    )
+    terminal.wait_for(lambda now: "stopping after the trials at hand; once more to stop at once" in now)
     lines = terminal.end(130)
     assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/toto\S* +running +\d+/2000 ", line)]) == 2
     assert matches(terminal.lines(), BAR) == []
