@@ -22,6 +22,7 @@ import pyte
 import pytest
 from pyte.screens import HistoryScreen
 from rich.console import Console
+from test_ray import Nodes, nodes, with_ray  # noqa: F401 - one is a fixture
 from test_run import SETTINGS, Place, bars, incumbent, place, wait_until_gone, workers_of  # noqa: F401 - two are fixtures
 
 from launch import live
@@ -288,6 +289,17 @@ def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Pat
     finally:
         terminal.process.kill()
         embedded.stop(server)
+
+
+@with_ray
+def test_a_run_on_a_ray_cluster_has_the_same_table(place: Place, nodes: Nodes) -> None:  # noqa: F811
+    node = nodes.add()
+    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", "2", "--trials", "400")
+    started.append(Terminal(command, place.environment, columns=100))
+    started[-1].wait_for(is_drawn)
+    assert_ended(started[-1], started[-1].end(0), 400)
+    place.assert_exact(400, "SP500", "NASDAQ")
+    nodes.lose(node)
 
 
 # --- the table alone ------------------------------------------------------------------------------------------
