@@ -115,7 +115,7 @@ class State:
         """All trials at the rate of all; no less than the slowest study at work still takes."""
         if not self.rate:
             return None
-        return max((self.budget - self.done) / self.rate, *(study.left_s or 0.0 for study in self.studies))
+        return max([(self.budget - self.done) / self.rate, *(study.left_s or 0.0 for study in self.studies)])
 
 
 def view(state: State, width: int, height: int, *, silent_s: float = 0.0) -> RenderableType:
@@ -326,13 +326,15 @@ class Watch:
         self.children: Sequence[Child] = ()
         self.gpus = GpuMemory()
         self._rates = Rates()
+        self._ours: set[str] = set()  # workers of this run, those that died too
         self._at: dict[str, tuple[str, str]] = {}  # by worker: the study and the slot that it has or had last
         self._since: dict[Any, float] = {}  # when a worker or study was first seen with a slot in hand
         self._last: dict[Any, float] = {}  # and when last; after a while without one all begins anew
 
     def look(self) -> State:
         """Raises DatabaseUnavailable."""
-        ours = {child.name: child for child in self.children if child.name}
+        ours = [child.name for child in self.children if child.name]
+        self._ours.update(ours)
         glance = slots.glance(self._storage, self._studies, ours, **INCUMBENT)
         best = database.best_values(self._storage, self._studies)
         now = time.monotonic()
@@ -355,7 +357,7 @@ class Watch:
                 )
                 for study_id, one in sorted(glance.progress.items(), key=lambda item: self._studies[item[0]])
             ],
-            elsewhere=len({busy.worker for busy in glance.busy} - set(ours)),
+            elsewhere=len({busy.worker for busy in glance.busy} - self._ours),
             rate=self._rates.of("all", self._since.get("all")),
         )
 

@@ -26,8 +26,10 @@ from test_ray import Nodes, nodes, with_ray  # noqa: F401 - one is a fixture
 from test_run import SETTINGS, Place, bars, incumbent, place, wait_until_gone, workers_of  # noqa: F401 - two are fixtures
 
 from launch import live
-from launch.live import GpuMemory, Rates, State, StudyLine, WorkerLine, view
-from storage import embedded
+from launch.devices import Seat, cpu_seat
+from launch.live import GpuMemory, Rates, State, StudyLine, Watch, WorkerLine, view
+from launch.supervisor import Child
+from storage import database, embedded, slots
 
 HIDE_CURSOR = b"\x1b[?25l"
 
@@ -367,6 +369,55 @@ def test_wide_terminals_say_more() -> None:
     assert "SYM0/toto@2026-03-19" in wide[1]
     assert "GPU memory" not in narrow[0]
     assert narrow[1].split() == ["0", "SYM0/toto", "trial", "0/100", "18.0/min"]
+
+
+def test_what_workers_and_studies_are_at(place: Place) -> None:  # noqa: F811
+    storage = place.storage
+
+    def fill(connection: Any, study_id: int) -> None:
+        slots.add(connection, study_id, slots.BASELINE, 0, label="incumbent", params={})
+        slots.raise_budget(connection, study_id, 3)
+        slots.add(connection, study_id, slots.CONFIRMATION, 0, params={})
+
+    names = ("A/toto@2026-03-19", "B/toto@2026-03-19")
+    first, second = (database.create_study(storage, name, {}, "mae", fill) for name in names)
+    gpu = Seat(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": "1"})
+    process: Any = SimpleNamespace()
+    host = os.uname().nodename
+    children = [
+        Child(number=0, seat=cpu_seat(), log=place.folder, process=process, name=f"{host}:1"),
+        Child(number=1, seat=gpu, log=place.folder, process=process, name="node7:2"),
+        Child(number=2, seat=cpu_seat(), log=place.folder, status=1),
+        Child(number=3, seat=cpu_seat(), log=place.folder, crashes=[0.0], start_at=time.monotonic() + 3.0),
+        Child(number=4, seat=cpu_seat(), log=place.folder, status=0, name=f"{host}:5"),
+    ]
+    watch = Watch(storage, {first: names[0], second: names[1]})
+    watch.children = children
+    claimed = slots.claim(storage, first, worker=f"{host}:1", lease_s=60)
+    assert claimed is not None
+    shown = watch.look()
+    assert [(line.device, line.study, line.at) for line in shown.workers] == [
+        ("cpu", names[0], "incumbent"),
+        ("gpu 1 on node7", "", "starts"),
+        ("cpu", "", "given up"),
+        ("cpu", "", "again in 3 s"),
+        ("cpu", "", "done"),
+    ]
+    assert [(line.name, line.done, line.budget, line.at_work) for line in shown.studies] == [
+        (names[0], 0, 3, True),
+        (names[1], 0, 3, False),
+    ]
+    assert (shown.elsewhere, shown.rate) == (0, None)
+
+    slots.finish(storage, claimed, result={"validation": {"mae": 0.0125}})
+    for worker in (f"{host}:1", "elsewhere:9"):
+        assert slots.claim(storage, first, worker=worker, lease_s=60) is not None
+    children[0].name = f"{host}:11"  # it was killed and is there again, its slot is not free yet
+    shown = watch.look()
+    assert (shown.workers[0].study, shown.workers[0].at) == ("", "starts")
+    assert shown.elsewhere == 1
+    assert shown.studies[0].incumbent == 0.0125
+    assert (shown.studies[0].state, shown.studies[1].state) == ("-", "-")
 
 
 def test_rates_are_of_late_and_of_long_enough() -> None:
