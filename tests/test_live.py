@@ -170,12 +170,12 @@ def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
 @pytest.mark.parametrize("columns", [80, 200])
 def test_a_run_on_a_terminal(place: Place, columns: int) -> None:  # noqa: F811
     incumbent(place, "SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
-    terminal = launch(place, "--trials", "90", columns=columns)
+    terminal = launch(place, "--trials", "400", columns=columns)
     lines = terminal.wait_for(is_drawn)
     text = "\n".join(lines)
     assert [found[1] for found in matches(lines, WORKER)] == ["0", "1"], text
     assert [found[1] for found in matches(lines, STUDY)] == ["NASDAQ", "SP500"], text
-    assert matches(lines, BAR)[0][2] == "180"
+    assert matches(lines, BAR)[0][2] == "800"
     (heading,) = [line for line in lines if line.startswith("study ")]
     assert heading.split("  ")[0] == "study"
     assert heading.split()[1:] == ["trials", "best", "incumbent", "better", "by", "left"]
@@ -183,12 +183,10 @@ def test_a_run_on_a_terminal(place: Place, columns: int) -> None:  # noqa: F811
 
     killed = workers_of(terminal.process.pid)[0]
     os.kill(killed, signal.SIGKILL)
-    terminal.wait_for(lambda now: any("died of signal SIGKILL" in line for line in now))
-    lines = terminal.wait_for(is_drawn)
-    text = "".join(lines)
+    text = "".join(terminal.wait_for(lambda now: any("died of signal SIGKILL" in line for line in now)))
     assert re.search(r"worker \d \(cpu\) died of signal SIGKILL; starting it again in 1 s; see \S+/worker-\d.log", text)
-    assert_ended(terminal, terminal.end(0), 90)
-    place.assert_exact(90, "SP500", "NASDAQ")
+    assert_ended(terminal, terminal.end(0), 400)
+    place.assert_exact(400, "SP500", "NASDAQ")
 
 
 def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(place: Place) -> None:  # noqa: F811
@@ -242,13 +240,13 @@ def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None: 
 
 def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:  # noqa: F811
     command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
-    command += place.command("launch-workers", "--cpus", "2", "--trials", "60")
+    command += place.command("launch-workers", "--cpus", "2", "--trials", "400")
     terminal = Terminal(command, place.environment, columns=80)
     started.append(terminal)
     terminal.wait_for(is_drawn)
     terminal.hang_up()  # what is written from now on fails with EIO
     assert terminal.process.wait(120) == 0
-    place.assert_exact(60, "SP500", "NASDAQ")
+    place.assert_exact(400, "SP500", "NASDAQ")
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:  # noqa: F811
