@@ -116,11 +116,12 @@ class one_line_errors:  # noqa: N801 - reads as a statement
         if kind is None:
             return
         # Imported late: these modules bring Optuna, which a usage error need not wait for.
+        from launch.dashboard import PortTaken
         from launch.devices import DeviceError
         from launch.promote import NothingToPromote
         from studies.study import StudyMismatch
 
-        if isinstance(error, (*self.expected, DeviceError, NothingToPromote, StudyMismatch)):
+        if isinstance(error, (*self.expected, DeviceError, NothingToPromote, PortTaken, StudyMismatch)):
             say(f"error: {' '.join(str(error).split())}")
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
@@ -180,6 +181,13 @@ def server_folder(config: Config) -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("forecast-studies")) / "postgres"
+
+
+def artifacts_folder(config: Config) -> Path:
+    """Where the images are that the dashboard shows."""
+    if config.storage.artifacts_dir != Path():
+        return config.storage.artifacts_dir
+    return server_folder(config).parent / "artifacts"
 
 
 def storage_url(config: Config, *, start: bool) -> str:
@@ -332,7 +340,7 @@ def run_workers(
     plain: bool = False,
 ) -> int:
     """Work on studies until they are finished, then show those of `shown`. Returns the exit status."""
-    from launch import live, ray_cluster, supervisor
+    from launch import live, notes, ray_cluster, supervisor
     from launch.worker import Job
     from storage import database, slots
 
@@ -353,6 +361,7 @@ def run_workers(
         supervise = functools.partial(ray_cluster.RaySupervisor, cluster)
         secret = database.password_in_use(storage)  # also where this machine has it from a file
     view = live.View(storage, {study.study_id: study.name for study in working}, plain=plain)
+    keeper = notes.Keeper(storage, artifacts_folder(config), working, report=view, say=view.say)
     supervising = supervise(
         job,
         folder,
@@ -361,7 +370,7 @@ def run_workers(
         study_ids,
         environment={"OPTUNA_STORAGE": url, **secret},
         say=view.say,
-        report=view,
+        report=keeper,
     )
     view.watch(supervising.children)
     with view:
@@ -376,6 +385,7 @@ def run_workers(
         storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
     with streams.whoever_listens():
         try:
+            keeper.write()
             show_studies(storage, shown, as_json=False, plain=plain)
             progress = slots.progress(storage)
             for study in working:
@@ -499,8 +509,8 @@ def promote(
     """
     from typing import cast
 
+    from launch import notes, summary
     from launch import promote as promoting
-    from launch import summary
 
     if rollback:
         roll_back(config, rollback, dry_run=dry_run, as_json=as_json)
@@ -536,8 +546,10 @@ def promote(
     promoted = sum(row.decision == "promoted" for row in rows)
     written = "would be promoted" if dry_run else "promoted"
     say(f"{promoted} of {len(rows)} {plural('symbol', len(rows))} {written}" if promoted else "nothing to promote")
-    if not dry_run and (path := summary.write(storage, config.promotion.results_dir, rows)):
-        say(f"summary in {path}")
+    if not dry_run:
+        if path := summary.write(storage, config.promotion.results_dir, rows):
+            say(f"summary in {path}")
+        notes.decided(storage, artifacts_folder(config), rows, say=say)
 
 
 def interval(row: Mapping[str, Any]) -> str | None:
@@ -680,7 +692,7 @@ def url(config: Config, export: bool, host: str | None) -> None:
     """The storage's URL, without its password.
 
     \b
-    eval "$(studies url --export)"; optuna-dashboard "$OPTUNA_STORAGE"
+    eval "$(studies url --export)"; optuna-dashboard "$OPTUNA_STORAGE" --artifact-dir "$STUDIES_ARTIFACTS_DIR"
     """
     from ipaddress import ip_address
 
@@ -702,6 +714,7 @@ def url(config: Config, export: bool, host: str | None) -> None:
     click.echo(f"export OPTUNA_STORAGE={shlex.quote(shown)}")
     if not config.storage.url:
         click.echo(f"export PGPASSFILE={shlex.quote(os.environ['PGPASSFILE'])}")
+    click.echo(f"export STUDIES_ARTIFACTS_DIR={shlex.quote(str(artifacts_folder(config).absolute()))}")
 
 
 @studies.command()
@@ -814,3 +827,24 @@ def verify_compile(
     if not all(row.passed for row in rows):
         say("compiled forecasts are not those of eager ones, or were not compiled once; see the rows")
         sys.exit(1)
+
+
+# --- eyes -----------------------------------------------------------------------------------------------------
+
+
+@studies.command(name="dashboard")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@shared
+def dashboard_command(config: Config, host: str, port: int) -> None:
+    """Browse the studies with optuna-dashboard: trials, notes, plots and forecasts. There is no login.
+
+    \b
+    studies dashboard
+    studies dashboard --port 8081
+    """
+    from launch import dashboard
+
+    storage = open_storage(config, start=True)
+    server = dashboard.bind(storage, artifacts_folder(config), host, port)
+    dashboard.serve(server, host, say=say)

@@ -22,7 +22,8 @@ GRID = "#E4E4E4"
 FONT = "Helvetica, Arial, sans-serif"
 SMOOTHED = 20  # windows of the moving mean: a month of daily bars
 HIDDEN_SHARE = 0.1  # of the trials, the worst: they would flatten what is worth seeing
-BAND_LABEL = "10 % to 90 % of samples"
+BAND_LABEL = "10-90 % of samples"
+HEIGHT = 430  # pixels, of the figures that stand side by side on a dashboard
 
 
 def best_candidate(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -61,7 +62,7 @@ def error_by_window(result: Mapping[str, Any] | None) -> go.Figure | None:
     count = len(lines["best"])
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09, row_heights=[0.62, 0.38])
     for name, errors in lines.items():
-        label = f"trial {best['trial']} (best)" if name == "best" else name
+        label = f"trial {best['trial']}" if name == "best" else name
         figure.add_scatter(
             x0=1, y=_small(errors), mode="markers", marker={"size": 4, "color": COLOURS[name], "opacity": 0.35},
             name=label, legendgroup=name, showlegend=False, hovertemplate="window %{x}: %{y:.3f} %", row=1, col=1,
@@ -86,7 +87,7 @@ def error_by_window(result: Mapping[str, Any] | None) -> go.Figure | None:
         title="Error by window",
         subtitle=f"dots: windows; lines: mean of the last {SMOOTHED}; "
         f"{parts['confirmation']['first']} to {parts['test']['last']}",
-        height=460,
+        height=HEIGHT,
     ).update_layout(
         yaxis={"title": "error, %", "rangemode": "tozero"},
         yaxis2={"title": f"lead over<br>{rival_name}, sum of %", "zeroline": True, "zerolinecolor": "#999999"},
@@ -136,7 +137,7 @@ def forecast_shown(result: Mapping[str, Any] | None) -> Shown | None:
         return None
     times: list[str] = []
     paths: list[Path] = []
-    labels = {"best": "best", "incumbent": "incumbent"}
+    labels = {"incumbent": "incumbent"}
     test_from = 0
     for part in ("validation", "test"):
         found = result["forecasts"][part]
@@ -158,7 +159,7 @@ def forecast_shown(result: Mapping[str, Any] | None) -> Shown | None:
                 )
             )
             if "best" in found["series"]:
-                labels["best"] = f"trial {found['series']['best']['trial']} (best)"
+                labels["best"] = f"trial {found['series']['best']['trial']}"
         times += found["times"]
     return Shown(times=times, paths=paths, test_from=test_from, labels=labels)
 
@@ -193,7 +194,7 @@ def forecast(result: Mapping[str, Any] | None) -> go.Figure | None:
                 line={"color": COLOURS[name], "width": 1.6, "dash": "solid" if name == "best" else "dot"},
             )  # fmt: skip
     actual = np.concatenate([path.actual for path in shown.paths])
-    line("actual", "actual close", np.arange(len(actual)), actual, mode="lines+markers",
+    line("actual", "actual", np.arange(len(actual)), actual, mode="lines+markers",
          marker={"size": 5}, line={"color": COLOURS["actual"], "width": 1.4})  # fmt: skip
     figure.add_vrect(
         x0=shown.test_from - 0.5, x1=len(shown.times) - 0.5, fillcolor=TEST_SHADE, line_width=0,
@@ -203,10 +204,16 @@ def forecast(result: Mapping[str, Any] | None) -> go.Figure | None:
         figure,
         title="Forecasts against what came",
         subtitle=f"validation and test, {shown.times[0]} to {shown.times[-1]}; each forecast sees the bars before it",
-        height=420,
+        height=HEIGHT,
     ).update_layout(
         # Bars side by side, whatever time lies between two of them.
-        xaxis={"type": "category", "nticks": 8, "categoryorder": "array", "categoryarray": list(shown.times)},
+        xaxis={
+            "type": "category",
+            "nticks": 6,
+            "tickangle": 0,
+            "categoryorder": "array",
+            "categoryarray": list(shown.times),
+        },
         yaxis={"title": "close"},
     )
 
@@ -234,7 +241,7 @@ def forecast_image(result: Mapping[str, Any] | None, *, title: str) -> bytes | N
                 linestyle="-" if name == "best" else ":", label=shown.labels[name] if number == 0 else None,
             )  # fmt: skip
     actual = np.concatenate([path.actual for path in shown.paths])
-    axes.plot(actual, color=COLOURS["actual"], linewidth=1.4, marker="o", markersize=3.5, label="actual close")
+    axes.plot(actual, color=COLOURS["actual"], linewidth=1.4, marker="o", markersize=3.5, label="actual")
     axes.set(title=title, ylabel="close", xlim=(-0.5, len(shown.times) - 0.5))
     ticks = sorted({int(place) for place in np.linspace(0, len(shown.times) - 1, 7)})
     axes.set_xticks(ticks, [shown.times[tick] for tick in ticks])
@@ -288,7 +295,7 @@ def best_so_far(
         figure,
         title="Best so far",
         subtitle="mean absolute error on the windows of the search" + (f"; {hidden} worse above" if hidden else ""),
-        height=360,
+        height=HEIGHT,
     ).update_layout(
         xaxis={"title": "trial"}, yaxis={"title": "error, %", "range": [float(low - margin), float(high + margin)]}
     )
@@ -364,9 +371,9 @@ def _styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.
         },
         font={"family": FONT, "size": 12, "color": "#222222"},
         height=height,
-        margin={"l": 60, "r": 20, "t": 88, "b": 50},
+        margin={"l": 60, "r": 20, "t": 110, "b": 50},
         paper_bgcolor="#FFFFFF",
         plot_bgcolor="#FFFFFF",
         hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
+        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
     )

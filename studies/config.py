@@ -78,6 +78,7 @@ class Kronos:
 class Storage:
     url: str
     data_dir: Path
+    artifacts_dir: Path
     listen: str
     wait_s: float
 
@@ -129,6 +130,7 @@ TABLES = {field.name: get_type_hints(Config)[field.name] for field in fields(Con
 PATHS = {
     ("data", "dir"),
     ("storage", "data_dir"),
+    ("storage", "artifacts_dir"),
     ("workers", "log_dir"),
     ("compile", "dir"),
     ("hyperparams", "dir"),

@@ -1,0 +1,431 @@
+"""What optuna-dashboard shows of a study: its note, plots, image and attributes, rewritten as a run goes.
+
+Reads slots and trials, loads no model. Written by the supervisor and by `promote`, never by a worker. Errors are shown
+in per cent of the last close; plots and image are those of launch/figures.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import figures
+from launch.promote import Row
+from storage import board, database, slots
+from storage.board import Image
+from storage.database import RetryingStorage
+from storage.slots import Progress
+from studies.study import Study, list_studies
+
+EVERY_S = 10.0  # between two rewritings during a run
+SHARE = 0.01  # of the time, at most, that they may take
+PARKED_SHOWN = 5
+DECISION, CONFIRMATION = "decision", "confirmation"  # study user attributes that are read again
+STAGES = {slots.BASELINE: "in use", slots.TRIAL: "trial", slots.CONFIRMATION: "confirmation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What there is to say of a study. MAEs are relative to the last close."""
+
+    study: Study
+    progress: Progress
+    states: Mapping[str, int]  # trials by state
+    values: Mapping[int, float]  # MAE of the complete trials
+    best_params: Mapping[str, Any]
+    incumbent_mae: float | None  # on the search's windows
+    result: Mapping[str, Any] | None  # of the confirmation
+    seconds: Mapping[str, float]  # of workers, by what they went into
+    parked: Sequence[slots.Parked]
+    decision: str | None
+
+    @property
+    def best_trial(self) -> int | None:
+        return min(self.values, key=lambda number: (self.values[number], number), default=None)
+
+    @property
+    def state(self) -> str:
+        return "running" if self.progress.open else "parked" if self.progress.parked else "finished"
+
+
+class Keeper:
+    """Reports how far a run is, and now and then rewrites the notes of the studies that moved.
+
+    report: what else is called each time. say: one line for the user, when images cannot be kept.
+    """
+
+    def __init__(
+        self,
+        storage: RetryingStorage,
+        folder: Path,
+        studies: Sequence[Study],
+        *,
+        report: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._storage, self._folder, self._studies = storage, folder, studies
+        self._report, self._say = report, say
+        self._written: dict[int, Progress] = {}
+        self._next = time.monotonic() + EVERY_S
+        self._complained = False
+
+    def __call__(self) -> None:
+        self._report()
+        began = time.monotonic()
+        if began >= self._next:
+            self.write()
+            took = time.monotonic() - began
+            self._next = began + max(EVERY_S, took / SHARE)
+
+    def write(self) -> None:
+        """Rewrite the notes of the studies that moved since the last time."""
+        progress = slots.progress(self._storage)
+        moved = [
+            study
+            for study in self._studies
+            if (now := progress.get(study.study_id)) and now != self._written.get(study.study_id) and _has_begun(now)
+        ]
+        try:
+            update(self._storage, self._folder, moved)
+        except OSError as error:
+            if not self._complained:
+                self._say(no_images(self._folder, error))
+            self._complained = True
+        self._written |= {study.study_id: progress[study.study_id] for study in moved}
+
+
+def decided(storage: RetryingStorage, folder: Path, rows: Sequence[Row], *, say: Callable[[str], None]) -> None:
+    """Put what a promotion decided into the notes of the studies that it looked at."""
+    names = {pair.study for row in rows for pair in row.pairs}
+    try:
+        update(storage, folder, [study for study in list_studies(storage) if study.name in names], rows=rows)
+    except OSError as error:
+        say(no_images(folder, error))
+
+
+def no_images(folder: Path, error: OSError) -> str:
+    return f"{folder}: no images for the dashboard: {error.strerror}; set [storage] artifacts_dir"
+
+
+def _has_begun(progress: Progress) -> bool:
+    return bool(progress.done or progress.parked or not progress.open)
+
+
+def update(
+    storage: RetryingStorage, folder: Path, studies: Iterable[Study], *, rows: Sequence[Row] | None = None
+) -> None:
+    """Rewrite what the dashboard shows of studies.
+
+    folder: where images are kept. rows: what a promotion decided; without them the last decision stays, as long as it
+    is of the same confirmation.
+    Raises OSError if an image cannot be kept, after everything else was written.
+    """
+    failure: OSError | None = None
+    decisions = _decisions(rows or ())
+    progress = slots.progress(storage)
+    for study in studies:
+        if study.study_id not in progress:
+            continue
+        facts, attributes = _gather(storage, study, progress[study.study_id], decisions.get(study.name))
+        image = None
+        try:
+            image = _image(folder, facts)
+        except OSError as error:
+            failure = error
+        board.put(
+            storage,
+            study.study_id,
+            note=note(facts, image),
+            plots=plots(facts),
+            attributes=attributes,
+            image=image,
+            folder=folder,
+        )
+    if failure is not None:
+        raise failure
+
+
+def _gather(
+    storage: RetryingStorage, study: Study, progress: Progress, decision: str | None
+) -> tuple[Facts, dict[str, Any]]:
+    """All facts of a study and what is to be its attributes."""
+    study_id = study.study_id
+    result = slots.confirmations(storage, [study_id])[study_id].result
+    confirmation = _digest(result) if result else None
+    if result and decision is None:
+        known = storage.get_study_user_attrs(study_id)
+        decision = known.get(DECISION) if known.get(CONFIRMATION) == confirmation else None
+    best = database.best_trials(storage, study_id, 1)
+    incumbent = slots.results(storage, study_id, slots.BASELINE).get("incumbent")
+    facts = Facts(
+        study=study,
+        progress=progress,
+        states=database.trial_states(storage, study_id),
+        values=board.trial_values(storage, study_id),
+        best_params=best[0].params if best else {},
+        incumbent_mae=incumbent["validation"]["mae"] if incumbent else None,
+        result=result,
+        seconds=slots.seconds(storage, [study_id]).get(study_id, {}),
+        parked=slots.parked(storage, study_id),
+        decision=decision if result else None,
+    )
+    return facts, {**_attributes(facts), CONFIRMATION: confirmation}
+
+
+def _digest(result: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _image(folder: Path, facts: Facts) -> Image | None:
+    title = f"{facts.study.name}: forecasts against what came"
+    if figures.forecast_shown(facts.result) is None or facts.result is None:
+        return None
+    key = json.dumps([title, facts.result["forecasts"]], sort_keys=True)
+    name = f"{facts.study.name.replace('/', '-')}-forecast.png"
+    return board.keep_image(folder, name, key, lambda: figures.forecast_image(facts.result, title=title) or b"")
+
+
+def plots(facts: Facts) -> dict[str, Any]:
+    """The study's figures by id, those that there is something to draw for."""
+    no_change = facts.study.definition.get("no_change_mae")
+    drawn = {
+        "best-so-far": figures.best_so_far(facts.values, incumbent=facts.incumbent_mae, no_change=no_change),
+        "error-by-window": figures.error_by_window(facts.result),
+        "forecast": figures.forecast(facts.result),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _attributes(facts: Facts) -> dict[str, str | None]:
+    """A glance at the study, for the page that does not show its note."""
+    best, incumbent = facts.best_trial, facts.incumbent_mae
+    searched = confirmed = None
+    if best is not None:
+        searched = f"{_mae(facts.values[best])}, trial {best}"
+        searched += f"; incumbent {_mae(incumbent)}" if incumbent is not None else ""
+    if (skill := _best_confirmed(facts, "skill")) is not None:
+        improvement = _confirmed_improvement(facts)
+        confirmed = f"skill {_share(skill)}" + (
+            f", improvement {_share(improvement)}" if improvement is not None else ""
+        )
+    # Five rows a page, and the definition is the first.
+    return {
+        "progress": _progress(facts),
+        "search": searched,
+        "confirmed": confirmed,
+        DECISION: facts.decision,
+        "time": _time(facts.seconds) or None,
+    }
+
+
+# --- the note -------------------------------------------------------------------------------------------------
+
+
+def note(facts: Facts, image: Image | None = None) -> str:
+    """The study's note, in Markdown."""
+    study = facts.study
+    parts = [
+        f"# {study.symbol} with {study.model}, bars up to {study.as_of}",
+        _table(("", ""), _overview(facts)),
+        "## Search",
+        _search(facts),
+        "## Confirmation",
+        _confirmation(facts),
+        "## Decision",
+        facts.decision or ("None yet." if facts.result else "Needs the confirmation."),
+        "## Go on",
+        f"`{next_command(facts)}`",
+    ]
+    if facts.parked:
+        parts += ["## Given up", _given_up(facts)]
+    if image is not None:
+        parts += ["## Forecasts", f"![Forecasts against what came]({image.path(study.study_id)})"]
+    parts.append("*Rewritten by the runner: keep remarks of your own in the notes of trials.*")
+    return "\n\n".join(parts) + "\n"
+
+
+def next_command(facts: Facts) -> str:
+    """The command that takes the study a step further."""
+    study = facts.study
+    if facts.state != "finished" or facts.result is None:
+        return f"launch-workers --symbols {study.symbol} --models {study.model}"
+    if facts.decision and "; next: " in facts.decision:
+        return facts.decision.rsplit("; next: ", 1)[1]
+    if facts.decision:
+        return f"launch-workers --symbols {study.symbol}"  # a new study, where there are newer bars
+    return f"promote --symbols {study.symbol}"
+
+
+def _overview(facts: Facts) -> list[tuple[str, ...]]:
+    definition, counts = facts.study.definition, facts.study.definition["windows"]
+    rows = [
+        ("State", f"{facts.state}: {_progress(facts)}"),
+        ("Forecast", f"{counts['horizon']} {'bar' if counts['horizon'] == 1 else 'bars'} ahead"),
+        (
+            "Error",
+            f"{definition['metric']}, mean \\|forecast - close\\| in % of the last close, {definition['objective']}",
+        ),
+        ("Windows", _windows(facts)),
+        ("Checkpoint", f"`{str(definition['checkpoint'])[:16]}`"),
+    ]
+    if time_spent := _time(facts.seconds):
+        rows.append(("Workers' time", time_spent))
+    return rows
+
+
+def _windows(facts: Facts) -> str:
+    counts = facts.study.definition["windows"]
+    if facts.result is None:
+        return f"{counts['validation']} to search on, {counts['test']} of test"
+    names = {"validation": "to search on", "confirmation": "to confirm on", "test": "of test"}
+    found = facts.result["windows"]
+    return "; ".join(
+        f"{found[part]['count']} {name} ({found[part]['first']} to {found[part]['last']})"
+        for part, name in names.items()
+    )
+
+
+def _search(facts: Facts) -> str:
+    best, no_change = facts.best_trial, facts.study.definition.get("no_change_mae")
+    rows = []
+    if best is not None:
+        mae = facts.values[best]
+        rows.append((f"**trial {best}** (best)", _mae(mae), _gain(mae, facts.incumbent_mae), _gain(mae, no_change),
+                     _params(facts.best_params)))  # fmt: skip
+    if facts.incumbent_mae is not None:
+        rows.append(("incumbent", _mae(facts.incumbent_mae), "", _gain(facts.incumbent_mae, no_change), ""))
+    if no_change is not None:
+        rows.append(("no change", _mae(no_change), "", "", ""))
+    return _table(("", "error", "improvement", "skill", "configuration"), rows)
+
+
+def _confirmation(facts: Facts) -> str:
+    result = facts.result
+    if result is None:
+        return (
+            "Comes when the budget is spent: the five best trials and the incumbent on more windows, with fresh seeds."
+        )
+    passes = result["passes"]
+    told = f"{passes} {'pass' if passes == 1 else 'passes'} with fresh seeds"
+    if result["sampling_error"]:
+        told += f"; sampling leaves {_share(result['sampling_error'], sign=False)} of each error uncertain"
+    ranked = sorted(result["candidates"], key=lambda one: one["confirmation"]["mae"])
+    named = [(f"trial {one['trial']}", one) for one in ranked] + list(result["baselines"].items())
+    incumbent = figures.incumbent_of(result)
+    old = incumbent["confirmation"]["mae"] if incumbent else None
+    rows = []
+    for place, (name, one) in enumerate(named):
+        if "error" in one:
+            rows.append((name, _code(one["error"]), "", "", "", ""))
+            continue
+        mae = one["confirmation"]["mae"]
+        rows.append(
+            (
+                f"**{name}**" if place == 0 else name,
+                _mae(mae),
+                _gain(mae, None if name == "incumbent" else old),
+                _share(one["confirmation"]["skill"]),
+                _mae(one["test"]["mae"]),
+                _params(one["params"]),
+            )
+        )
+    no_change = result["no_change"]
+    rows.append(("no change", _mae(no_change["confirmation"]["mae"]), "", "", _mae(no_change["test"]["mae"]), ""))
+    return f"{told}.\n\n" + _table(("", "error", "improvement", "skill", "on test", "configuration"), rows)
+
+
+def _given_up(facts: Facts) -> str:
+    lines = [f"- {STAGES[item.stage]} slot {item.number}: {_code(item.error)}" for item in facts.parked[:PARKED_SHOWN]]
+    if len(facts.parked) > PARKED_SHOWN:
+        lines.append(f"- and {len(facts.parked) - PARKED_SHOWN} more; see `studies show {facts.study.name}`")
+    return "\n".join(lines)
+
+
+def _decisions(rows: Sequence[Row]) -> dict[str, str]:
+    """What a promotion decided, by study."""
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    found = {}
+    for row in rows:
+        for pair in row.pairs:
+            if pair.study == row.study:
+                text = f"{row.decision} on {day}: {row.reason}{evidence(row)}"
+                found[pair.study] = text + (f"; next: {row.next}" if row.next else "")
+            else:
+                verdict = "its model's own file written" if pair.status == "success" else "not chosen"
+                found[pair.study] = f"{verdict} on {day}: {pair.reason}; the symbol's decision is on {row.study}"
+    return found
+
+
+def evidence(row: Row) -> str:
+    """The numbers behind a decision, in brackets; nothing where there is no incumbent to compare with."""
+    if row.improvement is None:
+        return ""
+    parts = [f"improvement {_share(row.improvement)}"]
+    if row.improvement_low is not None and row.improvement_high is not None:
+        parts.append(f"95 % interval {_share(row.improvement_low)} to {_share(row.improvement_high)}")
+    if row.p_value is not None:
+        parts.append(f"p {row.p_value:.3f}")
+    return f" ({', '.join(parts)})"
+
+
+def _progress(facts: Facts) -> str:
+    text = f"{facts.progress.done} of {facts.progress.budget} trials"
+    if pruned := facts.states.get("pruned"):
+        text += f", {pruned} pruned"
+    if facts.progress.parked:
+        text += f", {facts.progress.parked} given up"
+    return text
+
+
+def _confirmed_improvement(facts: Facts) -> float | None:
+    best, incumbent = _best_confirmed(facts, "mae"), figures.incumbent_of(facts.result)
+    if best is None or incumbent is None or not incumbent["confirmation"]["mae"]:
+        return None
+    return 1 - best / incumbent["confirmation"]["mae"]
+
+
+def _best_confirmed(facts: Facts, key: str) -> float | None:
+    best = figures.best_candidate(facts.result)
+    return None if best is None else best["confirmation"][key]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Numbers, in the columns between the first and the last, are flush right."""
+    rules = ["---", *["---:"] * (len(head) - 2), "---"]
+    # The dashboard's tables leave no room between columns: an em space does.
+    first, *rest = ([line[0], *(f"\u2003{cell}" for cell in line[1:])] for line in (head, *rows))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (first, rules, *rest))
+
+
+def _mae(value: float) -> str:
+    return f"{100 * value:.4f} %"
+
+
+def _gain(mae: float, reference: float | None) -> str:
+    return _share(1 - mae / reference) if reference else ""
+
+
+def _share(value: float, *, sign: bool = True) -> str:
+    return f"{100 * value:{'+' if sign else ''}.2f} %"
+
+
+def _params(params: Mapping[str, Any]) -> str:
+    return "`" + " ".join(f"{name}={_number(value)}" for name, value in params.items()) + "`"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _code(error: str) -> str:
+    """What somebody else wrote, without a meaning in Markdown."""
+    return "`" + " ".join(error.replace("`", "'").replace("|", "/").split()) + "`"
+
+
+def _time(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items() if spent >= 0.05)
