@@ -385,6 +385,7 @@ def run_workers(
         storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
     with streams.whoever_listens():
         try:
+            keeper.say = say  # the table is closed
             keeper.write()
             show_studies(storage, shown, as_json=False, plain=plain)
             progress = slots.progress(storage)
@@ -848,3 +849,35 @@ def dashboard_command(config: Config, host: str, port: int) -> None:
     storage = open_storage(config, start=True)
     server = dashboard.bind(storage, artifacts_folder(config), host, port)
     dashboard.serve(server, host, say=say)
+
+
+@studies.command(name="report")
+@click.option("--output", default="report.html", show_default=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="The page.")  # fmt: skip
+@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="The tables as Markdown too.")
+@symbols_option
+@models_option
+@shared
+def report_command(
+    config: Config,
+    output: Path,
+    markdown: Path | None,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+) -> None:
+    """Write a page on the newest studies: decisions, forecasts, errors, what mattered. It opens without a network.
+
+    \b
+    studies report
+    studies report --symbols BTCUSD --output btcusd.html --markdown btcusd.md
+    """
+    from launch import report as reporting
+
+    made = reporting.make(
+        open_storage(config), config, symbols=checked_symbols(symbols), models=checked_models(models, config)
+    )
+    reporting.write(output, reporting.html(made))
+    click.echo(output)
+    if markdown is not None:
+        reporting.write(markdown, reporting.markdown(made))
+        click.echo(markdown)

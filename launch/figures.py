@@ -345,8 +345,9 @@ def improvements(rows: Sequence[Mapping[str, Any]]) -> go.Figure | None:
         figure,
         title="Confirmed improvement over the incumbent",
         subtitle="with its 95 % interval, on the confirmation windows",
-        height=150 + 26 * len(known),
+        height=180 + 26 * len(known),
     ).update_layout(
+        showlegend=True,
         xaxis={"title": "improvement, %"},
         yaxis={"automargin": True, "categoryorder": "array", "categoryarray": [row["symbol"] for row in known]},
     )

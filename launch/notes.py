@@ -40,6 +40,7 @@ class Facts:
     best_params: Mapping[str, Any]
     incumbent_mae: float | None  # on the search's windows
     result: Mapping[str, Any] | None  # of the confirmation
+    confirmation: str | None  # tells two results apart
     seconds: Mapping[str, float]  # of workers, by what they went into
     parked: Sequence[slots.Parked]
     decision: str | None
@@ -69,7 +70,7 @@ class Keeper:
         say: Callable[[str], None],
     ) -> None:
         self._storage, self._folder, self._studies = storage, folder, studies
-        self._report, self._say = report, say
+        self._report, self.say = report, say
         self._written: dict[int, Progress] = {}
         self._next = time.monotonic() + EVERY_S
         self._complained = False
@@ -94,7 +95,7 @@ class Keeper:
             update(self._storage, self._folder, moved)
         except OSError as error:
             if not self._complained:
-                self._say(no_images(self._folder, error))
+                self.say(no_images(self._folder, error))
             self._complained = True
         self._written |= {study.study_id: progress[study.study_id] for study in moved}
 
@@ -131,7 +132,7 @@ def update(
     for study in studies:
         if study.study_id not in progress:
             continue
-        facts, attributes = _gather(storage, study, progress[study.study_id], decisions.get(study.name))
+        facts = gather(storage, study, progress[study.study_id], decision=decisions.get(study.name))
         image = None
         try:
             image = _image(folder, facts)
@@ -142,7 +143,7 @@ def update(
             study.study_id,
             note=note(facts, image),
             plots=plots(facts),
-            attributes=attributes,
+            attributes=_attributes(facts),
             image=image,
             folder=folder,
         )
@@ -150,10 +151,8 @@ def update(
         raise failure
 
 
-def _gather(
-    storage: RetryingStorage, study: Study, progress: Progress, decision: str | None
-) -> tuple[Facts, dict[str, Any]]:
-    """All facts of a study and what is to be its attributes."""
+def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decision: str | None = None) -> Facts:
+    """All facts of a study. decision: a new one; else the last, as long as it is of the same confirmation."""
     study_id = study.study_id
     result = slots.confirmations(storage, [study_id])[study_id].result
     confirmation = _digest(result) if result else None
@@ -162,7 +161,7 @@ def _gather(
         decision = known.get(DECISION) if known.get(CONFIRMATION) == confirmation else None
     best = database.best_trials(storage, study_id, 1)
     incumbent = slots.results(storage, study_id, slots.BASELINE).get("incumbent")
-    facts = Facts(
+    return Facts(
         study=study,
         progress=progress,
         states=database.trial_states(storage, study_id),
@@ -170,11 +169,11 @@ def _gather(
         best_params=best[0].params if best else {},
         incumbent_mae=incumbent["validation"]["mae"] if incumbent else None,
         result=result,
+        confirmation=confirmation,
         seconds=slots.seconds(storage, [study_id]).get(study_id, {}),
         parked=slots.parked(storage, study_id),
         decision=decision if result else None,
     )
-    return facts, {**_attributes(facts), CONFIRMATION: confirmation}
 
 
 def _digest(result: Mapping[str, Any]) -> str:
@@ -194,9 +193,9 @@ def plots(facts: Facts) -> dict[str, Any]:
     """The study's figures by id, those that there is something to draw for."""
     no_change = facts.study.definition.get("no_change_mae")
     drawn = {
-        "best-so-far": figures.best_so_far(facts.values, incumbent=facts.incumbent_mae, no_change=no_change),
-        "error-by-window": figures.error_by_window(facts.result),
         "forecast": figures.forecast(facts.result),
+        "error-by-window": figures.error_by_window(facts.result),
+        "best-so-far": figures.best_so_far(facts.values, incumbent=facts.incumbent_mae, no_change=no_change),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -206,20 +205,21 @@ def _attributes(facts: Facts) -> dict[str, str | None]:
     best, incumbent = facts.best_trial, facts.incumbent_mae
     searched = confirmed = None
     if best is not None:
-        searched = f"{_mae(facts.values[best])}, trial {best}"
-        searched += f"; incumbent {_mae(incumbent)}" if incumbent is not None else ""
+        searched = f"{mae_text(facts.values[best])}, trial {best}"
+        searched += f"; incumbent {mae_text(incumbent)}" if incumbent is not None else ""
     if (skill := _best_confirmed(facts, "skill")) is not None:
-        improvement = _confirmed_improvement(facts)
-        confirmed = f"skill {_share(skill)}" + (
-            f", improvement {_share(improvement)}" if improvement is not None else ""
+        improvement = confirmed_improvement(facts)
+        confirmed = f"skill {share_text(skill)}" + (
+            f", improvement {share_text(improvement)}" if improvement is not None else ""
         )
     # Five rows a page, and the definition is the first.
     return {
-        "progress": _progress(facts),
+        "progress": progress_text(facts),
         "search": searched,
         "confirmed": confirmed,
         DECISION: facts.decision,
-        "time": _time(facts.seconds) or None,
+        "time": time_text(facts.seconds) or None,
+        CONFIRMATION: facts.confirmation,
     }
 
 
@@ -231,7 +231,7 @@ def note(facts: Facts, image: Image | None = None) -> str:
     study = facts.study
     parts = [
         f"# {study.symbol} with {study.model}, bars up to {study.as_of}",
-        _table(("", ""), _overview(facts)),
+        table_text(("", ""), _overview(facts)),
         "## Search",
         _search(facts),
         "## Confirmation",
@@ -264,7 +264,7 @@ def next_command(facts: Facts) -> str:
 def _overview(facts: Facts) -> list[tuple[str, ...]]:
     definition, counts = facts.study.definition, facts.study.definition["windows"]
     rows = [
-        ("State", f"{facts.state}: {_progress(facts)}"),
+        ("State", f"{facts.state}: {progress_text(facts)}"),
         ("Forecast", f"{counts['horizon']} {'bar' if counts['horizon'] == 1 else 'bars'} ahead"),
         (
             "Error",
@@ -273,7 +273,7 @@ def _overview(facts: Facts) -> list[tuple[str, ...]]:
         ("Windows", _windows(facts)),
         ("Checkpoint", f"`{str(definition['checkpoint'])[:16]}`"),
     ]
-    if time_spent := _time(facts.seconds):
+    if time_spent := time_text(facts.seconds):
         rows.append(("Workers' time", time_spent))
     return rows
 
@@ -295,13 +295,13 @@ def _search(facts: Facts) -> str:
     rows = []
     if best is not None:
         mae = facts.values[best]
-        rows.append((f"**trial {best}** (best)", _mae(mae), _gain(mae, facts.incumbent_mae), _gain(mae, no_change),
-                     _params(facts.best_params)))  # fmt: skip
+        gain, skill = gain_text(mae, facts.incumbent_mae), gain_text(mae, no_change)
+        rows.append((f"**trial {best}**", mae_text(mae), gain, skill, _code(params_text(facts.best_params))))
     if facts.incumbent_mae is not None:
-        rows.append(("incumbent", _mae(facts.incumbent_mae), "", _gain(facts.incumbent_mae, no_change), ""))
+        rows.append(("incumbent", mae_text(facts.incumbent_mae), "", gain_text(facts.incumbent_mae, no_change), ""))
     if no_change is not None:
-        rows.append(("no change", _mae(no_change), "", "", ""))
-    return _table(("", "error", "improvement", "skill", "configuration"), rows)
+        rows.append(("no change", mae_text(no_change), "", "", ""))
+    return table_text(("", "error", "improvement", "skill", "configuration"), rows)
 
 
 def _confirmation(facts: Facts) -> str:
@@ -313,30 +313,33 @@ def _confirmation(facts: Facts) -> str:
     passes = result["passes"]
     told = f"{passes} {'pass' if passes == 1 else 'passes'} with fresh seeds"
     if result["sampling_error"]:
-        told += f"; sampling leaves {_share(result['sampling_error'], sign=False)} of each error uncertain"
+        told += f"; sampling leaves {share_text(result['sampling_error'], sign=False)} of each error uncertain"
+    rows = [(*row[:-1], _code(row[-1]) if row[-1] else "") for row in confirmed_rows(result)]
+    rows[0] = (f"**{rows[0][0]}**", *rows[0][1:])
+    return f"{told}.\n\n" + table_text(CONFIRMED_HEAD, rows)
+
+
+CONFIRMED_HEAD = ("", "error", "improvement", "skill", "on test", "configuration")
+
+
+def confirmed_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What was confirmed, best first, under CONFIRMED_HEAD; one that could not be measured says why."""
     ranked = sorted(result["candidates"], key=lambda one: one["confirmation"]["mae"])
     named = [(f"trial {one['trial']}", one) for one in ranked] + list(result["baselines"].items())
     incumbent = figures.incumbent_of(result)
     old = incumbent["confirmation"]["mae"] if incumbent else None
     rows = []
-    for place, (name, one) in enumerate(named):
+    for name, one in named:
         if "error" in one:
-            rows.append((name, _code(one["error"]), "", "", "", ""))
+            rows.append((name, "", "", "", "", one["error"]))
             continue
-        mae = one["confirmation"]["mae"]
-        rows.append(
-            (
-                f"**{name}**" if place == 0 else name,
-                _mae(mae),
-                _gain(mae, None if name == "incumbent" else old),
-                _share(one["confirmation"]["skill"]),
-                _mae(one["test"]["mae"]),
-                _params(one["params"]),
-            )
-        )
+        mae, test = one["confirmation"]["mae"], one["test"]["mae"]
+        gain = "" if name == "incumbent" else gain_text(mae, old)
+        skill = share_text(one["confirmation"]["skill"])
+        rows.append((name, mae_text(mae), gain, skill, mae_text(test), params_text(one["params"])))
     no_change = result["no_change"]
-    rows.append(("no change", _mae(no_change["confirmation"]["mae"]), "", "", _mae(no_change["test"]["mae"]), ""))
-    return f"{told}.\n\n" + _table(("", "error", "improvement", "skill", "on test", "configuration"), rows)
+    mae, test = no_change["confirmation"]["mae"], no_change["test"]["mae"]
+    return [*rows, ("no change", mae_text(mae), "", "", mae_text(test), "")]
 
 
 def _given_up(facts: Facts) -> str:
@@ -365,15 +368,22 @@ def evidence(row: Row) -> str:
     """The numbers behind a decision, in brackets; nothing where there is no incumbent to compare with."""
     if row.improvement is None:
         return ""
-    parts = [f"improvement {_share(row.improvement)}"]
-    if row.improvement_low is not None and row.improvement_high is not None:
-        parts.append(f"95 % interval {_share(row.improvement_low)} to {_share(row.improvement_high)}")
+    parts = [f"improvement {share_text(row.improvement)}"]
+    if interval := interval_text(row):
+        parts.append(f"95 % interval {interval}")
     if row.p_value is not None:
         parts.append(f"p {row.p_value:.3f}")
     return f" ({', '.join(parts)})"
 
 
-def _progress(facts: Facts) -> str:
+def interval_text(row: Row) -> str:
+    """The 95 % interval of the improvement; nothing where there is none."""
+    if row.improvement_low is None or row.improvement_high is None:
+        return ""
+    return f"{share_text(row.improvement_low)} to {share_text(row.improvement_high)}"
+
+
+def progress_text(facts: Facts) -> str:
     text = f"{facts.progress.done} of {facts.progress.budget} trials"
     if pruned := facts.states.get("pruned"):
         text += f", {pruned} pruned"
@@ -382,7 +392,7 @@ def _progress(facts: Facts) -> str:
     return text
 
 
-def _confirmed_improvement(facts: Facts) -> float | None:
+def confirmed_improvement(facts: Facts) -> float | None:
     best, incumbent = _best_confirmed(facts, "mae"), figures.incumbent_of(facts.result)
     if best is None or incumbent is None or not incumbent["confirmation"]["mae"]:
         return None
@@ -394,7 +404,7 @@ def _best_confirmed(facts: Facts, key: str) -> float | None:
     return None if best is None else best["confirmation"][key]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Numbers, in the columns between the first and the last, are flush right."""
     rules = ["---", *["---:"] * (len(head) - 2), "---"]
     # The dashboard's tables leave no room between columns: an em space does.
@@ -402,20 +412,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (first, rules, *rest))
 
 
-def _mae(value: float) -> str:
+def mae_text(value: float) -> str:
     return f"{100 * value:.4f} %"
 
 
-def _gain(mae: float, reference: float | None) -> str:
-    return _share(1 - mae / reference) if reference else ""
+def gain_text(mae: float, reference: float | None) -> str:
+    return share_text(1 - mae / reference) if reference else ""
 
 
-def _share(value: float, *, sign: bool = True) -> str:
+def share_text(value: float, *, sign: bool = True) -> str:
     return f"{100 * value:{'+' if sign else ''}.2f} %"
 
 
-def _params(params: Mapping[str, Any]) -> str:
-    return "`" + " ".join(f"{name}={_number(value)}" for name, value in params.items()) + "`"
+def params_text(params: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={_number(value)}" for name, value in params.items())
 
 
 def _number(value: Any) -> str:
@@ -427,5 +437,13 @@ def _code(error: str) -> str:
     return "`" + " ".join(error.replace("`", "'").replace("|", "/").split()) + "`"
 
 
-def _time(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items() if spent >= 0.05)
+def time_text(seconds: Mapping[str, float]) -> str:
+    """What workers' time went into."""
+    return ", ".join(f"{name} {duration_text(spent)}" for name, spent in seconds.items() if spent >= 0.05)
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
