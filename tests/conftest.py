@@ -22,6 +22,14 @@ for _name in [name for name in os.environ if name.startswith(SCRUBBED)]:
     del os.environ[_name]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What commands keep in the user's data folder, such as images, stays out of it."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data-home")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
     """A folder for databases: in memory where there is room, since a first start syncs a thousand files.

@@ -1,0 +1,197 @@
+"""The pictures: what their lines say, what is left out where something is missing, and that they stay small."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch import figures
+
+CONFIRMED, TEST = 60, 20
+
+
+def measured(level: float, seed: int) -> dict[str, Any]:
+    """A configuration's numbers on the windows of confirmation and test."""
+    random = np.random.default_rng(seed)
+
+    def part(count: int) -> dict[str, Any]:
+        errors = (level * random.uniform(0.5, 1.5, count)).tolist()
+        return {"mae": float(np.mean(errors)), "errors": errors, "windows": count, "skill": 0.01}
+
+    return {"confirmation": part(CONFIRMED), "test": part(TEST)}
+
+
+def forecasts(horizon: int, *, band: bool = True) -> dict[str, Any]:
+    """Two windows' worth of times in each part, of `horizon` bars each."""
+
+    def part(first: int) -> dict[str, Any]:
+        count = 2 * horizon
+        actual = [100.0 + first + place for place in range(count)]
+        points = [value + 0.5 for value in actual]
+        quantiles = {"low": [v - 1 for v in points], "high": [v + 1 for v in points]} if band else {}
+        series = {"best": {"trial": 7, "points": points, **quantiles}, "incumbent": {"points": actual, **quantiles}}
+        times = [f"2018-01-{first + place + 1:02d}" for place in range(count)]
+        return {"times": times, "actual": actual, "starts": [0, horizon], "series": series}
+
+    return {"validation": part(0), "test": part(2 * horizon)}
+
+
+def result(*, incumbent: bool = True, horizon: int = 1) -> dict[str, Any]:
+    """A study's confirmation: of its two candidates the second is the better one."""
+    candidates = [{"trial": 3, **measured(0.02, 1)}, {"trial": 7, **measured(0.01, 2)}]
+    parts = {"first": "2017-01-01", "last": "2018-12-31", "count": CONFIRMED}
+    return {
+        "windows": {"validation": parts, "confirmation": parts, "test": parts},
+        "candidates": candidates,
+        "baselines": {"incumbent": measured(0.015, 3)} if incumbent else {},
+        "no_change": measured(0.016, 4),
+        "forecasts": forecasts(horizon),
+    }
+
+
+def values(figure: Any, name: str, mode: str) -> np.ndarray:
+    """What a named line or cloud of a figure shows."""
+    return np.array(next(one.y for one in figure.data if one.name == name and one.mode == mode), dtype=float)
+
+
+def test_errors_of_best_and_incumbent_in_per_cent_and_who_is_ahead() -> None:
+    found = result()
+    figure: Any = figures.error_by_window(found)
+    assert figure is not None
+    best, old = found["candidates"][1], found["baselines"]["incumbent"]
+    errors = {
+        name: 100 * np.array([*one["confirmation"]["errors"], *one["test"]["errors"]])
+        for name, one in (("trial 7", best), ("incumbent", old))
+    }
+    for name, wanted in errors.items():
+        assert values(figure, name, "markers") == pytest.approx(wanted, rel=1e-6)
+        smooth = values(figure, name, "lines")
+        assert smooth[-1] == pytest.approx(wanted[-figures.SMOOTHED :].mean(), rel=1e-6)
+        assert np.isnan(smooth[: figures.SMOOTHED - 1]).all()
+    lead = values(figure, "lead", "lines")
+    assert lead == pytest.approx(np.cumsum(errors["incumbent"] - errors["trial 7"]), rel=1e-5)
+    assert lead[-1] > 0
+    shades = figure.layout.shapes
+    assert len(shades) == 2
+    assert all((shade.x0, shade.x1) == (CONFIRMED + 0.5, CONFIRMED + TEST + 0.5) for shade in shades)
+
+
+def test_without_an_incumbent_no_change_is_what_best_is_compared_with() -> None:
+    found = result(incumbent=False)
+    figure: Any = figures.error_by_window(found)
+    assert figure is not None
+    assert {one.name for one in figure.data} == {"no change", "trial 7", "lead"}
+    unmeasured = result()
+    unmeasured["baselines"] = {"incumbent": {"params": {}, "error": "NaN"}}
+    assert figures.error_by_window(unmeasured) is not None
+    assert figures.incumbent_of(unmeasured) is None
+
+
+def test_nothing_is_drawn_of_what_is_not_there() -> None:
+    empty = {**result(), "candidates": []}
+    empty["forecasts"] = {part: {**shown, "series": {}} for part, shown in empty["forecasts"].items()}
+    old = {key: value for key, value in result().items() if key != "forecasts"}  # confirmed before forecasts were kept
+    for found in (None, empty):
+        assert figures.error_by_window(found) is None
+        assert figures.best_candidate(found) is None
+    for found in (None, empty, old):
+        assert figures.forecast(found) is None
+        assert figures.forecast_image(found, title="t") is None
+    assert figures.best_so_far({}) is None
+    assert figures.importances({}) is None
+    assert figures.improvements([]) is None
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_forecasts_join_windows_of_one_bar_and_keep_longer_ones_apart(horizon: int) -> None:
+    found = result(horizon=horizon)
+    shown: Any = figures.forecast_shown(found)
+    assert shown is not None
+    assert [len(path.places) for path in shown.paths] == ([2, 2] if horizon == 1 else [3, 3, 3, 3])
+    assert np.concatenate([path.places for path in shown.paths]).tolist() == list(range(4 * horizon))
+    assert shown.test_from == 2 * horizon
+    figure: Any = figures.forecast(found)
+    assert figure is not None
+    assert values(figure, "actual", "lines+markers").tolist() == [100.0 + place for place in range(4 * horizon)]
+    bands = [one for one in figure.data if one.fill == "toself"]
+    assert len(bands) == len(shown.paths)
+    assert sum(bool(one.showlegend) for one in figure.data) == 4  # band, best, incumbent, actual: each once
+    first = bands[0]
+    half = len(first.y) // 2
+    assert list(first.y[:half]) == pytest.approx(
+        [value + 1.5 for value in found["forecasts"]["validation"]["actual"][:half]]
+    )
+    assert list(first.x[:half]) == list(first.x[half:])[::-1]  # there and back
+
+
+def test_a_forecast_without_samples_has_no_band() -> None:
+    found = result()
+    found["forecasts"] = forecasts(1, band=False)
+    figure: Any = figures.forecast(found)
+    assert figure is not None
+    assert [one for one in figure.data if one.fill] == []
+    assert figures.forecast_image(found, title="t") is not None
+
+
+def test_the_image_is_a_png_that_depends_on_the_numbers_only() -> None:
+    first, again = (figures.forecast_image(result(), title="SP500") for _ in range(2))
+    assert first is not None
+    assert first == again
+    assert Image.open(io.BytesIO(first)).size == (1000, 420)
+    assert figures.forecast_image(result(horizon=3), title="SP500") != first
+
+
+def test_best_so_far_never_rises_and_leaves_the_worst_out_of_sight() -> None:
+    found = {0: 0.012, 1: 0.011, 4: 0.5, 5: 0.0115, **dict.fromkeys(range(6, 30), 0.0112), 30: 0.010}
+    figure: Any = figures.best_so_far(found, incumbent=0.0118, no_change=0.0119)
+    assert figure is not None
+    lines = {one.name: list(one.y) for one in figure.data}
+    assert lines["best so far"] == pytest.approx(100 * np.minimum.accumulate(list(found.values())), rel=1e-6)
+    assert lines["incumbent"] == pytest.approx([1.18, 1.18])
+    low, high = figure.layout.yaxis.range
+    assert low < 1.0
+    assert 1.2 < high < 2
+    assert "1 worse above" in figure.layout.title.subtitle.text
+    assert figures.best_so_far({3: 0.01}) is not None  # one trial
+    assert figures.best_so_far({3: float("inf")}) is None
+
+
+def test_importances_largest_on_top() -> None:
+    figure: Any = figures.importances({"temperature": 0.2, "top_k": 0.7, "clip": 0.1})
+    assert figure is not None
+    assert list(figure.data[0].y) == ["clip", "temperature", "top_k"]
+    assert list(figure.data[0].x) == [10.0, 20.0, 70.0]
+
+
+def test_improvements_with_and_without_an_interval() -> None:
+    row = {"symbol": "A", "decision": "kept", "improvement": 0.02, "improvement_low": -0.01, "improvement_high": 0.05}
+    alone = {**row, "symbol": "B", "decision": "promoted", "improvement_low": None, "improvement_high": None}
+    unknown = {**row, "symbol": "C", "improvement": None}
+    figure: Any = figures.improvements([row, alone, unknown])
+    assert figure is not None
+    lines = {one.name: one for one in figure.data}
+    assert list(lines["kept"].error_x.array) == pytest.approx([3])
+    assert list(lines["kept"].error_x.arrayminus) == pytest.approx([3])
+    assert list(lines["promoted"].error_x.array) == [0]
+    assert list(figure.layout.yaxis.categoryarray) == ["B", "A"]
+
+
+def test_what_the_database_keeps_of_a_study_is_small() -> None:
+    found = result()
+    long = {
+        part: {**one, "errors": one["errors"] * 4} for part, one in found["candidates"][1].items() if part != "trial"
+    }
+    found["candidates"], found["baselines"] = [{"trial": 7, **long}], {"incumbent": long}
+    drawn: tuple[Any, ...] = (
+        figures.error_by_window(found),
+        figures.forecast(found),
+        figures.best_so_far(dict.fromkeys(range(100), 0.01)),
+    )
+    # Plotly's own template alone would be 7 kB.
+    for figure, most in zip(drawn, (15_000, 5_000, 5_000), strict=True):
+        assert figure is not None
+        assert len(str(figure.to_json())) < most

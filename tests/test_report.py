@@ -1,0 +1,146 @@
+"""The report: one page that opens from disk without a network, and the same as Markdown."""
+
+# ruff: noqa: F811 - fixtures are imported
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from browser import Tab, browser, tab  # noqa: F401 - fixtures
+from test_confirmation import Place, forecaster, place  # noqa: F401 - fixtures
+
+from launch import cli, figures
+from storage import slots
+from studies.study import Study
+
+INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
+ASIDE = "</script><script>document.title = 'taken'</script> | `rm`"  # an error's text, which is not the page's
+
+
+@pytest.fixture
+def study(place: Place) -> Study:
+    """A confirmed study with an incumbent, of which two more trials were asked for and given up."""
+    place.put("best", INCUMBENT)
+    opened = place.open().study
+    place.finish(opened)
+    return opened
+
+
+def park_two(place: Place, study: Study) -> None:
+    place.storage.transaction(lambda c: slots.raise_budget(c, study.study_id, 8))
+    slots.park_study(place.storage, study.study_id, ASIDE)
+
+
+def report(place: Place, *words: str) -> tuple[str, str]:
+    """The page and the Markdown."""
+    page, tables = place.folder / "report.html", place.folder / "report.md"
+    done = place.invoke(cli.studies, "report", "--output", str(page), "--markdown", str(tables), *words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split() == [str(page), str(tables)]
+    return page.read_text(), tables.read_text()
+
+
+def table_after(tables: str, heading: str) -> list[dict[str, str]]:
+    """The rows of the first table after a heading of the Markdown."""
+    lines = tables.split(f"## {heading}\n\n", 1)[1].split("\n\n", 1)[0].splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def test_tables_say_what_promote_says_and_what_was_measured(place: Place, study: Study) -> None:
+    row = json.loads(place.invoke(cli.promote, "--json", "--dry-run").stdout)[0]
+    _, tables = report(place)
+    (decided,) = table_after(tables, "Decisions")
+    assert (decided["symbol"], decided["study"]) == ("SP500", study.name)
+    assert decided["improvement"] == f"{100 * row['improvement']:+.2f} %"
+    assert decided["interval"] == f"{100 * row['improvement_low']:+.2f} % to {100 * row['improvement_high']:+.2f} %"
+    assert decided["p"] == f"{row['p_value']:.3f}"
+    assert (decided["decision"], decided["reason"]) == ("to be promoted", "improved")
+    (listed,) = table_after(tables, "Studies")
+    best = place.storage.get_best_trial(study.study_id)
+    assert (listed["study"], listed["state"]) == (study.name, "finished")
+    assert listed["best"] == f"{100 * (best.value or 0):.4f} %"
+    result = place.result(study)
+    confirmed = [f"{100 * one['confirmation']['mae']:.4f} %" for one in result["candidates"]]
+    assert all(mae in tables for mae in confirmed)
+    assert "## Given up" not in tables
+
+    assert place.invoke(cli.promote).exit_code == 0
+    _, tables = report(place)
+    (used,) = [one for one in table_after(tables, "In use") if one["symbol"] == "SP500"]
+    assert used["from"] == f"{study.name} trial {row_trial(place)}"
+    assert used["why"].startswith(f"improved, improvement {100 * row['improvement']:+.2f} %")
+    assert table_after(tables, "Decisions")[0]["reason"] == "unchanged"
+
+
+def row_trial(place: Place) -> int:
+    return json.loads((place.folder / "hyperparams" / "best" / "SP500.json").read_text())["metadata"]["trial"]
+
+
+def test_from_disk_in_a_browser(place: Place, study: Study, tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    park_two(place, study)
+    shares = {"aggregate": 0.8, "num_samples": 0.2}  # eight trials are too few for real ones
+    monkeypatch.setattr("launch.listing.importances_of", lambda storage, name: (shares, None))
+    page, _ = report(place)
+    requests: list[str] = []
+    tab.page.on("request", lambda request: requests.append(request.url))
+    path = (place.folder / "report.html").as_uri()
+    tab.open(path, "Forecast studies")
+    for text in (study.name, "Forecasts against what came", "Error by window", "Best so far", "What mattered"):
+        found = tab.page.get_by_text(text).first
+        found.scroll_into_view_if_needed()
+        found.wait_for()
+    tab.page.get_by_text(ASIDE).first.wait_for()  # shown as it is
+    assert tab.page.title() == "Forecast studies"
+    assert tab.page.locator(".js-plotly-plot").count() == 5  # the improvements and four of the study
+    assert requests == [path]  # nothing else is loaded
+    assert page.count("plotly.js v") == 1
+    tab.check()
+
+
+def test_what_was_given_up_is_in_the_table(place: Place, study: Study) -> None:
+    park_two(place, study)
+    page, tables = report(place)
+    given_up = table_after(tables, "Given up")
+    assert [row["what"] for row in given_up] == ["trial 6", "trial 7"]
+    assert given_up[0]["why"] == ASIDE.replace("|", "\\|").replace("<", "&lt;")
+    assert ASIDE not in page
+    assert "importances: " in page  # says that there are too few trials
+
+
+def test_before_anything_is_confirmed(place: Place, tab: Tab) -> None:
+    study = place.open().study
+    _, tables = report(place)
+    (row,) = table_after(tables, "Decisions")
+    assert row["reason"] == "not confirmed; launch-workers --symbols SP500 --models toto"
+    assert f"## {study.name}" in tables
+    tab.open((place.folder / "report.html").as_uri(), "not confirmed")
+    tab.check()
+
+
+def test_json_in_the_page_cannot_end_its_element() -> None:
+    from launch.report import _embedded
+
+    figure = figures.best_so_far({0: 0.01})
+    assert figure is not None
+    figure.update_layout(title={"text": "</script><!-- & -->"})
+    embedded = str(_embedded(figure))
+    assert not set("<>&") & set(embedded)
+    assert json.loads(embedded)["layout"]["title"]["text"] == "</script><!-- & -->"
+
+
+def test_errors_are_one_line(place: Place, tmp_path: Path) -> None:
+    nothing = place.invoke(cli.studies, "report", "--output", str(tmp_path / "r.html"))
+    assert nothing.exit_code == 1
+    assert "no study yet" in nothing.stderr
+    place.open()
+    blocked = place.invoke(cli.studies, "report", "--output", str(tmp_path / "absent" / "r.html"))
+    assert blocked.exit_code == 1
+    assert len(blocked.stderr.splitlines()) == 1
+    assert "absent/r.html: No such file or directory; name another file with --output" in blocked.stderr
+    unknown = place.invoke(cli.studies, "report", "--symbols", "NONE")
+    assert unknown.exit_code == 1
+    assert "NONE: no study" in unknown.stderr
