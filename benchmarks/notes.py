@@ -3,8 +3,9 @@
     python -m benchmarks.notes [--pairs 3] [--trials 100]
 
 The demonstration's four studies on two CPU workers. Prints, for each pair of runs, the ratio of their times from the
-first trial's begin to the last trial's end and of the CPU time of all processes; and the CPU time that writing took
-itself, by the CPU time of the run it was in, which is the figure that the machine's other work moves least.
+first trial's begin to the last trial's end and of the CPU time of the supervisor and its workers; and the CPU time that
+writing took in the supervisor, during the search and after it, by the CPU time of the run it was in: the figure that the
+machine's other work moves least.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,15 +47,15 @@ def one_run(folder: Path, trials: int, *, with_notes: bool) -> dict[str, float]:
     from storage import database
     from studies import config as configuration
 
-    writing = 0.0
+    writing = {"during": 0.0, "after": 0.0}
     write = notes.Keeper.write
 
     def timed(self: notes.Keeper) -> None:
-        nonlocal writing
+        when = "after" if threading.current_thread() is threading.main_thread() else "during"
         began = time.thread_time()
         if with_notes:
             write(self)
-        writing += time.thread_time() - began
+        writing[when] += time.thread_time() - began
 
     notes.Keeper.write = timed  # type: ignore[method-assign]
     words = ["--config", str(folder / "studies.toml"), "--cpus", "2", "--trials", str(trials)]
@@ -67,7 +69,7 @@ def one_run(folder: Path, trials: int, *, with_notes: bool) -> dict[str, float]:
     return {
         "wall": max(effort.last for effort in efforts) - min(effort.first for effort in efforts),
         "cpu": sum(usage.ru_utime + usage.ru_stime for usage in spent),
-        "writing": writing,
+        **writing,
     }
 
 
@@ -99,13 +101,14 @@ def main(pairs: int, trials: int, one: Path | None, without: bool) -> None:
     if one is not None:
         print(json.dumps(one_run(one, trials, with_notes=not without)))
         return
-    print("wall on/off  CPU on/off  writing / CPU of the run")
+    print("wall on/off  CPU on/off  writing during the search  after it")
     for pair in range(pairs):
         order = (True, False) if pair % 2 == 0 else (False, True)
         found: dict[bool, Any] = {on: run(trials, with_notes=on) for on in order}
         on, off = found[True], found[False]
-        ratios = f"{on['wall'] / off['wall']:11.3f}  {on['cpu'] / off['cpu']:10.3f}  {on['writing'] / on['cpu']:.2%}"
-        print(f"{ratios}  ({on['wall']:.1f} s, {on['cpu']:.1f} CPU s, writing {on['writing']:.2f} s)", flush=True)
+        ratios = f"{on['wall'] / off['wall']:11.3f}  {on['cpu'] / off['cpu']:10.3f}"
+        writing = f"{on['during'] / on['cpu']:25.2%}  {on['after'] / on['cpu']:8.2%}"
+        print(f"{ratios}  {writing}  ({on['wall']:.1f} s, {on['cpu']:.1f} CPU s)", flush=True)
 
 
 if __name__ == "__main__":

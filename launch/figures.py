@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = {"best": "#0072B2", "incumbent": "#D55E00", "actual": "#222222", "no change": "#777777"}
@@ -60,38 +59,39 @@ def error_by_window(result: Mapping[str, Any] | None) -> go.Figure | None:
         lines[name] = 100 * np.array([*one["confirmation"]["errors"], *one["test"]["errors"]])
     confirmed = len(best["confirmation"]["errors"])
     count = len(lines["best"])
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09, row_heights=[0.62, 0.38])
+    traces = []
     for name, errors in lines.items():
         label = f"trial {best['trial']}" if name == "best" else name
-        figure.add_scatter(
-            x0=1, y=_small(errors), mode="markers", marker={"size": 4, "color": COLOURS[name], "opacity": 0.35},
-            name=label, legendgroup=name, showlegend=False, hovertemplate="window %{x}: %{y:.3f} %", row=1, col=1,
-        )  # fmt: skip
-        figure.add_scatter(
-            x0=1, y=_small(_moving_mean(errors)), mode="lines", line={"color": COLOURS[name], "width": 2},
-            name=label, legendgroup=name, hovertemplate=f"mean of the last {SMOOTHED}: %{{y:.3f}} %", row=1, col=1,
-        )  # fmt: skip
-    lead = np.cumsum(lines[rival_name] - lines["best"])
-    figure.add_scatter(
-        x0=1, y=_small(lead), mode="lines", line={"color": COLOURS["best"], "width": 2}, fill="tozeroy",
-        fillcolor="rgba(0,114,178,0.12)", name="lead", showlegend=False,
-        hovertemplate=f"ahead of {rival_name} by %{{y:.3f}} % in all", row=2, col=1,
+        shared = {"x0": 1, "name": label, "legendgroup": name}
+        traces += [
+            {**shared, "y": _small(errors), "mode": "markers", "showlegend": False,
+             "marker": {"size": 4, "color": COLOURS[name], "opacity": 0.35},
+             "hovertemplate": "window %{x}: %{y:.3f} %"},
+            {**shared, "y": _small(_moving_mean(errors)), "mode": "lines", "line": {"color": COLOURS[name], "width": 2},
+             "hovertemplate": f"mean of the last {SMOOTHED}: %{{y:.3f}} %"},
+        ]  # fmt: skip
+    traces.append(
+        {"x0": 1, "y": _small(np.cumsum(lines[rival_name] - lines["best"])), "yaxis": "y2", "mode": "lines",
+         "line": {"color": COLOURS["best"], "width": 2}, "fill": "tozeroy", "fillcolor": "rgba(0,114,178,0.12)",
+         "name": "lead", "showlegend": False, "hovertemplate": f"ahead of {rival_name} by %{{y:.3f}} % in all"}
     )  # fmt: skip
-    figure.add_vrect(x0=confirmed + 0.5, x1=count + 0.5, fillcolor=TEST_SHADE, line_width=0, layer="below")
-    figure.add_annotation(
-        x=confirmed + 0.5, y=1, yref="y domain", text="test", showarrow=False, xanchor="left", yanchor="top"
-    )
+    begin, end = confirmed + 0.5, count + 0.5
     parts = result["windows"]
-    return _styled(
-        figure,
+    return _figure(
+        traces,
         title="Error by window",
         subtitle=f"dots: windows; lines: mean of the last {SMOOTHED}; "
         f"{parts['confirmation']['first']} to {parts['test']['last']}",
-        height=HEIGHT,
-    ).update_layout(
-        yaxis={"title": "error, %", "rangemode": "tozero"},
-        yaxis2={"title": f"lead over<br>{rival_name}, sum of %", "zeroline": True, "zerolinecolor": "#999999"},
-        xaxis2={"title": "window, oldest first"},
+        shapes=[_shade(begin, end, "y domain"), _shade(begin, end, "y2 domain")],
+        annotations=[_test_label(begin)],
+        xaxis={"title": "window, oldest first", "anchor": "y2"},
+        yaxis={"title": "error, %", "rangemode": "tozero", "domain": [0.44, 1]},
+        yaxis2={
+            "title": f"lead over<br>{rival_name}, sum of %",
+            "zeroline": True,
+            "zerolinecolor": "#999999",
+            "domain": [0, 0.35],
+        },
     )
 
 
@@ -169,15 +169,13 @@ def forecast(result: Mapping[str, Any] | None) -> go.Figure | None:
     shown = forecast_shown(result)
     if shown is None:
         return None
-    figure = go.Figure()
-    named: set[str] = set()
+    traces: list[dict[str, Any]] = []
 
     def line(name: str, label: str, x: np.ndarray, y: np.ndarray, **options: Any) -> None:
-        figure.add_scatter(
-            x=[shown.times[place] for place in x], y=y.round(4).tolist(), name=label, legendgroup=name,
-            showlegend=label not in named, **options,
-        )  # fmt: skip
-        named.add(label)
+        first = label not in [trace["name"] for trace in traces]
+        times = [shown.times[place] for place in x]
+        traces.append({"x": times, "y": y.round(4).tolist(), "name": label, "legendgroup": name, "showlegend": first,
+                       **options})  # fmt: skip
 
     for path in shown.paths:
         for name, one in path.series.items():
@@ -196,16 +194,13 @@ def forecast(result: Mapping[str, Any] | None) -> go.Figure | None:
     actual = np.concatenate([path.actual for path in shown.paths])
     line("actual", "actual", np.arange(len(actual)), actual, mode="lines+markers",
          marker={"size": 5}, line={"color": COLOURS["actual"], "width": 1.4})  # fmt: skip
-    figure.add_vrect(
-        x0=shown.test_from - 0.5, x1=len(shown.times) - 0.5, fillcolor=TEST_SHADE, line_width=0,
-        layer="below", annotation_text="test", annotation_position="top left",
-    )  # fmt: skip
-    return _styled(
-        figure,
+    begin = shown.test_from - 0.5
+    return _figure(
+        traces,
         title="Forecasts against what came",
         subtitle=f"validation and test, {shown.times[0]} to {shown.times[-1]}; each forecast sees the bars before it",
-        height=HEIGHT,
-    ).update_layout(
+        shapes=[_shade(begin, len(shown.times) - 0.5, "y domain")],
+        annotations=[_test_label(begin)],
         # Bars side by side, whatever time lies between two of them.
         xaxis={
             "type": "category",
@@ -269,35 +264,29 @@ def best_so_far(
     if not found:
         return None
     numbers, errors = np.array([number for number, _ in found]), np.array([error for _, error in found])
-    figure = go.Figure()
-    figure.add_scatter(
-        x=numbers, y=_small(errors), mode="markers", name="complete trial", marker={"size": 5, "color": "#9BB8D3"},
-        hovertemplate="trial %{x}: %{y:.4f} %",
-    )  # fmt: skip
-    figure.add_scatter(
-        x=numbers, y=_small(np.minimum.accumulate(errors)), mode="lines", name="best so far",
-        line={"color": COLOURS["best"], "width": 2.5, "shape": "hv"}, hovertemplate="best: %{y:.4f} %",
-    )  # fmt: skip
-    marks = {"incumbent": incumbent, "no change": no_change}
-    for name, mae in marks.items():
-        if mae is not None:
-            figure.add_scatter(
-                x=[numbers[0], numbers[-1]], y=[100 * mae] * 2, mode="lines", name=name,
-                line={"color": COLOURS[name], "width": 1.5, "dash": "dash"}, hovertemplate=f"{name}: %{{y:.4f}} %",
-            )  # fmt: skip
-    low = min(errors.min(), *(100 * mae for mae in marks.values() if mae is not None), errors.max())
-    high = max(
-        np.quantile(errors, 1 - HIDDEN_SHARE), *(100 * mae for mae in marks.values() if mae is not None), errors[0]
-    )
+    traces: list[dict[str, Any]] = [
+        {"x": numbers, "y": _small(errors), "mode": "markers", "name": "complete trial",
+         "marker": {"size": 5, "color": "#9BB8D3"}, "hovertemplate": "trial %{x}: %{y:.4f} %"},
+        {"x": numbers, "y": _small(np.minimum.accumulate(errors)), "mode": "lines", "name": "best so far",
+         "line": {"color": COLOURS["best"], "width": 2.5, "shape": "hv"}, "hovertemplate": "best: %{y:.4f} %"},
+    ]  # fmt: skip
+    marks = {name: 100 * mae for name, mae in (("incumbent", incumbent), ("no change", no_change)) if mae is not None}
+    for name, mark in marks.items():
+        traces.append(
+            {"x": [numbers[0], numbers[-1]], "y": [mark, mark], "mode": "lines", "name": name,
+             "line": {"color": COLOURS[name], "width": 1.5, "dash": "dash"},
+             "hovertemplate": f"{name}: %{{y:.4f}} %"}
+        )  # fmt: skip
+    low = min(errors.min(), *marks.values(), errors[0])
+    high = max(np.quantile(errors, 1 - HIDDEN_SHARE), *marks.values(), errors[0])
     margin = 0.06 * (high - low) or 0.01 * high
     hidden = int((errors > high + margin).sum())
-    return _styled(
-        figure,
+    return _figure(
+        traces,
         title="Best so far",
         subtitle="mean absolute error on the windows of the search" + (f"; {hidden} worse above" if hidden else ""),
-        height=HEIGHT,
-    ).update_layout(
-        xaxis={"title": "trial"}, yaxis={"title": "error, %", "range": [float(low - margin), float(high + margin)]}
+        xaxis={"title": "trial"},
+        yaxis={"title": "error, %", "range": [float(low - margin), float(high + margin)]},
     )
 
 
@@ -306,15 +295,19 @@ def importances(shares: Mapping[str, float]) -> go.Figure | None:
     if not shares:
         return None
     names = sorted(shares, key=lambda name: shares[name])
-    figure = go.Figure()
-    figure.add_bar(
-        x=[round(100 * shares[name], 1) for name in names], y=names, orientation="h",
-        marker={"color": COLOURS["best"]}, hovertemplate="%{y}: %{x:.1f} %",
-    )  # fmt: skip
-    return _styled(
-        figure, title="What mattered", subtitle="parameter importances by PED-ANOVA", height=130 + 34 * len(names)
-    ).update_layout(
-        xaxis={"title": "share, %", "range": [0, 100]}, yaxis={"automargin": True}, bargap=0.35, showlegend=False
+    bars = {
+        "type": "bar", "x": [round(100 * shares[name], 1) for name in names], "y": names, "orientation": "h",
+        "marker": {"color": COLOURS["best"]}, "hovertemplate": "%{y}: %{x:.1f} %",
+    }  # fmt: skip
+    return _figure(
+        [bars],
+        title="What mattered",
+        subtitle="parameter importances by PED-ANOVA",
+        height=130 + 34 * len(names),
+        xaxis={"title": "share, %", "range": [0, 100]},
+        yaxis={"automargin": True},
+        bargap=0.35,
+        showlegend=False,
     )
 
 
@@ -323,7 +316,7 @@ def improvements(rows: Sequence[Mapping[str, Any]]) -> go.Figure | None:
     known = [row for row in rows if row["improvement"] is not None][::-1]
     if not known:
         return None
-    figure = go.Figure()
+    traces = []
     for decision, colour in (("promoted", COLOURS["best"]), ("kept", COLOURS["no change"])):
         of_it = [row for row in known if row["decision"] == decision]
         if not of_it:
@@ -331,50 +324,69 @@ def improvements(rows: Sequence[Mapping[str, Any]]) -> go.Figure | None:
         values = [100 * row["improvement"] for row in of_it]
         lows = [100 * (row["improvement"] if (low := row["improvement_low"]) is None else low) for row in of_it]
         highs = [100 * (row["improvement"] if (high := row["improvement_high"]) is None else high) for row in of_it]
-        figure.add_scatter(
-            x=values, y=[row["symbol"] for row in of_it], mode="markers", name=decision,
-            marker={"size": 9, "color": colour}, hovertemplate="%{y}: %{x:+.2f} %",
-            error_x={
-                "type": "data", "symmetric": False, "color": colour, "thickness": 1.5,
-                "array": [high - value for high, value in zip(highs, values, strict=True)],
-                "arrayminus": [value - low for low, value in zip(lows, values, strict=True)],
-            },
+        traces.append(
+            {
+                "x": values, "y": [row["symbol"] for row in of_it], "mode": "markers", "name": decision,
+                "marker": {"size": 9, "color": colour}, "hovertemplate": "%{y}: %{x:+.2f} %",
+                "error_x": {
+                    "type": "data", "symmetric": False, "color": colour, "thickness": 1.5,
+                    "array": [high - value for high, value in zip(highs, values, strict=True)],
+                    "arrayminus": [value - low for low, value in zip(lows, values, strict=True)],
+                },
+            }
         )  # fmt: skip
-    figure.add_vline(x=0, line={"color": "#999999", "width": 1})
-    return _styled(
-        figure,
+    return _figure(
+        traces,
         title="Confirmed improvement over the incumbent",
         subtitle="with its 95 % interval, on the confirmation windows",
         height=180 + 26 * len(known),
-    ).update_layout(
         showlegend=True,
-        xaxis={"title": "improvement, %"},
+        xaxis={"title": "improvement, %", "zeroline": True, "zerolinecolor": "#999999"},
         yaxis={"automargin": True, "categoryorder": "array", "categoryarray": [row["symbol"] for row in known]},
     )
 
 
-def _styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figure:
-    """One look, without Plotly's own template: it is 7 kB that every stored figure would carry."""
+def _shade(begin: float, end: float, height: str) -> dict[str, Any]:
+    """The windows of test."""
+    return {"type": "rect", "x0": begin, "x1": end, "y0": 0, "y1": 1, "yref": height, "fillcolor": TEST_SHADE,
+            "line": {"width": 0}, "layer": "below"}  # fmt: skip
+
+
+def _test_label(begin: float) -> dict[str, Any]:
+    return {"x": begin, "y": 1, "yref": "y domain", "text": "test", "showarrow": False, "xanchor": "left",
+            "yanchor": "top"}  # fmt: skip
+
+
+def _figure(
+    traces: Sequence[Mapping[str, Any]], *, title: str, subtitle: str, height: int = HEIGHT, **layout: Any
+) -> go.Figure:
+    """One look. Made at once, which takes Plotly an eighth of the time that it takes trace by trace, and without Plotly's
+    template: it is 7 kB that every stored figure would carry.
+    """
     axis = {"gridcolor": GRID, "linecolor": "#999999", "zeroline": False, "ticks": "outside", "tickcolor": "#999999"}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    figure.layout.template = {}
-    return figure.update_layout(
-        title={
-            "text": title,
-            "subtitle": {"text": subtitle, "font": {"size": 12, "color": "#666666"}},
-            "font": {"size": 16},
-            "x": 0.01,
-            "xanchor": "left",
-            "y": 1,
-            "yanchor": "top",
-            "pad": {"t": 14},
+    axes = {name: {**axis, **layout.pop(name)} for name in list(layout) if "axis" in name}
+    return go.Figure(
+        [{"type": "scatter", **trace} for trace in traces],
+        {
+            "template": {},
+            "title": {
+                "text": title,
+                "subtitle": {"text": subtitle, "font": {"size": 12, "color": "#666666"}},
+                "font": {"size": 16},
+                "x": 0.01,
+                "xanchor": "left",
+                "y": 1,
+                "yanchor": "top",
+                "pad": {"t": 14},
+            },
+            "font": {"family": FONT, "size": 12, "color": "#222222"},
+            "height": height,
+            "margin": {"l": 60, "r": 20, "t": 110, "b": 50},
+            "paper_bgcolor": "#FFFFFF",
+            "plot_bgcolor": "#FFFFFF",
+            "hovermode": "closest",
+            "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
+            **axes,
+            **layout,
         },
-        font={"family": FONT, "size": 12, "color": "#222222"},
-        height=height,
-        margin={"l": 60, "r": 20, "t": 110, "b": 50},
-        paper_bgcolor="#FFFFFF",
-        plot_bgcolor="#FFFFFF",
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
     )
