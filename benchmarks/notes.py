@@ -4,8 +4,8 @@
 
 The demonstration's four studies on two CPU workers. Prints, for each pair of runs, the ratio of their times from the
 first trial's begin to the last trial's end and of the CPU time of the supervisor and its workers; and the CPU time that
-writing took in the supervisor, during the search and after it, by the CPU time of the run it was in: the figure that the
-machine's other work moves least.
+writing took in the supervisor, during the search and after it, by that of the whole run: what other work on the machine
+moves least.
 """
 
 from __future__ import annotations

@@ -360,8 +360,9 @@ def _test_label(begin: float) -> dict[str, Any]:
 def _figure(
     traces: Sequence[Mapping[str, Any]], *, title: str, subtitle: str, height: int = HEIGHT, **layout: Any
 ) -> go.Figure:
-    """One look. Made at once, which takes Plotly an eighth of the time that it takes trace by trace, and without Plotly's
-    template: it is 7 kB that every stored figure would carry.
+    """One look, without Plotly's own template: it is 7 kB that every stored figure would carry.
+
+    Made at once: trace by trace took Plotly eight times as long.
     """
     axis = {"gridcolor": GRID, "linecolor": "#999999", "zeroline": False, "ticks": "outside", "tickcolor": "#999999"}
     axes = {name: {**axis, **layout.pop(name)} for name in list(layout) if "axis" in name}

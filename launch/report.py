@@ -17,12 +17,13 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from launch import figures, listing, notes
+from launch import figures, notes
 from launch import promote as promoting
 from launch.notes import CONFIRMED_HEAD, Facts, gain_text, mae_text, share_text
 from launch.promote import Row, Rule
 from storage import configs, slots
 from storage.database import RetryingStorage
+from studies import importance
 from studies import study as studying
 from studies.config import Config, ConfigError
 
@@ -199,7 +200,7 @@ def _failures(found: Sequence[Facts]) -> Table:
 
 
 def _section(storage: RetryingStorage, facts: Facts) -> Section:
-    shares, too_few = listing.importances_of(storage, facts.study.name)
+    shares, too_few = importance.importances(storage, facts.study.name)
     drawn = [*notes.plots(facts).values(), figures.importances(shares or {})]
     decision = facts.decision or f"No decision yet; go on with: {notes.next_command(facts)}"
     if time_spent := notes.time_text(facts.seconds):

@@ -100,7 +100,7 @@ def test_a_study_says_how_it_stands_as_it_goes(place: Place, folder: Path) -> No
     for _ in range(3):
         slot = slots.claim(place.storage, study.study_id, worker="host:1", lease_s=60)
         assert slot is not None
-        studying.work(place.storage, run, slot, evaluator, worker="host:1", device="cpu", watch=watch)
+        studying.work(place.storage, run, slot, evaluator, attrs={"worker": "host:1"}, watch=watch)
     notes.update(place.storage, folder, [study])
     note = note_of(place, study)
     assert note.startswith(f"# SP500 with toto, bars up to {study.as_of}\n")

@@ -83,7 +83,7 @@ def row_trial(place: Place) -> int:
 def test_from_disk_in_a_browser(place: Place, study: Study, tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
     park_two(place, study)
     shares = {"aggregate": 0.8, "num_samples": 0.2}  # eight trials are too few for real ones
-    monkeypatch.setattr("launch.listing.importances_of", lambda storage, name: (shares, None))
+    monkeypatch.setattr("studies.importance.importances", lambda storage, name: (shares, None))
     page, _ = report(place)
     requests: list[str] = []
     tab.page.on("request", lambda request: requests.append(request.url))
