@@ -515,7 +515,8 @@ def _run_trial(
                 params = run.space.suggest(trial)
             storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
             measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=report)
-            trial.set_user_attr("measured", describe(measured))
+            for name, value in readable(measured).items():
+                trial.set_user_attr(name, value)
         except optuna.TrialPruned:
             end(TrialState.PRUNED, reported[-1])
             slots.finish(storage, slot, seconds=watch.lap())
@@ -689,6 +690,13 @@ def describe(measured: Measurement, *, errors: bool = False) -> dict[str, Any]:
     if not errors:
         del values["errors"], values["sampling_error"]
     return values
+
+
+def readable(measured: Measurement) -> dict[str, float]:
+    """A measurement as numbers that people sort trials by, each by itself; seconds by stage."""
+    seconds = {f"{stage}_s": round(spent, 6) for stage, spent in measured.seconds.items()}
+    numbers = {"mae": measured.mae, "mae_percent": measured.mae_percent, "price_mae": measured.price_mae}
+    return {**numbers, "skill": measured.skill, **seconds}
 
 
 EXPECTED_ERRORS = (ForecastError,)

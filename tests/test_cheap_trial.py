@@ -352,7 +352,9 @@ def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage
     assert complete.user_attrs["worker"] == "w:1"
     assert "claim" not in complete.user_attrs
     assert complete.intermediate_values == dict.fromkeys(range(10), 0.5)
-    assert complete.user_attrs["measured"]["seconds"] == {"encode": 0.1, "draw": 0.2, "aggregate": 0.3}
+    stages = {name: value for name, value in complete.user_attrs.items() if name.endswith("_s")}
+    assert stages == {"encode_s": 0.1, "draw_s": 0.2, "aggregate_s": 0.3}
+    assert complete.user_attrs["mae"] == complete.value
 
 
 def stock_trials(run: Run) -> list[FrozenTrial]:
