@@ -26,6 +26,7 @@ EVERY_S = 10.0  # between two rewritings during a run
 SHARE = 0.01  # of the time, at most, that they may take
 PARKED_SHOWN = 5
 DECISION, CONFIRMATION = "decision", "confirmation"  # study user attributes that are read again
+UNDECIDED = "none yet"
 STAGES = {slots.BASELINE: "in use", slots.TRIAL: "trial", slots.CONFIRMATION: "confirmation"}
 
 
@@ -159,6 +160,7 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
     if result and decision is None:
         known = storage.get_study_user_attrs(study_id)
         decision = known.get(DECISION) if known.get(CONFIRMATION) == confirmation else None
+        decision = None if decision == UNDECIDED else decision
     best = database.best_trials(storage, study_id, 1)
     incumbent = slots.results(storage, study_id, slots.BASELINE).get("incumbent")
     return Facts(
@@ -217,8 +219,7 @@ def _attributes(facts: Facts) -> dict[str, str | None]:
         "progress": progress_text(facts),
         "search": searched,
         "confirmed": confirmed,
-        DECISION: facts.decision,
-        "time": time_text(facts.seconds) or None,
+        DECISION: (facts.decision or UNDECIDED) if facts.result else None,
         CONFIRMATION: facts.confirmation,
     }
 
@@ -407,8 +408,10 @@ def _best_confirmed(facts: Facts, key: str) -> float | None:
 def table_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Numbers, in the columns between the first and the last, are flush right."""
     rules = ["---", *["---:"] * (len(head) - 2), "---"]
-    # The dashboard's tables leave no room between columns: an em space does.
-    first, *rest = ([line[0], *(f"\u2003{cell}" for cell in line[1:])] for line in (head, *rows))
+    # The dashboard's tables leave no room between columns and break numbers from their units: spaces that hold do not.
+    first, *rest = (
+        [line[0], *("\u2003" + cell.replace(" %", "\u00a0%") for cell in line[1:])] for line in (head, *rows)
+    )
     return "\n".join("| " + " | ".join(line) + " |" for line in (first, rules, *rest))
 
 
@@ -438,8 +441,9 @@ def _code(error: str) -> str:
 
 
 def time_text(seconds: Mapping[str, float]) -> str:
-    """What workers' time went into."""
-    return ", ".join(f"{name} {duration_text(spent)}" for name, spent in seconds.items() if spent >= 0.05)
+    """What workers' time went into, most of it first."""
+    largest = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {duration_text(spent)}" for name, spent in largest if spent >= 0.05)
 
 
 def duration_text(seconds: float) -> str:
