@@ -46,7 +46,8 @@ def incumbent_of(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 def error_by_window(result: Mapping[str, Any] | None) -> go.Figure | None:
     """The error of best and incumbent in every confirmation and test window, and which of them is ahead.
 
-    Where there is no incumbent, "no change" takes its place. None without a confirmed candidate.
+    Where there is no incumbent, "no change" takes its place. None without a confirmed candidate,
+    or with nothing to compare it with.
     """
     best = best_candidate(result)
     if result is None or best is None:
@@ -59,6 +60,8 @@ def error_by_window(result: Mapping[str, Any] | None) -> go.Figure | None:
         lines[name] = 100 * np.array([*one["confirmation"]["errors"], *one["test"]["errors"]])
     confirmed = len(best["confirmation"]["errors"])
     count = len(lines["best"])
+    if len(lines[rival_name]) != count:  # its errors by window were not kept
+        return None
     traces = []
     for name, errors in lines.items():
         label = f"trial {best['trial']}" if name == "best" else name

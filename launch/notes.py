@@ -316,7 +316,8 @@ def _confirmation(facts: Facts) -> str:
     if result["sampling_error"]:
         told += f"; sampling leaves {share_text(result['sampling_error'], sign=False)} of each error uncertain"
     rows = [(*row[:-1], _code(row[-1]) if row[-1] else "") for row in confirmed_rows(result)]
-    rows[0] = (f"**{rows[0][0]}**", *rows[0][1:])
+    if result["candidates"]:
+        rows[0] = (f"**{rows[0][0]}**", *rows[0][1:])
     return f"{told}.\n\n" + table_text(CONFIRMED_HEAD, rows)
 
 

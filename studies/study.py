@@ -201,13 +201,9 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
 def list_studies(storage: RetryingStorage) -> list[Study]:
     """Every study of ours, sorted by name; retired and foreign ones are not among them."""
     studies = []
-    for found in storage.get_all_studies():
-        match = NAME.fullmatch(found.study_name)
-        definition = found.user_attrs.get(DEFINITION)
-        if match and isinstance(definition, dict):
-            studies.append(
-                Study(study_id=found._study_id, name=found.study_name, definition=definition, **match.groupdict())
-            )
+    for study_id, name, definition in database.studies_with(storage, DEFINITION):
+        if (match := NAME.fullmatch(name)) and isinstance(definition, dict):
+            studies.append(Study(study_id=study_id, name=name, definition=definition, **match.groupdict()))
     return sorted(studies, key=lambda study: study.name)
 
 

@@ -91,6 +91,12 @@ def test_without_an_incumbent_no_change_is_what_best_is_compared_with() -> None:
     assert figures.incumbent_of(unmeasured) is None
 
 
+def test_errors_that_were_not_kept_are_not_compared() -> None:
+    found = result(incumbent=False)
+    found["no_change"] = {part: {**one, "errors": []} for part, one in found["no_change"].items()}
+    assert figures.error_by_window(found) is None
+
+
 def test_nothing_is_drawn_of_what_is_not_there() -> None:
     empty = {**result(), "candidates": []}
     empty["forecasts"] = {part: {**shown, "series": {}} for part, shown in empty["forecasts"].items()}
