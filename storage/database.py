@@ -65,10 +65,11 @@ create table if not exists slots (
     seconds jsonb,
     primary key (study_id, stage, number)
 );
-alter table slots add column if not exists seconds jsonb;
 create index if not exists slots_open on slots (study_id, stage, number) where state in ('free', 'busy');
 create unique index if not exists slots_claim on slots (claim) where claim is not null;
 """
+
+HAS_SECONDS = "select 1 from pg_attribute where attrelid = 'slots'::regclass and attname = 'seconds'"
 
 
 class ClaimLost(Exception):
@@ -404,6 +405,9 @@ def create_schema(url: str) -> None:
                 ).engine.dispose()
                 with engine.begin() as connection:
                     connection.execute(text(SLOTS_DDL))
+            elif lock.execute(text(HAS_SECONDS)).first() is None:  # made before the column was
+                with engine.begin() as connection:
+                    connection.execute(text("alter table slots add column if not exists seconds jsonb"))
     except (StorageInternalError, SQLAlchemyError) as error:
         raise _unavailable(parsed, error) from None
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from conftest import execute
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import text
@@ -203,4 +204,11 @@ def test_a_patient_opener_waits_for_the_server(own_server: embedded.Server) -> N
     storage = database.open_storage(own_server.url, wait_s=60, create=False, patient=True)
     back.join()
     assert storage.get_all_studies() == []
+    storage.engine.dispose()
+
+
+def test_a_database_of_before_gets_the_column_it_lacks(database_url: str) -> None:
+    execute(database_url, "alter table slots drop column seconds")
+    storage = database.open_storage(database_url, wait_s=5)
+    assert slots.seconds(storage) == {}
     storage.engine.dispose()

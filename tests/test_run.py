@@ -434,12 +434,12 @@ if "launch.worker" in sys.orig_argv:
     import torch
     from forecasters.toto import Toto
     prefill, tried = Toto._prefill, []
-    def limited(self, rows, horizon):
+    def limited(self, rows, *others):
         tried.append(len(rows))
         print("prefill of", len(rows), file=sys.stderr)
         if len(tried) <= 7:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 8 GiB.")
-        return prefill(self, rows, horizon)
+        return prefill(self, rows, *others)
     Toto._prefill = limited
 """
 
