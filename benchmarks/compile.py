@@ -34,9 +34,10 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import forecasters
-from benchmarks.kronos_cost import BASE, TOKENIZER, random_bars, random_base
+from benchmarks.kronos_cost import BASE, TOKENIZER, random_bars, random_kronos
 from benchmarks.trial_cost import PUBLISHED
 from forecasters import Running, toto
+from forecasters.kronos_network import NetworkConfig
 from launch import verify
 from objectives.windows import split
 
@@ -65,14 +66,14 @@ class Extra:
     copy_bytes_s: float
 
 
-def random_checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+def random_checkpoints(folder: Path, kronos_size: NetworkConfig = BASE) -> dict[str, dict[str, Any]]:
     """Random weights at the published sizes, as checkpoints on disk that load as published ones do."""
     torch.manual_seed(0)
-    network, kronos = toto.Network(PUBLISHED), random_base(512)
+    network, kronos = toto.Network(PUBLISHED), random_kronos(512, kronos_size)
     toto_config, tokens = asdict(PUBLISHED), asdict(TOKENIZER)
     for name, module, config in (
         ("toto", network, toto_config),
-        ("kronos", kronos.network, asdict(BASE)),
+        ("kronos", kronos.network, asdict(kronos_size)),
         ("kronos/tokenizer", kronos.tokenizer, tokens),
     ):
         place = folder / name

@@ -38,15 +38,15 @@ SECOND = {
 LONG = {"temperature": 0.3, "top_k": 24, "top_p": 0.9, "sample_count": 64}
 
 
-def random_base(network_context: int) -> Kronos:
-    """Kronos-base with random weights, spread so that the second token depends on the first and logits have a shape."""
+def random_kronos(network_context: int, size: NetworkConfig = BASE) -> Kronos:
+    """Kronos (by default base) with random weights, spread so that the second token depends on the first and logits have a shape."""
     torch.manual_seed(0)
-    network, tokenizer = Network(BASE), Tokenizer(TOKENIZER)
+    network, tokenizer = Network(size), Tokenizer(TOKENIZER)
     for module in (*network.modules(), *tokenizer.modules()):
         if isinstance(module, nn.Linear):
             nn.init.xavier_normal_(module.weight)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=BASE.d_model**-0.5)
+            nn.init.normal_(module.weight, std=size.d_model**-0.5)
     attention = network.dep_layer.cross_attn
     with torch.no_grad():
         for layer, factor in ((attention.q_proj, 60), (attention.out_proj, 4), (network.head.proj_s1, 1.5)):
@@ -153,7 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     out, bars = Measured(), random_bars(CONTEXT + WINDOWS)
     windows = [bars.slice(i, i + CONTEXT) for i in range(WINDOWS)]
-    kronos = random_base(512)
+    kronos = random_kronos(512)
     one_step(kronos, windows, out)
     seven_steps(kronos, windows, "nothing slides", 100, out)
     kronos.network_context = CONTEXT
