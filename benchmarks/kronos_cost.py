@@ -39,7 +39,7 @@ LONG = {"temperature": 0.3, "top_k": 24, "top_p": 0.9, "sample_count": 64}
 
 
 def random_kronos(network_context: int, size: NetworkConfig = BASE) -> Kronos:
-    """Kronos (by default base) with random weights, spread so that the second token depends on the first and logits have a shape."""
+    """With random weights, spread so that the second token depends on the first and logits have a shape."""
     torch.manual_seed(0)
     network, tokenizer = Network(size), Tokenizer(TOKENIZER)
     for module in (*network.modules(), *tokenizer.modules()):

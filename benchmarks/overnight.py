@@ -1,8 +1,8 @@
 """A whole night's run: many symbols, a hundred trials each, random weights at the published size, on the CPUs here.
 
 `python -m benchmarks.overnight` is 24 symbols of Toto (151 M), context 512, 30 windows; `--models kronos --symbols 4`
-is Kronos at the size of Kronos-small. A private server, `launch-workers` as a user starts it, from its start to the last
-confirmation, and where the workers' time went. Bars: overlapping pieces of the packaged indices, one a symbol.
+is Kronos at the size of Kronos-small. `launch-workers` as a user starts it, with a private server: seconds from its
+start to the last confirmation, and where the workers' time went. Bars: overlapping pieces of the packaged indices.
 """
 
 from __future__ import annotations
