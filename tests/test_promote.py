@@ -173,7 +173,7 @@ def test_on_validation_is_the_predecessors_rule_and_warns(place: Place) -> None:
     place.put(OLD)
     result = place.invoke("--on", "validation", "--json")
     assert "warning" in result.stderr
-    assert "83 %" in result.stderr
+    assert "82 %" in result.stderr
     row = json.loads(result.stdout)[0]
     assert (row["decision"], row["reason"], row["windows"]) == ("promoted", "improved", 30)
     assert place.promoted()["config"]["num_samples"] == 128
