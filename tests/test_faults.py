@@ -9,7 +9,7 @@ from benchmarks import faults
 PLAN = faults.Plan(
     workers=4,
     studies=2,
-    trials=30,
+    trials=120,  # a quick machine finishes forty a second, and every fault must find it at work
     validation=400,
     worker_kills=3,
     freezes=1,

@@ -170,7 +170,8 @@ def test_workers_of_two_hosts_share_one_budget(run: Run) -> None:
     here, there = run.hosts
     told = run.ask(here, "studies", "url", "--export")
     assert told.returncode == 0, told.stderr
-    url, own_passfile = (line.split("=", 1)[1] for line in told.stdout.splitlines())
+    told_values = dict(line.removeprefix("export ").split("=", 1) for line in told.stdout.splitlines())
+    url, own_passfile = told_values["OPTUNA_STORAGE"], told_values["PGPASSFILE"]
     assert url.startswith(f"postgresql://studies@{here.address}:")
     passfile = run.folder / "copied.pgpass"
     passfile.write_bytes(Path(own_passfile).read_bytes())

@@ -42,7 +42,7 @@ CONFIRMED = MEASURED | {"errors", "sampling_error"}
 WINDOWS = {"validation", "confirmation", "test"}
 VERIFY = {
     "model", "symbol", "mode", "compilation", "windows", "horizon", "dtype", "trials", "warmup_s", "mean_s", "std_s",
-    "speedup", "difference", "moved", "mae_change", "graphs", "recompilations", "breaks", "peak_mib", "passed",
+    "speedup", "difference", "moved", "mae_change", "graphs", "recompilations", "breaks", "skips", "peak_mib", "passed",
 }  # fmt: skip
 
 
