@@ -385,9 +385,9 @@ def test_log_likelihood_of_training_is_the_inference_mixture(univariate: toto.To
     np.testing.assert_allclose(mass, cdf(encoded, 0, prices) - cdf(encoded, 0, prices[:1]), atol=1e-5)
 
 
-def test_other_windows_of_a_shape_need_no_other_graph(univariate: toto.Toto, monkeypatch: pytest.MonkeyPatch):
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_other_windows_of_a_shape_need_no_other_graph(univariate: toto.Toto):
     """Nothing in the pass asks the device for a value, so it compiles whole, and once."""
-    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
     compiled = torch.compile(univariate.network.prefill, backend="eager", fullgraph=True, dynamic=False)
     for pads in ([0, 0, 0], [1, 20, 40]):
         series, padding = torch.full((3, 1, 64), 7.0).cumsum(-1), torch.tensor(pads)
