@@ -267,7 +267,7 @@ def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
         'aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]', 'aggregates = ["median"]'
     )
     (place.folder / "studies.toml").write_text(text.replace("[search]", "[search]\nprune_worst = 0.0"))
-    place.run("launch-workers", "--cpus", "2", "--trials", "24", "--symbols", "SP500")
+    place.run("launch-workers", "--cpus", "2", "--trials", "100", "--symbols", "SP500")
     values, workers = defaultdict(set), defaultdict(set)
     for trial in place.trials("SP500"):
         values[tuple(trial.params.items())].add(trial.value)
