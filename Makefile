@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: search test check format clean
+.PHONY: search test test-slow check format clean
 
 search: $(INSTALLED)
 	@$(BIN)/studies demo-data --config demo >/dev/null
@@ -12,6 +12,10 @@ search: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# What takes a compiler or more than ten seconds, beside the others.
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -263,6 +263,7 @@ def test_tokens_are_picked_by_tensors_as_by_numbers(top_k: int, top_p: float):
     np.testing.assert_array_equal(ours.flatten(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # 25 s each on an idle core
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler, g++ or clang++, and there is none")
 def test_inductors_kernels_give_kronos_the_same_answer(tmp_path: Path):
@@ -271,6 +272,7 @@ def test_inductors_kernels_give_kronos_the_same_answer(tmp_path: Path):
     assert compiled.compilation == "default"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # 25 s each on an idle core
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler, g++ or clang++, and there is none")
 def test_inductors_kernels_give_toto_the_same_answer_and_serve_a_second_process(tmp_path: Path):

@@ -742,6 +742,7 @@ def test_rollback_killed_at_any_system_call(attack: Callable[[Path, str], list[P
         goes_on(root, states if done else [*states, restored], restored if done else old)
 
 
+@pytest.mark.slow
 def test_recovery_killed_at_any_system_call(attack: Callable[[Path, str], list[Path]], tmp_path: Path) -> None:
     """The writer after a killed one is killed too, wherever it is in taking back what the first one left."""
     template = tmp_path / "template"

@@ -211,6 +211,7 @@ def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(plac
     assert "studies: 2 new" in lines
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:  # noqa: F811
     text = SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace("[64, 128, 256]", "[20000, 24000]")
     (place.folder / "studies.toml").write_text(text.replace("lease_s = 2.0", "lease_s = 30.0"))
@@ -238,6 +239,7 @@ def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None: 
     place.wait_for("select count(*) from slots where state = 'busy'", 0, seconds=0)
 
 
+@pytest.mark.slow
 def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:  # noqa: F811
     command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
     command += place.command("launch-workers", "--cpus", "2", "--trials", "400")
@@ -249,6 +251,7 @@ def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:  # noqa:
     place.assert_exact(400, "SP500", "NASDAQ")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:  # noqa: F811
     run = place.launch("--trials", "60")
     assert run.stderr is not None
@@ -274,6 +277,7 @@ def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) ->
     assert len(re.findall(r"finished +40/40 ", piped.stdout)) == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Path) -> None:  # noqa: F811
     del place.environment["OPTUNA_STORAGE"]
     server = scratch / f"restarted-{os.getpid()}"

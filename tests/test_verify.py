@@ -104,6 +104,7 @@ def test_random_trials_are_of_the_space():
     assert {trial["top_k"] > 0 for trial in trials} == {True, False}
 
 
+@pytest.mark.slow
 def test_the_command_runs_each_mode_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     table, folder = bars(), tmp_path / "bars"
     folder.mkdir()
