@@ -167,12 +167,18 @@ class DependencyLayer(nn.Module):
         return attention.heads(attention.k_proj(hidden)), attention.heads(attention.v_proj(hidden))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # normal_ has no meta kernel: its fallback imports torch._dynamo, 1.3 s
+            super().reset_parameters()
+
+
 class PairEmbedding(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.scale = config.d_model**0.5
-        self.emb_s1 = nn.Embedding(2**config.s1_bits, config.d_model)
-        self.emb_s2 = nn.Embedding(2**config.s2_bits, config.d_model)
+        self.emb_s1 = Embedding(2**config.s1_bits, config.d_model)
+        self.emb_s2 = Embedding(2**config.s2_bits, config.d_model)
         self.fusion_proj = nn.Linear(2 * config.d_model, config.d_model)
 
     def forward(self, s1: Tensor, s2: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ class FixedEmbedding(nn.Module):
 class CalendarEmbedding(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        table = nn.Embedding if config.learn_te else FixedEmbedding
+        table = Embedding if config.learn_te else FixedEmbedding
         for name, size in CALENDAR:
             self.add_module(f"{name}_embed", table(size, config.d_model))
 
