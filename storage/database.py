@@ -11,6 +11,7 @@ import random
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, cast
 import optuna
 import sqlalchemy
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study import StudyDirection
@@ -535,6 +536,7 @@ def trial_states(storage: RetryingStorage, study_id: int) -> dict[str, int]:
 def quiet_optuna() -> None:
     """Optuna logs a line a trial and warns of its own experimental names: our log line replaces them."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
 def worker_name() -> str:
