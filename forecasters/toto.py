@@ -24,6 +24,7 @@ from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Runnin
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.toto_sampling import Mixture, drawn, mixture_samples, stream
 
 MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
 NORM_EPS = 1e-8  # inside the root (util.py:42)
@@ -71,20 +72,6 @@ class Config:
             return (True,) * self.num_layers
         space = 0 if self.spacewise_first else every - 1
         return tuple(layer % every != space for layer in range(self.num_layers))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Mixture:
-    """Student-T mixtures in scaled units, each [..., h, K]: price = affine scale * value + affine loc."""
-
-    probs: Tensor
-    df: Tensor
-    loc: Tensor
-    scale: Tensor
-
-    def mean(self) -> Tensor:
-        """Their means, [..., h]; they exist because df > 2."""
-        return (self.probs * self.loc).sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -615,7 +602,7 @@ class Toto:
             together = max(1, DRAW_BYTES // (count * steps * (24 + encoded.probs.shape[-1])))
             for start in range(0, len(seeds), together):
                 rows = slice(start, start + together)
-                uniforms = np.stack([_stream(seed).random((count, steps, 3)) for seed in seeds[rows]])
+                uniforms = np.stack([stream(seed).random((count, steps, 3)) for seed in seeds[rows]])
                 samples[rows] = _first_patch(encoded, rows, uniforms)
         return _finite(samples)
 
@@ -712,7 +699,7 @@ class Toto:
     ) -> None:
         """Fill samples [W, N, H] of the group's windows, which begin at `start` in encoded, block by block."""
         rows, patch = slice(start, start + len(seeds)), self.network.config.patch_size
-        streams = [_stream(seed) for seed in seeds]
+        streams = [stream(seed) for seed in seeds]
         for first in range(0, samples.shape[1], TRAJECTORIES):
             uniforms = np.stack([stream.random((TRAJECTORIES, encoded.horizon, 3)) for stream in streams])
             begun = _first_patch(encoded, rows, uniforms[:, :, :patch])
@@ -756,47 +743,11 @@ def fixed_length(patches: int) -> int:
     return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
 
 
-def mixture_samples(
-    probs: np.ndarray, df: np.ndarray, loc: np.ndarray, scale: np.ndarray, uniforms: np.ndarray
-) -> np.ndarray:
-    """One draw of each mixture from three uniforms in [0, 1): component, radius, angle.
-
-    The mixtures' parameters broadcast to [W, N, h, K]; uniforms [W, N, h, 3]; returns [W, N, h].
-    T = sqrt(df (U**(-2/df) - 1)) cos(2 pi V): Bailey 1994, Mathematics of Computation 62, 779-781.
-    """
-    cumulative = np.cumsum(probs, axis=-1)
-    chosen = uniforms[..., :1] * cumulative[..., -1:] >= cumulative[..., :-1]  # [W, N, h, K - 1]
-    component = chosen.sum(-1, keepdims=True)  # at most K - 1
-    df, loc, scale = (np.take_along_axis(array, component, -1)[..., 0] for array in (df, loc, scale))
-    radius = np.sqrt(df * np.expm1(-2 / df * np.log1p(-uniforms[..., 1])))  # 1 - U is never 0
-    return loc + scale * radius * np.cos(2 * np.pi * uniforms[..., 2])
-
-
-def drawn(mixture: Mixture, uniforms: Tensor) -> Tensor:
-    """`mixture_samples` on the device: float64 [..., h] for mixtures [..., h, K] and uniforms [..., h, 3].
-
-    The last bits may differ, and here they depend on the shape too; the first patch, whose shape is that of the
-    number of samples, is drawn by the other.
-    """
-    cumulative = mixture.probs.double().cumsum(-1)
-    component = (uniforms[..., :1] * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1, keepdim=True)
-    df, loc, scale = (
-        torch.take_along_dim(each.double(), component, -1)[..., 0] for each in (mixture.df, mixture.loc, mixture.scale)
-    )
-    radius = (df * torch.expm1(-2 / df * torch.log1p(-uniforms[..., 1]))).sqrt()
-    return loc + scale * radius * torch.cos(2 * torch.pi * uniforms[..., 2])
-
-
 def _first_patch(encoded: Encoded, rows: slice, uniforms: np.ndarray) -> np.ndarray:
     """Prices drawn within the first patch, [W, N, h], for uniforms [W, N, h, 3]."""
     probs, df = encoded.probs[rows, None], encoded.df[rows, None]
     scaled = mixture_samples(probs, df, encoded.loc[rows, None], encoded.scale[rows, None], uniforms)
     return scaled * encoded.affine_scale[rows, None, None] + encoded.affine_loc[rows, None, None]
-
-
-def _stream(seed: int) -> np.random.Generator:
-    """Counter-based and keyed by the window's seed, so no window's samples depend on another's."""
-    return np.random.Generator(np.random.Philox(key=seed))
 
 
 def _closes(bars: Bars, length: int) -> np.ndarray:

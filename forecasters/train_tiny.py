@@ -23,6 +23,7 @@ from torch import Tensor
 
 from forecasters import Bars, toto, train_tiny_kronos
 from forecasters.checkpoints import BUNDLED, CONFIG, WEIGHTS
+from forecasters.toto_sampling import Mixture
 
 LAST_TRAINING_DAY = "2016-12-31"
 SEED = 20170101
@@ -111,7 +112,7 @@ def batch(returns: list[np.ndarray], rng: np.random.Generator, patch: int) -> tu
     return torch.from_numpy(series), torch.from_numpy(pads)
 
 
-def log_likelihood(mixture: toto.Mixture, y: Tensor) -> Tensor:
+def log_likelihood(mixture: Mixture, y: Tensor) -> Tensor:
     """log p(y) of Student-T mixtures [..., h, K] at y [..., h]."""
     df, z = mixture.df, (y[..., None] - mixture.loc) / mixture.scale
     log_t = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * torch.log(math.pi * df)

@@ -8,6 +8,7 @@ from scipy.special import stdtr
 from scipy.stats import t as student
 
 from forecasters import Bars, Expectation, ForecastError, StudentMixture, toto
+from forecasters.toto_sampling import mixture_samples
 from objectives import aggregation, exact
 from objectives.aggregation import Draw
 from objectives.exact import exact_points
@@ -51,7 +52,7 @@ def test_draws_tend_to_it(name: str):
     mix = mixture()
     uniforms = np.random.default_rng(8).random((2, DRAWS, 3, 3))
     probs, df, loc, scale = (array[:, None] for array in (mix.probs, mix.df, mix.loc, mix.scale))
-    samples = toto.mixture_samples(probs, df, loc, scale, uniforms)
+    samples = mixture_samples(probs, df, loc, scale, uniforms)
     assert np.abs(z_scores(samples, name, exact_points(mix, name))).max() < 4
 
 

@@ -19,6 +19,7 @@ import forecasters
 from forecasters import Bars, ForecastError, toto
 from forecasters.checkpoints import BUNDLED
 from forecasters.compilation import OFF, Graphs
+from forecasters.toto_sampling import Mixture, drawn
 
 GOLDENS = Path(__file__).parent / "goldens"
 LENGTHS = [("toto-a", 96), ("toto-a", 70), ("toto-a", 16), ("toto-b-variates", 64), ("toto-b-variates", 50)]
@@ -69,12 +70,12 @@ def continued(network: toto.Network, prices: np.ndarray, horizon: int, uniforms:
         patches = (horizon - 1) // PATCH
         graphs = Graphs(OFF, device=torch.device("cpu"), identity="")
         trajectories = toto.Trajectories(network, prefix, count, patches=patches, graphs=graphs)
-        wide = toto.Mixture(**{name: getattr(mixture, name)[:, :, None] for name in ("probs", "df", "loc", "scale")})
+        wide = Mixture(**{name: getattr(mixture, name)[:, :, None] for name in ("probs", "df", "loc", "scale")})
         draws = None
         if uniforms is not None:
             spare = np.zeros((*uniforms.shape[:2], (patches + 1) * PATCH - horizon, 3))
             draws = torch.from_numpy(np.concatenate((uniforms, spare), 2))[None].split(PATCH, 3)
-        scaled = wide.mean() if draws is None else toto.drawn(wide, draws[0])
+        scaled = wide.mean() if draws is None else drawn(wide, draws[0])
         parts = [scaled * scale[..., None, None] + loc[..., None, None]]
         for i in range(patches):
             parts.append(trajectories.advance(parts[-1].float(), PATCH, None if draws is None else draws[i + 1]))
@@ -375,7 +376,7 @@ def test_the_bundled_checkpoint_is_small_and_forecasts():
 def test_log_likelihood_of_training_is_the_inference_mixture(univariate: toto.Toto):
     train = pytest.importorskip("forecasters.train_tiny")
     encoded = univariate.encode([bars(golden("toto-a")[2][0])], {"context_length": 96}, 1)
-    mixture = toto.Mixture(
+    mixture = Mixture(
         **{name: torch.from_numpy(getattr(encoded, name)[0, 0]) for name in ("probs", "df", "loc", "scale")}
     )
     x = np.linspace(-30, 30, 60_001)
