@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import forecasters
 from benchmarks.kronos_cost import BASE, TOKENIZER, random_bars, random_kronos
 from benchmarks.trial_cost import PUBLISHED
-from forecasters import Running, toto
+from forecasters import Running, toto_network
 from forecasters.kronos_network import NetworkConfig
 from launch import verify
 from objectives.windows import split
@@ -69,7 +69,7 @@ class Extra:
 def random_checkpoints(folder: Path, kronos_size: NetworkConfig = BASE) -> dict[str, dict[str, Any]]:
     """Random weights at the published sizes, as checkpoints on disk that load as published ones do."""
     torch.manual_seed(0)
-    network, kronos = toto.Network(PUBLISHED), random_kronos(512, kronos_size)
+    network, kronos = toto_network.Network(PUBLISHED), random_kronos(512, kronos_size)
     toto_config, tokens = asdict(PUBLISHED), asdict(TOKENIZER)
     for name, module, config in (
         ("toto", network, toto_config),

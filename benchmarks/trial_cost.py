@@ -25,12 +25,13 @@ from torch.distributions import Categorical, MixtureSameFamily, StudentT
 from torch.utils.flop_counter import FlopCounterMode
 
 from forecasters import Bars, toto
+from forecasters.toto_network import Config, Network
 from objectives.aggregation import Draw
 
 WINDOWS, CONTEXT, SAMPLES, SAMPLES_PER_BATCH = 30, 512, 1024, 128
 RUNS = WINDOWS * SAMPLES // SAMPLES_PER_BATCH
 MATMUL = 2048
-PUBLISHED = toto.Config(
+PUBLISHED = Config(
     patch_size=64,
     stride=64,
     embed_dim=768,
@@ -55,7 +56,7 @@ def windows() -> list[Bars]:
 
 
 @torch.inference_mode()
-def repeated_run(network: toto.Network, closes: np.ndarray) -> torch.Tensor:
+def repeated_run(network: Network, closes: np.ndarray) -> torch.Tensor:
     """One of the 240 runs: 128 samples [128] of a window's next close, from the window repeated 128 times."""
     series = torch.from_numpy(closes.astype(np.float32)).repeat(SAMPLES_PER_BATCH, 1, 1)  # [128, 1, T]
     mixture, loc, scale = network(series, torch.zeros(SAMPLES_PER_BATCH, dtype=torch.long))
@@ -75,7 +76,7 @@ def measure(repeats: int) -> dict[str, float]:
     """All figures, times in seconds. The first repetition warms up and is not counted."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = toto.Network(PUBLISHED)
+    network = Network(PUBLISHED)
     forecaster, contexts, seeds = toto.Toto(network, fingerprint="random"), windows(), range(WINDOWS)
     square = torch.randn(MATMUL, MATMUL)
 

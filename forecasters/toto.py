@@ -1,35 +1,32 @@
-"""Toto 1.0 as a forecaster: the inference network that published checkpoints load into, and its two stages.
+"""Toto 1.0 as a forecaster: its stages, what of them runs together, and the loading of a checkpoint.
 
-Owns the network, the causal patch scaling, the Student-T mixture and the decoding past the first patch. Within the
-first patch nothing that is sampled re-enters the network, so one forward a window is the whole network work of any
-number of samples (the reference repeats the window once a sample). Knows nothing of windows, studies or caches.
+Owns the encoding of closes, the decoding past the first patch and the bounds on memory. Within the first patch nothing
+that is sampled re-enters the network, so one forward a window is the whole network work of any number of samples (the
+reference repeats the window once a sample). Knows nothing of windows' origins, aggregates, studies or caches; the
+network itself is in toto_network.py, its mixtures and their draws in toto_sampling.py.
 
-"The reference" is github.com/DataDog/toto at 46bd92a. Dimensions: B or W windows, V variates, T points, S patches,
-P points a patch, D embed_dim, Q points of a head, N samples or trajectories, h steps of a patch, K components.
+"The reference" is github.com/DataDog/toto at 46bd92a. Dimensions: B or W windows, V variates, P points a patch,
+Q points of a head, N samples or trajectories, H steps, h of them in the first patch, K components.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Running, StudentMixture, out_of_memory
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 from forecasters.compilation import OFF, Graphs, Policy, decide
-from forecasters.toto_sampling import Mixture, drawn, mixture_samples, stream
+from forecasters.toto_network import Config, Network, Prefix, Statistics
+from forecasters.toto_sampling import mixture_samples, stream
 
-MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
-NORM_EPS = 1e-8  # inside the root (util.py:42)
-ROPE_BASE = 10_000.0
-XPOS_BASE = 512.0
 TRAJECTORIES = 64  # a block; its size never depends on num_samples, so fewer samples are a prefix bit for bit
 BLOCK_TOKENS = 1024  # trajectories of all windows in one forward past the first patch
 BATCH_TOKENS = 16_384  # patches in one forward of encode: 250 windows of 4,096 points
@@ -38,357 +35,6 @@ DRAW_BYTES = 64 << 20  # bound on the uniforms held at once
 _SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
 _MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
 _LOADER_KEYS = ("pre_xformers_checkpoint",)  # read by the reference's loader only; the tensor names say as much
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """The published config.json of Toto 1.0: its 15 names."""
-
-    patch_size: int
-    stride: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    mlp_hidden_dim: int
-    dropout: float
-    spacewise_every_n_layers: int  # -1: no layer over variates
-    scaler_cls: str
-    output_distribution_classes: Sequence[str]
-    output_distribution_kwargs: Mapping[str, int]
-    spacewise_first: bool = True
-    use_memory_efficient_attention: bool = True  # a kernel choice of the reference; same numbers either way
-    stabilize_with_global: bool = True
-    scale_factor_exponent: float = 10.0
-
-    @property
-    def components(self) -> int:
-        return self.output_distribution_kwargs["k_components"]
-
-    @property
-    def over_time(self) -> tuple[bool, ...]:
-        """For each layer whether it attends over time (True) or over variates (False)."""
-        every = self.spacewise_every_n_layers
-        if every == -1:
-            return (True,) * self.num_layers
-        space = 0 if self.spacewise_first else every - 1
-        return tuple(layer % every != space for layer in range(self.num_layers))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Statistics:
-    """Running count, mean and sum of squared deviations of what was seen, float64; and the bounds of the scale."""
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-    lowest: Tensor
-    highest: Tensor
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """loc and scale, rounded to fp32 before use as in the reference (scaler.py:254-259)."""
-        variance = self.m2 / (self.count - 1).clamp_min(1)
-        scale = (variance + MINIMUM_VARIANCE).sqrt().clamp(self.lowest, self.highest)
-        return self.mean.float(), scale.float()
-
-    def extended(self, patch: Tensor) -> Statistics:
-        """With the points of patch [..., P] seen too (Chan, Golub & LeVeque 1983)."""
-        patch = patch.double()
-        size, mean = patch.shape[-1], patch.mean(-1)
-        m2 = (patch - mean[..., None]).square().sum(-1)
-        count, delta = self.count + size, mean - self.mean
-        return Statistics(
-            count=count,
-            mean=self.mean + delta * (size / count),
-            m2=self.m2 + m2 + delta.square() * (self.count * size / count),
-            lowest=self.lowest,
-            highest=self.highest,
-        )
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.count, self.mean, self.m2, self.lowest, self.highest
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Statistics:
-        """The inverse of `tensors`."""
-        count, mean, m2, lowest, highest = tensors
-        return cls(count=count, mean=mean, m2=m2, lowest=lowest, highest=highest)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Statistics:
-        return Statistics.of([change(tensor) for tensor in self.tensors])
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prefix:
-    """What the context leaves for decoding: shared by every trajectory of a window, never copied for one."""
-
-    keys: tuple[Tensor, ...]  # a layer over time: [B*V, heads, S, Q], rotated
-    values: tuple[Tensor, ...]
-    pads: Tensor  # whole pad patches before the first real one, [B]
-    ids: Tensor  # [B, V]
-    statistics: Statistics  # [B, V]
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (*self.keys, *self.values, self.pads, self.ids, *self.statistics.tensors)
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def rows(self, start: int, stop: int) -> Prefix:
-        """Of the windows [start, stop), as views."""
-        variates = self.ids.shape[1]
-        return Prefix(
-            keys=tuple(tensor[start * variates : stop * variates] for tensor in self.keys),
-            values=tuple(tensor[start * variates : stop * variates] for tensor in self.values),
-            pads=self.pads[start:stop],
-            ids=self.ids[start:stop],
-            statistics=self.statistics.map(lambda tensor: tensor[start:stop]),
-        )
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, NORM_EPS)
-
-
-class SwiGLU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
-
-
-class Attention(nn.Module):
-    def __init__(self, size: int, heads: int) -> None:
-        super().__init__()
-        self.wQKV = nn.Linear(size, 3 * size)
-        self.wO = nn.Linear(size, size)
-        self.heads = heads
-
-    def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """Of query 0, key 1 and value 2 the ones [first, last); x [B, L, D], each result [B, heads, L, Q]."""
-        size = x.shape[-1]
-        rows = slice(first * size, last * size)
-        y = F.linear(x, self.wQKV.weight[rows], self.wQKV.bias[rows])
-        # The published rows run (qkv, Q, heads), heads fastest; the result is (heads, Q) (attention.py:94, 136).
-        return y.unflatten(-1, (last - first, size // self.heads, self.heads)).permute(2, 0, 4, 1, 3).unbind(0)
-
-    def output(self, attended: Tensor) -> Tensor:
-        """[B, heads, L, Q] to [B, L, D]."""
-        return self.wO(attended.transpose(1, 2).flatten(2))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: Config, *, over_time: bool) -> None:
-        super().__init__()
-        self.over_time = over_time
-        self.norm1 = RMSNorm(config.embed_dim)
-        self.attention = Attention(config.embed_dim, config.num_heads)
-        self.norm2 = RMSNorm(config.embed_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.embed_dim, 2 * config.mlp_hidden_dim),
-            SwiGLU(),
-            nn.Linear(config.mlp_hidden_dim, config.embed_dim),
-        )
-
-    def across_variates(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Attention of each patch over the variates of its own id, both ways; x [B, V, S, D] to the same."""
-        shape = x.transpose(1, 2).shape  # [B, S, V, D]
-        q, k, v = self.attention.project(x.transpose(1, 2).flatten(0, 1), 0, 3)
-        alike = (ids[:, :, None] == ids[:, None, :]).repeat_interleave(shape[1], 0)[:, None]  # [B*S, 1, V, V]
-        y = self.attention.output(F.scaled_dot_product_attention(q, k, v, attn_mask=alike))
-        return y.view(shape).transpose(1, 2)
-
-    def along_trajectories(
-        self,
-        normed: Tensor,
-        tables: tuple[Tensor, ...],
-        pads: Tensor,
-        done: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        own_keys: Tensor,
-        own_values: Tensor,
-    ) -> Tensor:
-        """Attention of one new patch a trajectory to the shared prefix and to its own patches, in one softmax.
-
-        normed [B, V, N, D] to the same. Keys, values and own as in `Network.extend`; own has room for patches to come,
-        which nobody sees yet.
-        """
-        q, k, v = self.attention.project(normed.flatten(0, 1), 0, 3)  # [B*V, heads, N, Q]
-        q = _rotate(q, tables[0], tables[1]) * q.shape[-1] ** -0.5
-        own_keys.index_copy_(3, done[None], _rotate(k, tables[2], tables[3])[..., None, :])
-        own_values.index_copy_(3, done[None], v[..., None, :])
-        shared = q @ keys.transpose(-1, -2)  # [B*V, heads, N, S]
-        padded = torch.arange(shared.shape[-1], device=q.device) < pads[:, None]
-        padded = padded.repeat_interleave(normed.shape[1], 0)[:, None, None]
-        ours = (own_keys @ q[..., None])[..., 0]  # [B*V, heads, N, patches]
-        ours = ours.masked_fill(torch.arange(ours.shape[-1], device=q.device) > done, -torch.inf)
-        scores = torch.cat((shared.masked_fill(padded, -torch.inf), ours), -1)
-        weights = scores.float().softmax(-1).type_as(q)
-        split = shared.shape[-1]
-        attended = weights[..., :split] @ values + (weights[..., None, split:] @ own_values)[..., 0, :]
-        return self.attention.output(attended).view_as(normed)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + attended
-        return x + self.mlp(self.norm2(x))
-
-
-class Network(nn.Module):
-    """Toto 1.0's network; the names of its parameters are the published ones (without the prefix `model.`)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        size, k = config.embed_dim, config.components
-        self.patch_embed = nn.ModuleDict({"projection": nn.Linear(config.patch_size, size)})
-        layers = nn.ModuleList(Layer(config, over_time=over_time) for over_time in config.over_time)
-        self.transformer = nn.ModuleDict({"layers": layers})
-        self.last_over_time = max((i for i, over_time in enumerate(config.over_time) if over_time), default=-1)
-        self.unembed = nn.Linear(size, size * config.patch_size)
-        heads = ("df", "loc_proj", "scale_proj", "mixture_weights")
-        self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in heads})
-
-    @property
-    def layers(self) -> Iterator[Layer]:
-        return iter(self.transformer["layers"])  # type: ignore[arg-type]
-
-    def forward(self, series: Tensor, pads: Tensor, ids: Tensor | None = None) -> tuple[Mixture, Tensor, Tensor]:
-        """Every patch's forecast of the patch after it: what training needs, and what the reference computes.
-
-        series: fp32, left-padded with zeros to a multiple of the patch, [B, V, T]. pads: padded points a row, [B].
-        ids: variates with equal ids attend to each other, [B, V]; default all.
-        Returns the mixtures [B, V, S, P, K] and the affine loc and scale [B, V, S].
-        """
-        ids = torch.zeros_like(series[..., 0], dtype=torch.long) if ids is None else ids
-        statistics = running_statistics(series, pads, self.config)
-        loc, scale = statistics.affine()
-        x, _, _ = self._trunk(self._embed(series, loc, scale), pads // self.config.patch_size, ids, every_patch=True)
-        return self._mixture(x, self.config.patch_size), loc, scale
-
-    def prefill(
-        self, series: Tensor, pads: Tensor, ids: Tensor | None = None, *, steps: int, keep: bool = False
-    ) -> tuple[Mixture, Tensor, Tensor, Prefix | None]:
-        """The forecast after the last patch only; series, pads and ids as in `forward`.
-
-        Skips what cannot reach it: the last layer over time makes one query, the layers after it see one patch, and
-        only `steps` (at most P) of the unembedding's rows are used.
-        Returns the mixtures [B, V, steps, K], the affine loc and scale [B, V], and with `keep` what decoding needs.
-        """
-        ids = torch.zeros_like(series[..., 0], dtype=torch.long) if ids is None else ids
-        statistics = running_statistics(series, pads, self.config)
-        loc, scale = statistics.affine()
-        patches = pads // self.config.patch_size
-        x, keys, values = self._trunk(self._embed(series, loc, scale), patches, ids, every_patch=False)
-        last = statistics.map(lambda tensor: tensor[..., -1])
-        prefix = Prefix(keys=keys, values=values, pads=patches, ids=ids, statistics=last) if keep else None
-        return self._mixture(x[:, :, -1], steps), loc[..., -1], scale[..., -1], prefix
-
-    def answer(
-        self, series: Tensor, pads: Tensor, steps: int, keep: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """`prefill` of one variate as plain tensors: all that the host needs in one, and with `keep` the prefix's.
-
-        Returns fp32 [B, 4 * steps * K + 2]: probs, df, loc, scale, affine loc and affine scale; then the prefix's
-        keys, its values and its statistics.
-        """
-        mixture, loc, scale, prefix = self.prefill(series, pads, steps=steps, keep=keep)
-        parts = (mixture.probs, mixture.df, mixture.loc, mixture.scale)
-        packed = torch.cat((*(part[:, 0].flatten(1) for part in parts), loc, scale), -1)
-        if prefix is None:
-            return packed, (), (), ()
-        return packed, prefix.keys, prefix.values, prefix.statistics.tensors
-
-    def _embed(self, series: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-        """[B, V, T] to [B, V, S, D]. Padded points of a row's first patch enter as (0 - loc) / scale."""
-        patches = series.unflatten(-1, (-1, self.config.patch_size))
-        return self._project((patches - loc[..., None]) / scale[..., None])
-
-    def _project(self, scaled: Tensor) -> Tensor:
-        projection = self.patch_embed["projection"]
-        return projection(scaled.to(self.unembed.weight.dtype))
-
-    def _trunk(
-        self, x: Tensor, pads: Tensor, ids: Tensor, *, every_patch: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """All layers; x [B, V, S, D], pads in patches [B]. Returns states [B, V, S or 1, D], keys and values."""
-        variates, patches = x.shape[1:3]
-        positions = (torch.arange(patches, device=x.device) - pads[:, None]).clamp_min(0)  # from each own first patch
-        # Queries and keys share one centre here, so it cancels; it matters once decoding adds keys around another.
-        tables = _rotation(positions, (patches - pads - 1) // 2, x.shape[-1] // self.config.num_heads)
-        tables = tuple(table.repeat_interleave(variates, 0)[:, None] for table in tables)  # [B*V, 1, S, Q]
-        # Always a mask: asking whether a row is padded would break a compiled graph and wait for the device.
-        mask = _time_mask(pads, patches).repeat_interleave(variates, 0)[:, None]  # [B*V, 1, S, S]
-        keys, values = [], []
-        if self.last_over_time < 0 and not every_patch:
-            x = x[:, :, -1:]
-        for i, layer in enumerate(self.layers):
-            normed = layer.norm1(x)
-            if layer.over_time:
-                rows = 1 if i == self.last_over_time and not every_patch else patches
-                (q,) = layer.attention.project(normed[:, :, -rows:].flatten(0, 1), 0, 1)
-                k, v = layer.attention.project(normed.flatten(0, 1), 1, 3)
-                q = _rotate(q, tables[0][:, :, -rows:], tables[1][:, :, -rows:])
-                k, v = _rotate(k, tables[2], tables[3]), v.contiguous()
-                attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -rows:])
-                x = x[:, :, -rows:]
-                y = layer.attention.output(attended).view_as(x)
-                keys.append(k)
-                values.append(v)
-            else:
-                y = layer.across_variates(normed, ids)
-            x = layer.finish(x, y)
-        return x, tuple(keys), tuple(values)
-
-    def extend(
-        self,
-        patch: Tensor,  # [B, V, N, P], in price
-        uniforms: Tensor | None,  # [B, V, N, steps, 3]
-        done: Tensor,  # int64 []: patches that were appended before
-        statistics: tuple[Tensor, ...],  # [B, V, N]
-        pads: Tensor,  # [B], in patches
-        ids: Tensor,  # [B, V]
-        prefix: Sequence[Tensor],  # keys, then values of every layer over time, [B*V, heads, S, Q]
-        own: Sequence[Tensor],  # the same of appended patches, [B*V, heads, N, patches, Q]; this one's are written
-        steps: int,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`Trajectories.advance` as one graph of tensors: the points, float64 [B, V, N, steps], and the statistics."""
-        seen = Statistics.of(statistics).extended(patch)
-        loc, scale = seen.affine()
-        x = self._project((patch.float() - loc[..., None]) / scale[..., None])
-        layers = len(prefix) // 2
-        position = pads.new_full((), prefix[0].shape[2]) - pads + done if layers else pads
-        tables = _rotation(position[:, None], position // 2, self.config.embed_dim // self.config.num_heads)
-        tables = tuple(table.repeat_interleave(x.shape[1], 0)[:, None] for table in tables)  # [B*V, 1, 1, Q]
-        at = 0
-        for layer in self.layers:
-            normed = layer.norm1(x)  # [B, V, N, D]
-            if layer.over_time:
-                caches = (prefix[at], prefix[layers + at], own[at], own[layers + at])
-                y = layer.along_trajectories(normed, tables, pads, done, *caches)
-                at += 1
-            else:
-                y = layer.across_variates(normed, ids)
-            x = layer.finish(x, y)
-        mixture = self._mixture(x, steps)
-        scaled = mixture.mean().double() if uniforms is None else drawn(mixture, uniforms)
-        return scaled * scale[..., None].double() + loc[..., None].double(), seen.tensors
-
-    def _mixture(self, x: Tensor, steps: int) -> Mixture:
-        """States [..., D] to the mixtures of the first `steps` points of the next patch, [..., steps, K]."""
-        rows = steps * self.config.embed_dim  # the unembedding's rows run (step, D): the first steps come first
-        x = F.linear(x, self.unembed.weight[:rows], self.unembed.bias[:rows]).unflatten(-1, (steps, -1))
-        raw = {name: head(x).float() for name, head in self.output_distribution.items()}
-        eps = torch.finfo(torch.float32).eps
-        return Mixture(
-            probs=raw["mixture_weights"].softmax(-1),
-            df=2 + F.softplus(raw["df"]).clamp_min(eps),
-            loc=raw["loc_proj"],
-            scale=F.softplus(raw["scale_proj"]).clamp_min(eps),
-        )
 
 
 class Trajectories:
@@ -437,61 +83,6 @@ class Trajectories:
         )  # fmt: skip
         self._done += 1
         return points
-
-
-def running_statistics(series: Tensor, pads: Tensor, config: Config) -> Statistics:
-    """The statistics of everything up to each patch's last point, [B, V, S], padded points left out.
-
-    Welford's recurrence as cumulative sums in float64; the bounds are of the whole row (scaler.py:148-271).
-    """
-    x = series.double()
-    valid = (torch.arange(x.shape[-1], device=x.device) >= pads[:, None])[:, None].double()  # [B, 1, T]
-    count = valid.cumsum(-1)
-    mean = (x * valid).cumsum(-1) / count.clamp_min(1)
-    before = F.pad(mean[..., :-1], (1, 0))
-    m2 = ((x - before) * (x - mean) * valid).cumsum(-1)
-    ends = slice(config.patch_size - 1, None, config.patch_size)
-    lowest, highest = torch.zeros_like(mean[..., :1]), torch.full_like(mean[..., :1], torch.inf)
-    if config.stabilize_with_global:
-        whole = (m2[..., -1:] / count[..., -1:].clamp_min(1) + MINIMUM_VARIANCE).sqrt()
-        lowest = (whole * 10.0**-config.scale_factor_exponent).clamp_min(MINIMUM_VARIANCE)
-        highest = whole * 10.0**config.scale_factor_exponent
-    ended = mean[..., ends]
-    return Statistics(
-        count=count[..., ends].expand_as(ended),
-        mean=ended,
-        m2=m2[..., ends],
-        lowest=lowest.expand_as(ended),
-        highest=highest.expand_as(ended),
-    )
-
-
-def _rotation(positions: Tensor, centre: Tensor, size: int) -> tuple[Tensor, ...]:
-    """cos and sin tables for queries, then for keys, each [B, S, Q]: RoPE with the xPos scale (rope.py:86-98).
-
-    Angles belong to interleaved pairs, the scale to halves, as published. positions [B, S], centre [B].
-    """
-    even = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
-    angles = (positions[..., None].float() * ROPE_BASE ** (-even / size)).repeat_interleave(2, -1)
-    power = (positions - centre[:, None]).float() / XPOS_BASE
-    scale = (((even + 0.4 * size) / (1.4 * size)) ** power[..., None]).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-    return cos * scale, sin * scale, cos / scale, sin / scale
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return (x * cos + torch.stack((-second, first), -1).flatten(-2) * sin).type_as(x)  # fp32 tables for any network
-
-
-def _time_mask(pads: Tensor, patches: int) -> Tensor:
-    """Which key each patch may see, [B, S, S]: earlier or itself, and no whole pad patch.
-
-    A pad patch sees itself, so that its softmax is defined; nobody else sees it.
-    """
-    index = torch.arange(patches, device=pads.device)
-    causal = index[:, None] >= index
-    return (causal & (index >= pads[:, None, None])) | (index[:, None] == index)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
