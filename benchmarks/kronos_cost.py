@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from forecasters import Bars
-from forecasters.kronos import Kronos, sampling_of
+from forecasters.kronos import Kronos
 from forecasters.kronos_network import Network, NetworkConfig, Tokenizer, TokenizerConfig
+from forecasters.kronos_sampling import sampling_of
 from tests import plain_kronos
 
 BASE = NetworkConfig(s1_bits=10, s2_bits=10, n_layers=12, d_model=832, n_heads=16, ff_dim=2048, learn_te=True)

@@ -40,6 +40,7 @@ from forecasters.kronos_network import (
     groups_of,
     padded,
 )
+from forecasters.kronos_sampling import Pick, Sampling, inverse_cdf, keyed_pick, sampling_of, uniforms
 
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")
 CLOSE = COLUMNS.index("close")
@@ -70,9 +71,6 @@ TOKENIZERS: Mapping[str, str] = {
 }
 
 _PANDAS = {"weekday": "day_of_week"}  # Monday is 0
-
-# For one half of a pair: logits [rows, vocabulary], the row of each sample [n], the step, 0 or 1: token ids [n].
-Pick = Callable[[Tensor, np.ndarray, int, int], np.ndarray]
 
 
 # ---- bars in ---------------------------------------------------------------------------------------------------------
@@ -108,64 +106,6 @@ def calendar_of(timestamps: np.ndarray, ahead: int) -> np.ndarray:
         stamps = np.concatenate([stamps, stamps[-1] + step * np.arange(1, ahead + 1)])
     index = pd.DatetimeIndex(stamps)
     return np.stack([getattr(index, _PANDAS.get(name, name)).to_numpy(dtype=np.int64) for name, _ in CALENDAR], axis=1)
-
-
-# ---- sampling --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn. top_k = 0 keeps all tokens; top_p counts only then."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
-            raise ForecastError(f"sampling params out of range: {self}")
-
-    def logits(self, logits: Tensor) -> Tensor:
-        """float32 [n, V], over the temperature, -inf where a token is dropped.
-
-        In float32 and in the published order, so that ties and borderline tokens fall as they do there.
-        """
-        scaled = logits / self.temperature
-        if self.top_k > 0:
-            kth = scaled.topk(min(self.top_k, scaled.shape[-1])).values[:, -1:]
-            return scaled.masked_fill(scaled < kth, float("-inf"))
-        if self.top_p >= 1:
-            return scaled
-        ranked, order = scaled.sort(descending=True)
-        above = ranked.softmax(-1).cumsum(-1) > self.top_p
-        drop = torch.cat((torch.zeros_like(above[:, :1]), above[:, :-1]), dim=-1)  # the token that crosses top_p stays
-        return scaled.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
-
-    def probabilities(self, logits: Tensor) -> np.ndarray:
-        """float64 [n, V], rows summing to 1."""
-        return self.logits(logits).double().softmax(-1).numpy()
-
-
-def uniforms(seed: int, step: int, start: int, stop: int) -> np.ndarray:
-    """For samples start..stop-1 of one window at one step: float64 [stop - start, 2], for the two tokens.
-
-    A sample's numbers depend on nothing else, so fewer samples are the first of more, and a longer horizon
-    begins as a shorter one does.
-    """
-    key = np.array([seed & (2**64 - 1), step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random((stop, 2))[start:]
-
-
-def inverse_cdf(probabilities: np.ndarray, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Token ids int64 [n]: for each u [n] the first token whose cumulative probability in its row exceeds it."""
-    cdf = probabilities.cumsum(axis=1)
-    cdf = cdf / cdf[:, -1:]
-    order = np.argsort(rows, kind="stable")
-    present, starts = np.unique(rows[order], return_index=True)
-    ids = np.empty(len(rows), dtype=np.int64)
-    for row, at in zip(present, np.split(order, starts[1:]), strict=True):
-        ids[at] = np.searchsorted(cdf[row], u[at], side="right")
-    return ids
 
 
 # ---- what encode leaves ----------------------------------------------------------------------------------------------
@@ -513,7 +453,7 @@ class Kronos:
             if rows > self._draw_rows:
                 chunks += reversed(_halves(windows, samples))
                 continue
-            pick = _keyed_pick(sampling, [seeds[w] for w in windows], samples)
+            pick = keyed_pick(sampling, [seeds[w] for w in windows], samples)
             try:
                 values = self.paths(encoded, windows, len(samples), pick)
             except torch.OutOfMemoryError as error:
@@ -797,20 +737,6 @@ def _halves(windows: range, samples: range) -> list[tuple[range, range]]:
         return [(windows[:middle], samples), (windows[middle:], samples)]
     middle = len(samples) // 2
     return [(windows, samples[:middle]), (windows, samples[middle:])]
-
-
-def _keyed_pick(sampling: Sampling, seeds: Sequence[int], samples: range) -> Pick:
-    """Draws these samples of windows with these seeds by inverse CDF, from uniforms that only they have."""
-
-    def pick(logits: Tensor, rows: np.ndarray, step: int, half: int) -> np.ndarray:
-        u = [uniforms(seed, step, samples.start, samples.stop)[:, half] for seed in seeds]
-        return inverse_cdf(sampling.probabilities(logits), rows, np.concatenate(u))
-
-    return pick
-
-
-def sampling_of(params: Mapping[str, Any]) -> Sampling:
-    return Sampling(temperature=float(params["temperature"]), top_k=int(params["top_k"]), top_p=float(params["top_p"]))
 
 
 def _check_seeds(encoded: EncodedBars, seeds: Sequence[int]) -> None:

@@ -80,7 +80,7 @@ class FixedShapes(nn.Module):
 
 
 def pick(logits: Tensor, sampling: tuple[Tensor, Tensor, Tensor], u: Tensor) -> Tensor:
-    """`kronos.Sampling` and `kronos.inverse_cdf` with params that are tensors: logits [.., V] and u [..] to ids [..].
+    """`kronos_sampling.Sampling` and `inverse_cdf` with params that are tensors: logits [.., V] and u [..] to ids [..].
 
     One graph for all params: what top_k and what top_p drop is both computed, and one of them counts.
     """

@@ -20,7 +20,8 @@ import torch
 import forecasters
 from forecasters import Bars, ForecastError, Running, SettingError, compilation, kronos_fixed
 from forecasters.compilation import Graphs, Policy, decide
-from forecasters.kronos import Kronos, Sampling, inverse_cdf
+from forecasters.kronos import Kronos
+from forecasters.kronos_sampling import Sampling, inverse_cdf
 from objectives.mae import Evaluator
 from objectives.windows import Windows, split
 

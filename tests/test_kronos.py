@@ -16,7 +16,8 @@ from arch.data import sp500
 
 from forecasters import Bars, CheckpointError, ForecastError, kronos
 from forecasters.checkpoints import BUNDLED
-from forecasters.kronos import Kronos, Sampling
+from forecasters.kronos import Kronos
+from forecasters.kronos_sampling import Pick, Sampling, inverse_cdf, sampling_of, uniforms
 from objectives.windows import split
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -144,7 +145,7 @@ def test_sampled_means_are_the_references(golden: Golden):
 def test_paths_are_those_of_the_plain_evaluation(length: int, network_context: int, horizon: int, params: dict):
     """With the same generator calls, path by path: neither sharing nor caching changes what is drawn."""
     forecaster, windows, count = load("kronos-a", network_context), contexts(2, length), 20
-    sampling = kronos.sampling_of(params)
+    sampling = sampling_of(params)
     torch.manual_seed(5)
     plain = plain_kronos.forecast(forecaster, windows, 2.0, horizon, count, plain_kronos.multinomial(sampling))
     encoded = forecaster.encode(windows, {"max_context": length, "clip": 2.0}, horizon)
@@ -260,7 +261,7 @@ def test_drawing_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch, horizo
     count = whole.shape[1]
     real, sizes, most = forecaster.paths, [], count // 2
 
-    def paths(encoded: kronos.EncodedBars, which: range, count: int, pick: kronos.Pick) -> np.ndarray:
+    def paths(encoded: kronos.EncodedBars, which: range, count: int, pick: Pick) -> np.ndarray:
         sizes.append(len(which) * count)
         if len(which) * count > most:
             raise torch.OutOfMemoryError
@@ -371,16 +372,16 @@ def test_top_p_counts_only_without_top_k_and_ties_are_kept():
 
 
 def test_uniforms_belong_to_a_sample_and_a_step():
-    whole = kronos.uniforms(5, 2, 0, 10)
-    np.testing.assert_array_equal(whole[4:7], kronos.uniforms(5, 2, 4, 7))
-    assert not np.isin(whole, kronos.uniforms(5, 3, 0, 10)).any()
-    assert not np.isin(whole, kronos.uniforms(6, 2, 0, 10)).any()
+    whole = uniforms(5, 2, 0, 10)
+    np.testing.assert_array_equal(whole[4:7], uniforms(5, 2, 4, 7))
+    assert not np.isin(whole, uniforms(5, 3, 0, 10)).any()
+    assert not np.isin(whole, uniforms(6, 2, 0, 10)).any()
 
 
 def test_inverse_cdf_never_takes_a_dropped_token():
     probabilities = np.array([[0.0, 0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
     u = np.array([0.0, 0.5, 1 - 2**-53, 0.0, 1 - 2**-53])
-    ids = kronos.inverse_cdf(probabilities, np.array([0, 0, 0, 1, 1]), u)
+    ids = inverse_cdf(probabilities, np.array([0, 0, 0, 1, 1]), u)
     np.testing.assert_array_equal(ids, [1, 3, 3, 4, 4])
 
 
