@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from forecasters import Bars, kronos
 from forecasters.checkpoints import CONFIG, WEIGHTS
+from forecasters.kronos_encoded import EPSILON, calendar_of
 from forecasters.kronos_network import (
     Attention,
     Network,
@@ -82,7 +83,7 @@ def tables() -> dict[str, pd.DataFrame]:
 def series_of(table: pd.DataFrame) -> Series:
     known = table.loc[:LAST_TRAINING_DAY, ["Open", "High", "Low", "Close", "Volume"]]
     logs = np.log(known.where(known > 0).ffill().to_numpy(np.float64))  # a few days have no volume
-    stamps = kronos.calendar_of(known.index.to_numpy(), 0)
+    stamps = calendar_of(known.index.to_numpy(), 0)
     shape = logs[1:, :CLOSE] - logs[1:, CLOSE:VOLUME]
     return Series(moves=np.diff(logs[:, CLOSE]), shape=shape, volume=logs[1:, VOLUME], stamps=stamps[1:])
 
@@ -107,7 +108,7 @@ def row_of(series: Series, context: int, rng: np.random.Generator) -> tuple[np.n
     columns = np.vstack([prices, np.exp(series.volume[cut] - series.volume[cut].mean())])
     columns = np.vstack([columns, columns[VOLUME] * prices.mean(axis=0)]).astype(np.float32)
     known = columns[:, :context]
-    normal = (columns - known.mean(axis=1, keepdims=True)) / (known.std(axis=1, keepdims=True) + kronos.EPSILON)
+    normal = (columns - known.mean(axis=1, keepdims=True)) / (known.std(axis=1, keepdims=True) + EPSILON)
     return np.clip(normal, -CLIP, CLIP), series.stamps[cut]
 
 

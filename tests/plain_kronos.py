@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forecasters import Bars
-from forecasters.kronos import EPSILON, Kronos, calendar_of, columns_of
+from forecasters.kronos import Kronos
+from forecasters.kronos_encoded import EPSILON, calendar_of, columns_of
 from forecasters.kronos_sampling import Sampling
 
 Draw = Callable[[Tensor], Tensor]  # logits [rows, V] to token ids [rows]

@@ -14,9 +14,10 @@ import pytest
 import torch
 from arch.data import sp500
 
-from forecasters import Bars, CheckpointError, ForecastError, kronos
+from forecasters import Bars, CheckpointError, ForecastError, kronos, kronos_encoded
 from forecasters.checkpoints import BUNDLED
 from forecasters.kronos import Kronos
+from forecasters.kronos_encoded import CLOSE, EncodedBars, Prefix, Window, calendar_of, columns_of
 from forecasters.kronos_sampling import Pick, Sampling, inverse_cdf, sampling_of, uniforms
 from objectives.windows import split
 
@@ -61,9 +62,9 @@ class Golden:
         self.bars, self.forecaster = bars_of(case), load(case)
         self.context = self.bars.slice(0, self.settings["rows_of_context"])
         self.params = {"max_context": self.settings["rows_of_context"], "clip": self.settings["clip"]}
-        self.std = kronos.columns_of(self.context).std(axis=1)  # [6]
+        self.std = columns_of(self.context).std(axis=1)  # [6]
 
-    def encode(self, horizon: int) -> kronos.EncodedBars:
+    def encode(self, horizon: int) -> EncodedBars:
         return self.forecaster.encode([self.context], self.params, horizon)
 
 
@@ -152,7 +153,7 @@ def test_paths_are_those_of_the_plain_evaluation(length: int, network_context: i
     draw = plain_kronos.multinomial(sampling)
     torch.manual_seed(5)
     ours = forecaster.paths(encoded, range(2), count, lambda logits, rows, *_: draw(logits[rows]).numpy())
-    std = np.stack([kronos.columns_of(bars).std(axis=1) for bars in windows])[:, None, None]
+    std = np.stack([columns_of(bars).std(axis=1) for bars in windows])[:, None, None]
     assert (np.abs(ours - plain) / std).max() < TOLERANCE
     assert len(np.unique(ours[0].round(6), axis=0)) > 1
 
@@ -183,7 +184,7 @@ def test_small_chunks_change_no_bit(still: Kronos, monkeypatch: pytest.MonkeyPat
         whole = still.draw(encoded, WIDE, [1, 2, 3])
         with monkeypatch.context() as small:
             small.setattr(still, "_draw_rows", 16)
-            small.setattr(kronos, "TABLE_BYTES", 2000)
+            small.setattr(kronos_encoded, "TABLE_BYTES", 2000)
             again = still.encode(contexts(), PARAMS, horizon)
             np.testing.assert_array_equal(whole, still.draw(again, WIDE, [1, 2, 3]))
             assert again.s2_logits.nbytes <= 2000
@@ -236,7 +237,7 @@ def test_a_batch_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch):
     whole = forecaster.draw(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3])
     real, sizes, most = forecaster.prefill, [], 1
 
-    def prefill(tokens: torch.Tensor, stamps: torch.Tensor, *, keep: bool) -> list[kronos.Prefix]:
+    def prefill(tokens: torch.Tensor, stamps: torch.Tensor, *, keep: bool) -> list[Prefix]:
         sizes.append(len(tokens))
         if len(tokens) > most:
             raise torch.OutOfMemoryError
@@ -261,7 +262,7 @@ def test_drawing_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch, horizo
     count = whole.shape[1]
     real, sizes, most = forecaster.paths, [], count // 2
 
-    def paths(encoded: kronos.EncodedBars, which: range, count: int, pick: Pick) -> np.ndarray:
+    def paths(encoded: EncodedBars, which: range, count: int, pick: Pick) -> np.ndarray:
         sizes.append(len(which) * count)
         if len(which) * count > most:
             raise torch.OutOfMemoryError
@@ -284,7 +285,7 @@ def test_the_exact_expectation_out_of_memory_is_halved(monkeypatch: pytest.Monke
     whole = forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3]).points
     real, sizes, most = forecaster._expect, [], 2
 
-    def expect(encoded: kronos.EncodedBars, start: int, chosen: Sequence[kronos.Window], *rest: Any) -> Any:
+    def expect(encoded: EncodedBars, start: int, chosen: Sequence[Window], *rest: Any) -> Any:
         sizes.append(len(chosen))
         if len(chosen) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
@@ -322,7 +323,7 @@ def test_no_forecast_sees_its_target():
 # ---- exact -----------------------------------------------------------------------------------------------------------
 
 
-def draws_for_exact(forecaster: Kronos, params: dict) -> tuple[kronos.EncodedBars, np.ndarray, np.ndarray]:
+def draws_for_exact(forecaster: Kronos, params: dict) -> tuple[EncodedBars, np.ndarray, np.ndarray]:
     """Encoded windows, the mean of 40,000 draws and its standard error, both [W, 6]."""
     encoded = forecaster.encode(contexts(2), PARAMS, 1)
     drawn = forecaster.draw_columns(encoded, params | {"sample_count": 40_000}, [21, 22])[:, :, 0]
@@ -402,24 +403,24 @@ def test_a_value_that_is_no_number_is_refused(still: Kronos, change: dict, messa
 
 def test_without_volume_both_volume_columns_are_zero(still: Kronos):
     bars = contexts(1)[0]
-    columns = kronos.columns_of(replace(bars, volume=None))
+    columns = columns_of(replace(bars, volume=None))
     assert (columns[4:] == 0).all()
     zeros = replace(bars, volume=np.zeros(len(bars)))
     drawn = [still.draw(still.encode([b], PARAMS, 1), WIDE, [1]) for b in (zeros, replace(bars, volume=None))]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert bars.volume is not None
-    amount = kronos.columns_of(bars)[5]
+    amount = columns_of(bars)[5]
     mean = (bars.open + bars.high + bars.low + bars.close) / 4
     np.testing.assert_allclose(amount, bars.volume * mean, rtol=1e-6)
 
 
 def test_future_bars_are_a_median_step_apart():
     bars = contexts(1)[0]
-    stamps = kronos.calendar_of(bars.timestamps, 2)
+    stamps = calendar_of(bars.timestamps, 2)
     last = pd.Timestamp(bars.timestamps[-1])
     for i, day in enumerate((last, last + pd.Timedelta(days=1), last + pd.Timedelta(days=2))):
         assert stamps[63 + i].tolist() == [day.minute, day.hour, day.weekday(), day.day, day.month]
-    assert kronos.calendar_of(bars.timestamps[:1], 1)[1].tolist() == stamps[1].tolist()  # a day where no step is known
+    assert calendar_of(bars.timestamps[:1], 1)[1].tolist() == stamps[1].tolist()  # a day where no step is known
 
 
 @pytest.mark.parametrize(
@@ -509,7 +510,7 @@ def test_the_bundled_checkpoint_is_small_and_keeps_the_close():
     x = torch.randn(1, 300, 6, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     with torch.inference_mode():
         out = tokenizer.head(tokenizer.decoder.run(tokenizer.embed_tokens(tokenizer.tokens(x)))[0])
-    assert (out - x)[..., kronos.CLOSE].abs().max() < 0.6 * 6 / 256  # cells of 6 / 256, so half of one and rounding
+    assert (out - x)[..., CLOSE].abs().max() < 0.6 * 6 / 256  # cells of 6 / 256, so half of one and rounding
 
 
 def test_the_bundled_checkpoint_is_about_as_good_as_no_change():
