@@ -132,7 +132,7 @@ class Kronos:
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._fixed, self._chunk = FixedShapes(tokenizer, network), chunk
         self._fixed_samples = FIXED_SAMPLES
-        self._s1_size, self._s2_size = 2**network.config.s1_bits, 2**network.config.s2_bits
+        self._s1_size, self._s2_size = network.config.s1_size, network.config.s2_size
 
     @property
     def device(self) -> torch.device:

@@ -51,6 +51,15 @@ class NetworkConfig:
     ff_dim: int
     learn_te: bool
 
+    @property
+    def s1_size(self) -> int:
+        """First tokens that there are."""
+        return 2**self.s1_bits
+
+    @property
+    def s2_size(self) -> int:
+        return 2**self.s2_bits
+
 
 # ---- modules, named as in the published checkpoints ---------------------------------------------------------------
 
@@ -177,8 +186,8 @@ class PairEmbedding(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.scale = config.d_model**0.5
-        self.emb_s1 = Embedding(2**config.s1_bits, config.d_model)
-        self.emb_s2 = Embedding(2**config.s2_bits, config.d_model)
+        self.emb_s1 = Embedding(config.s1_size, config.d_model)
+        self.emb_s2 = Embedding(config.s2_size, config.d_model)
         self.fusion_proj = nn.Linear(2 * config.d_model, config.d_model)
 
     def forward(self, s1: Tensor, s2: Tensor) -> Tensor:
@@ -218,8 +227,8 @@ class CalendarEmbedding(nn.Module):
 class Heads(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.proj_s1 = nn.Linear(config.d_model, 2**config.s1_bits)
-        self.proj_s2 = nn.Linear(config.d_model, 2**config.s2_bits)
+        self.proj_s1 = nn.Linear(config.d_model, config.s1_size)
+        self.proj_s2 = nn.Linear(config.d_model, config.s2_size)
 
 
 class Network(nn.Module):
