@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from forecasters import BY_DEFAULT, Bars, CheckpointError, Expectation, ForecastError, Running, out_of_memory
@@ -42,15 +41,11 @@ from forecasters.kronos_network import (
     LayerCache,
     Network,
     NetworkConfig,
-    Own,
     Tokenizer,
     TokenizerConfig,
-    TreeCache,
-    extend,
-    groups_of,
-    padded,
 )
-from forecasters.kronos_sampling import Pick, Sampling, inverse_cdf, keyed_pick, sampling_of, uniforms
+from forecasters.kronos_sampling import Sampling, inverse_cdf, keyed_pick, sampling_of, uniforms
+from forecasters.kronos_tree import one_bar, paths, roots, second_logits
 
 MAX_BITS = 16  # of a token; 10 in the published networks
 DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
@@ -74,29 +69,6 @@ TOKENIZERS: Mapping[str, str] = {
     "NeoQuasar/Kronos-small": "NeoQuasar/Kronos-Tokenizer-base",
     "NeoQuasar/Kronos-base": "NeoQuasar/Kronos-Tokenizer-base",
 }
-
-
-# ---- paths -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Level:
-    """The distinct token pairs of one step: a level of the tree. Sorted by window."""
-
-    window: np.ndarray  # int64 [n]
-    tokens: Tensor  # int64 [n, 2]
-    path: Tensor  # int64 [n, depth]: its ancestors' numbers in the tree, its own last
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Frontier:
-    """Where the next pair is drawn: one row a distinct path so far."""
-
-    window: np.ndarray  # int64 [n]
-    hidden: Tensor  # [n, d]
-    s1_logits: Tensor  # float32 [n, 2**s1_bits], on the CPU
-    keys: Sequence[LayerCache]  # of the dependency layer, one a window
-    own: Own | None  # the same of the generated tokens; None at the first step
 
 
 class Kronos:
@@ -127,7 +99,7 @@ class Kronos:
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
         # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.
         self._prefill_tokens = 0 if self.device.type == "cpu" else PREFILL_TOKENS  # 0: one window at a time
-        self._draw_rows, self._exact_windows = DRAW_ROWS, EXACT_WINDOWS
+        self.draw_rows, self._exact_windows = DRAW_ROWS, EXACT_WINDOWS
         identity = f"{network.config} {tokenizer.config} {network.norm.weight.dtype}"
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._fixed, self._chunk = FixedShapes(tokenizer, network), chunk
@@ -317,17 +289,17 @@ class Kronos:
         while chunks:
             windows, samples = chunks.pop()
             rows = len(windows) * len(samples)
-            if rows > self._draw_rows:
+            if rows > self.draw_rows:
                 chunks += reversed(_halves(windows, samples))
                 continue
             pick = keyed_pick(sampling, [seeds[w] for w in windows], samples)
             try:
-                values = self.paths(encoded, windows, len(samples), pick)
+                values = paths(self, encoded, windows, len(samples), pick)
             except torch.OutOfMemoryError as error:
                 if rows == 1:
                     what = f"one sample of {encoded.horizon} bars"
                     raise out_of_memory(self.device, what, error) from error
-                self._draw_rows = -(-rows // 2)
+                self.draw_rows = -(-rows // 2)
                 chunks.append((windows, samples))
                 continue
             out[windows.start : windows.stop, samples.start : samples.stop] = values
@@ -417,7 +389,7 @@ class Kronos:
 
     def _chunks(self, encoded: EncodedBars, count: int) -> list[tuple[range, range]]:
         """Ranges of windows of one length, and of samples, to draw together within DRAW_ROWS and DRAW_BYTES."""
-        limit = self._draw_rows
+        limit = self.draw_rows
         if encoded.horizon > 1:
             limit = max(1, min(limit, DRAW_BYTES // (self._bytes_a_bar * encoded.horizon)))
         step = max(1, limit // count)
@@ -429,75 +401,6 @@ class Kronos:
             for w in range(a, b, step)
             for s in range(0, count, limit)
         ]
-
-    @torch.inference_mode()
-    def paths(self, encoded: EncodedBars, windows: range, count: int, pick: Pick) -> np.ndarray:
-        """`count` paths of each of these windows, drawn by `pick`: all columns, float64 [len(windows), count, H, 6].
-
-        The windows have contexts of one length. The samples that `pick` is asked for run window by window; samples
-        whose paths are equal so far share a row of logits.
-        """
-        chosen = [encoded.windows[w] for w in windows]
-        frontier, tree = _roots(chosen), None
-        rows = np.repeat(np.arange(len(chosen)), count)  # [W * S], each sample's row of the frontier
-        out = np.empty((encoded.horizon, len(rows), len(COLUMNS)), dtype=np.float32)
-        for step in range(encoded.horizon):
-            s1 = pick(frontier.s1_logits, rows, step, 0)
-            pairs, which = np.unique(rows * self._s1_size + s1, return_inverse=True)
-            s2 = pick(self._s2_logits(encoded, windows.start, frontier, pairs), which, step, 1)
-            codes, leaves = np.unique(pairs[which] * self._s2_size + s2, return_inverse=True)
-            if encoded.horizon == 1:
-                values = self._one_bar(encoded, windows.start, codes)
-            else:
-                tree = tree or _Tree(self, chosen, capacity=len(rows) * encoded.horizon)
-                parents, tokens = self._split(codes)
-                values = tree.grow(parents, frontier.window[parents], tokens)
-            out[step], rows = values.cpu().numpy()[leaves], leaves
-            if tree is not None and step + 1 < encoded.horizon:
-                frontier = tree.advance()
-        shaped = out.transpose(1, 0, 2).reshape(len(chosen), count, encoded.horizon, -1)
-        return np.stack(
-            [w.mean + values * w.scale for w, values in zip(chosen, shaped.astype(np.float64), strict=True)]
-        )
-
-    def _split(self, codes: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Codes of (row, s1, s2): the rows [n] and the tokens int64 [n, 2]."""
-        pairs, s2 = np.divmod(codes, self._s2_size)
-        rows, s1 = np.divmod(pairs, self._s1_size)
-        return rows, self._to_device(np.stack([s1, s2], axis=1))
-
-    def _s2_logits(self, encoded: EncodedBars, start: int, frontier: Frontier, pairs: np.ndarray) -> Tensor:
-        """For ascending distinct codes of (frontier row, s1): float32 [n, 2**s2_bits], on the CPU.
-
-        Those of the first step are kept in the table: they are the same for every draw. start: the first window.
-        """
-        shift = start * self._s1_size if frontier.own is None else 0
-
-        def compute(codes: np.ndarray) -> Tensor:
-            rows, s1 = np.divmod(codes - shift, self._s1_size)
-            at, own = self._to_device(rows), frontier.own
-            if own is not None:
-                own = Own(k=own.k, v=own.v, ancestors=own.ancestors[at], padding=None)
-            groups = groups_of(frontier.window[rows])
-            logits = self.network.s2_logits(self._to_device(s1), frontier.hidden[at], groups, frontier.keys, own)
-            return logits.float().cpu()
-
-        return encoded.s2_logits.get(pairs + shift, compute) if frontier.own is None else compute(pairs)
-
-    def _one_bar(self, encoded: EncodedBars, start: int, codes: np.ndarray) -> Tensor:
-        """Pairs decoded right after their windows' prefixes: ascending codes of (window - start, s1, s2) to [n, 6]."""
-        shift = start * self._s1_size * self._s2_size
-
-        def compute(fresh: np.ndarray) -> Tensor:
-            parts = []
-            for i in range(0, len(fresh), self._draw_rows):
-                rows, tokens = self._split(fresh[i : i + self._draw_rows])
-                used, window = np.unique(rows, return_inverse=True)
-                tree = _Tree(self, [encoded.windows[w] for w in used], capacity=len(rows))
-                parts.append(tree.grow(window, window, tokens).cpu())
-            return torch.cat(parts)
-
-        return encoded.values.get(codes + shift, compute)
 
     # -- exact ---------------------------------------------------------------------------------------------------------
 
@@ -542,18 +445,18 @@ class Kronos:
         self, encoded: EncodedBars, start: int, windows: Sequence[Window], sampling: Sampling, seeds: Sequence[int]
     ) -> Iterator[tuple[np.ndarray, float, np.ndarray]]:
         """For each of these windows, from `start` on: normalised expectation [6], enumerated mass and bound [6]."""
-        frontier = _roots(windows)
+        frontier = roots(windows)
         first = sampling.probabilities(frontier.s1_logits)  # [W, V1]
         likely = [np.sort(_likeliest(row, EXACT_FIRST, (1 + EXACT_MASS) / 2)) for row in first]
         pairs = np.concatenate([w * self._s1_size + s1 for w, s1 in enumerate(likely)])
-        second = sampling.probabilities(self._s2_logits(encoded, start, frontier, pairs))  # [pairs, V2]
+        second = sampling.probabilities(second_logits(self, encoded, start, frontier, pairs))  # [pairs, V2]
         joints = np.split(first.ravel()[pairs, None] * second, np.cumsum([len(s1) for s1 in likely])[:-1])
         taken = [np.sort(_likeliest(joint.ravel(), EXACT_PAIRS, EXACT_MASS)) for joint in joints]
         chosen = [
             s1[at // self._s2_size] * self._s2_size + at % self._s2_size for s1, at in zip(likely, taken, strict=True)
         ]
         codes = np.concatenate([w * self._s1_size * self._s2_size + code for w, code in enumerate(chosen)])
-        values = self._one_bar(encoded, start, codes).cpu().double().numpy()  # [codes, 6]
+        values = one_bar(self, encoded, start, codes).cpu().double().numpy()  # [codes, 6]
         values = np.split(values, np.cumsum([len(at) for at in taken])[:-1])
         for w, (joint, at, value) in enumerate(zip(joints, taken, values, strict=True)):
             weights = joint.ravel()[at]
@@ -577,14 +480,14 @@ class Kronos:
         """
         u = uniforms(seed, 0, 0, EXACT_REST_DRAWS)
         s1, which = np.unique(inverse_cdf(rest[None], np.zeros(len(u), dtype=np.int64), u[:, 0]), return_inverse=True)
-        frontier = _roots([encoded.windows[w]])
-        second = sampling.probabilities(self._s2_logits(encoded, w, frontier, s1))
+        frontier = roots([encoded.windows[w]])
+        second = sampling.probabilities(second_logits(self, encoded, w, frontier, s1))
         for i, code in enumerate(s1 * self._s2_size):
             gone = taken[np.searchsorted(taken, code) : np.searchsorted(taken, code + self._s2_size)]
             second[i, gone - code] = 0
         s2 = inverse_cdf(second, which, u[:, 1])
         codes, leaves = np.unique(s1[which] * self._s2_size + s2, return_inverse=True)
-        return self._one_bar(encoded, w, codes).double().numpy()[leaves]
+        return one_bar(self, encoded, w, codes).double().numpy()[leaves]
 
 
 def _likeliest(probabilities: np.ndarray, limit: int, mass: float) -> np.ndarray:
@@ -619,123 +522,6 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def _whole_bars(count: int) -> int:
     return -(-max(1, count) // FIXED_BARS) * FIXED_BARS
-
-
-def _roots(windows: Sequence[Window]) -> Frontier:
-    return Frontier(
-        window=np.arange(len(windows)),
-        hidden=torch.stack([w.prefix.hidden for w in windows]),
-        s1_logits=torch.stack([w.s1_logits for w in windows]),
-        keys=[w.prefix.keys for w in windows],
-        own=None,
-    )
-
-
-class _Tree:
-    """The token pairs drawn so far for some windows, a level a step, and what the networks keep of them."""
-
-    def __init__(self, forecaster: Kronos, windows: Sequence[Window], capacity: int) -> None:
-        self._f, self._windows, self._capacity = forecaster, windows, capacity
-        self._levels: list[Level] = []
-        self._decoder = TreeCache(forecaster.tokenizer.decoder, capacity, device=forecaster.device, dtype=torch.float32)
-        self._trunk: TreeCache | None = None
-        self._own: LayerCache | None = None  # of the dependency layer, [capacity, 4, d / 4] each
-
-    def grow(self, parents: np.ndarray, window: np.ndarray, tokens: Tensor) -> Tensor:
-        """Add the next step's pairs, sorted by window, and decode them: normalised columns [n, 6]."""
-        device, tokenizer = self._f.device, self._f.tokenizer
-        first = sum(len(level.window) for level in self._levels)
-        ids = torch.arange(first, first + len(window), device=device)
-        before = [self._levels[-1].path[torch.from_numpy(parents).to(device)]] if self._levels else []
-        level = Level(window=window, tokens=tokens, path=torch.cat([*before, ids[:, None]], dim=1))
-        self._levels.append(level)
-        starts = np.array([w.decoded for w in self._windows])
-        out = extend(
-            tokenizer.decoder,
-            padded(tokenizer.embed_tokens, tokens),
-            positions=torch.from_numpy(starts[window] + len(self._levels) - 1).to(device),
-            nodes=ids,
-            ancestors=level.path,
-            padding=None,
-            groups=groups_of(window),
-            prefixes=[w.decoder for w in self._windows],
-            cache=self._decoder,
-        )
-        return padded(tokenizer.head, out)
-
-    def advance(self) -> Frontier:
-        """Run the last level through the transformer, or all of them where the oldest bar has dropped out."""
-        length, depth = len(self._windows[0].tokens), len(self._levels)
-        if length + depth <= self._f.network_context:
-            prefixes, levels = [w.prefix for w in self._windows], self._levels[-1:]
-        else:
-            # Every position and every state above the first layer changes with the bar that drops out: no cache of
-            # an earlier step is of use, but one prefix still serves all samples of a window.
-            prefixes, levels = self._slid(length + depth - self._f.network_context), self._levels
-            self._trunk = None
-        hidden, own = self._run(levels, prefixes)
-        return Frontier(
-            window=levels[-1].window,
-            hidden=hidden,
-            s1_logits=padded(self._f.network.head.proj_s1, hidden).float().cpu(),
-            keys=[prefix.keys for prefix in prefixes],
-            own=own,
-        )
-
-    def _slid(self, start: int) -> list[Prefix]:
-        """The windows' bars from `start` on, as prefixes of their own."""
-        batch = len(self._windows) if self._f.device.type != "cpu" else 1
-        prefixes = []
-        for i in range(0, len(self._windows), batch):
-            tokens = torch.stack([w.tokens[start:] for w in self._windows[i : i + batch]])
-            stamps = torch.stack([w.stamps[start : len(w.tokens)] for w in self._windows[i : i + batch]])
-            prefixes += self._f.prefill(tokens, stamps, keep=True)
-        return prefixes
-
-    def _run(self, levels: Sequence[Level], prefixes: Sequence[Prefix]) -> tuple[Tensor, Own]:
-        """Levels, the last of the tree, through the transformer after these prefixes: the last one's hidden [n, d]."""
-        network, device = self._f.network, self._f.device
-        total, deepest = sum(len(level.window) for level in self._levels), levels[-1].path.shape[1]
-        window = np.concatenate([level.window for level in levels])
-        order = torch.from_numpy(np.argsort(window, kind="stable")).to(device)
-        window = np.sort(window, kind="stable")
-        nodes = torch.arange(total - len(window), total, device=device)[order]
-        depth = torch.cat([torch.full((len(v.window),), v.path.shape[1], device=device) for v in levels])[order]
-        path = torch.cat([F.pad(level.path, (0, deepest - level.path.shape[1])) for level in levels])[order]
-        beyond = torch.arange(deepest, device=device) >= depth[:, None]
-        tokens = torch.cat([level.tokens for level in levels])[order]
-        bar = len(self._windows[0].tokens) + depth - 1
-        stamps = torch.stack([w.stamps for w in self._windows])[torch.from_numpy(window).to(device), bar]  # [n, 5]
-        if self._trunk is None:
-            self._trunk = TreeCache(network.transformer, self._capacity, device=device, dtype=network.norm.weight.dtype)
-        self._f.forwards += 1
-        x = extend(
-            network.transformer,
-            padded(network.embed, tokens, stamps),
-            positions=prefixes[0].keys[0].shape[1] + depth - 1,
-            nodes=nodes,
-            ancestors=path,
-            padding=beyond if len(levels) > 1 else None,
-            groups=groups_of(window),
-            prefixes=[prefix.layers for prefix in prefixes],
-            cache=self._trunk,
-        )
-        hidden = network.norm(x)
-        keys, values = self._remember(nodes, hidden)
-        last = torch.argsort(order, stable=True)[-len(levels[-1].window) :]
-        own = Own(k=keys, v=values, ancestors=levels[-1].path, padding=None)
-        return hidden[last], own
-
-    def _remember(self, nodes: Tensor, hidden: Tensor) -> LayerCache:
-        """Keep the dependency layer's keys and values of these nodes; those of all nodes."""
-        attention = self._f.network.dep_layer.cross_attn
-        shape = (attention.n_heads, attention.head_dim)
-        if self._own is None:
-            keys, values = hidden.new_empty(2, self._capacity, *shape)
-            self._own = keys, values
-        self._own[0][nodes] = padded(attention.k_proj, hidden).unflatten(-1, shape)
-        self._own[1][nodes] = padded(attention.v_proj, hidden).unflatten(-1, shape)
-        return self._own
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

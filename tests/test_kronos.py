@@ -19,6 +19,7 @@ from forecasters.checkpoints import BUNDLED
 from forecasters.kronos import Kronos
 from forecasters.kronos_encoded import CLOSE, EncodedBars, Prefix, Window, calendar_of, columns_of
 from forecasters.kronos_sampling import Pick, Sampling, inverse_cdf, sampling_of, uniforms
+from forecasters.kronos_tree import paths
 from objectives.windows import split
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -113,7 +114,7 @@ def second_logits(golden: Golden, given: np.ndarray) -> np.ndarray:
         offered.append(logits[rows].numpy())
         return np.zeros(len(rows), dtype=np.int64)
 
-    golden.forecaster.paths(golden.encode(1), range(1), len(given), pick)
+    paths(golden.forecaster, golden.encode(1), range(1), len(given), pick)
     return offered[0]
 
 
@@ -152,7 +153,7 @@ def test_paths_are_those_of_the_plain_evaluation(length: int, network_context: i
     encoded = forecaster.encode(windows, {"max_context": length, "clip": 2.0}, horizon)
     draw = plain_kronos.multinomial(sampling)
     torch.manual_seed(5)
-    ours = forecaster.paths(encoded, range(2), count, lambda logits, rows, *_: draw(logits[rows]).numpy())
+    ours = paths(forecaster, encoded, range(2), count, lambda logits, rows, *_: draw(logits[rows]).numpy())
     std = np.stack([columns_of(bars).std(axis=1) for bars in windows])[:, None, None]
     assert (np.abs(ours - plain) / std).max() < TOLERANCE
     assert len(np.unique(ours[0].round(6), axis=0)) > 1
@@ -183,7 +184,7 @@ def test_small_chunks_change_no_bit(still: Kronos, monkeypatch: pytest.MonkeyPat
         encoded = still.encode(contexts(), PARAMS, horizon)
         whole = still.draw(encoded, WIDE, [1, 2, 3])
         with monkeypatch.context() as small:
-            small.setattr(still, "_draw_rows", 16)
+            small.setattr(still, "draw_rows", 16)
             small.setattr(kronos_encoded, "TABLE_BYTES", 2000)
             again = still.encode(contexts(), PARAMS, horizon)
             np.testing.assert_array_equal(whole, still.draw(again, WIDE, [1, 2, 3]))
@@ -260,15 +261,15 @@ def test_drawing_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch, horizo
     forecaster, windows = load("kronos-a"), contexts()
     whole = forecaster.draw(forecaster.encode(windows, PARAMS, horizon), WIDE, [1, 2, 3])
     count = whole.shape[1]
-    real, sizes, most = forecaster.paths, [], count // 2
+    sizes, most = [], count // 2
 
-    def paths(encoded: EncodedBars, which: range, count: int, pick: Pick) -> np.ndarray:
+    def limited(of: Kronos, encoded: EncodedBars, which: range, count: int, pick: Pick) -> np.ndarray:
         sizes.append(len(which) * count)
         if len(which) * count > most:
             raise torch.OutOfMemoryError
-        return real(encoded, which, count, pick)
+        return paths(of, encoded, which, count, pick)
 
-    monkeypatch.setattr(forecaster, "paths", paths)
+    monkeypatch.setattr(kronos, "paths", limited)
     again = forecaster.draw(forecaster.encode(windows, PARAMS, horizon), WIDE, [1, 2, 3])
     np.testing.assert_allclose(again, whole, rtol=1e-5)
     assert sizes[0] == 3 * count
