@@ -1,16 +1,14 @@
-"""Kronos: bars to tokens, tokens to sampled bars, a stage at a time.
+"""Kronos as a forecaster: bars to tokens, tokens to sampled bars, a stage at a time; and the loading of a checkpoint.
 
-`encode` runs the networks over a window's bars once; `draw` samples from what that left, `exact` sums over it.
-A sample is a path through a tree of token pairs: everything that two samples of a window share is computed once,
-the prefix for all of them, a generated token for all paths that begin alike. Knows nothing of windows' origins,
-aggregates, studies or the command line; the networks themselves are in kronos_network.py, and what is compiled runs
-the fixed shapes of kronos_fixed.py.
+`encode` runs the networks over a window's bars once; `draw` samples from what that left, `exact` sums over it. Owns
+what runs together within the memory, and which draws are of fixed shapes (kronos_fixed.py, what is compiled) and which
+go down the tree of paths (kronos_tree.py). Knows nothing of windows' origins, aggregates, studies or the command line.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +32,7 @@ from forecasters.kronos_encoded import (
     calendar_of,
     columns_of,
 )
+from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes
 from forecasters.kronos_network import (
     CALENDAR,
@@ -44,8 +43,8 @@ from forecasters.kronos_network import (
     Tokenizer,
     TokenizerConfig,
 )
-from forecasters.kronos_sampling import Sampling, inverse_cdf, keyed_pick, sampling_of, uniforms
-from forecasters.kronos_tree import one_bar, paths, roots, second_logits
+from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
+from forecasters.kronos_tree import paths
 
 MAX_BITS = 16  # of a token; 10 in the published networks
 DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
@@ -54,13 +53,6 @@ PREFILL_TOKENS = 8192  # a batch on an accelerator; on a CPU one window at a tim
 FIXED_BARS = 64  # compiled contexts are padded to a multiple: 4 graphs serve the 5 published lengths
 FIXED_SAMPLES = 64  # paths of a window in a compiled step
 FIXED_BYTES = 4 << 30  # keys and values of their generated bars, on an accelerator; elsewhere DRAW_BYTES
-EXACT_PAIRS = 4096  # pairs enumerated a window; beyond them (top_k = 0, high temperature) the rest is sampled
-EXACT_FIRST = 256  # first tokens of them: each costs a row of second logits
-EXACT_WINDOWS = 8  # together: their joint probabilities are 2 MiB each at worst
-EXACT_MASS = 0.9999  # enumerated at least, where EXACT_PAIRS allows
-EXACT_REST_DRAWS = 256  # from what is not enumerated
-EXACT_DUST = 1e-9  # of probability, not worth drawing from
-EXACT_SIGMAS = 4.0  # of the sampled rest, in the reported bound
 
 NETWORK_CONTEXT = 512  # bars the published networks were trained on; the window slides beyond it
 NETWORK_CONTEXTS: Mapping[str, int] = {"NeoQuasar/Kronos-mini": 2048}
@@ -104,7 +96,6 @@ class Kronos:
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._fixed, self._chunk = FixedShapes(tokenizer, network), chunk
         self._fixed_samples = FIXED_SAMPLES
-        self._s1_size, self._s2_size = network.config.s1_size, network.config.s2_size
 
     @property
     def device(self) -> torch.device:
@@ -429,7 +420,7 @@ class Kronos:
         while start < len(encoded.windows):
             windows = encoded.windows[start : start + self._exact_windows]
             try:
-                expected = list(self._expect(encoded, start, windows, sampling, seeds))
+                expected = list(expect(self, encoded, start, windows, sampling, seeds))
             except torch.OutOfMemoryError as error:
                 if len(windows) == 1:
                     raise out_of_memory(self.device, f"{EXACT_PAIRS} pairs of one window", error) from error
@@ -440,64 +431,6 @@ class Kronos:
                 mass[w], bound[w] = summed, error * encoded.windows[w].scale
             start += len(windows)
         return _finite(points), mass, bound
-
-    def _expect(
-        self, encoded: EncodedBars, start: int, windows: Sequence[Window], sampling: Sampling, seeds: Sequence[int]
-    ) -> Iterator[tuple[np.ndarray, float, np.ndarray]]:
-        """For each of these windows, from `start` on: normalised expectation [6], enumerated mass and bound [6]."""
-        frontier = roots(windows)
-        first = sampling.probabilities(frontier.s1_logits)  # [W, V1]
-        likely = [np.sort(_likeliest(row, EXACT_FIRST, (1 + EXACT_MASS) / 2)) for row in first]
-        pairs = np.concatenate([w * self._s1_size + s1 for w, s1 in enumerate(likely)])
-        second = sampling.probabilities(second_logits(self, encoded, start, frontier, pairs))  # [pairs, V2]
-        joints = np.split(first.ravel()[pairs, None] * second, np.cumsum([len(s1) for s1 in likely])[:-1])
-        taken = [np.sort(_likeliest(joint.ravel(), EXACT_PAIRS, EXACT_MASS)) for joint in joints]
-        chosen = [
-            s1[at // self._s2_size] * self._s2_size + at % self._s2_size for s1, at in zip(likely, taken, strict=True)
-        ]
-        codes = np.concatenate([w * self._s1_size * self._s2_size + code for w, code in enumerate(chosen)])
-        values = one_bar(self, encoded, start, codes).cpu().double().numpy()  # [codes, 6]
-        values = np.split(values, np.cumsum([len(at) for at in taken])[:-1])
-        for w, (joint, at, value) in enumerate(zip(joints, taken, values, strict=True)):
-            weights = joint.ravel()[at]
-            mean, mass = weights @ value, float(weights.sum())
-            left, rest = joint.copy(), first[w].copy()
-            left.ravel()[at] = 0
-            rest[likely[w]] = left.sum(axis=1)
-            if rest.sum() < EXACT_DUST:
-                yield mean / mass, mass, np.zeros(len(COLUMNS))
-                continue
-            draws = self._draw_rest(encoded, start + w, sampling, seeds[start + w], rest, chosen[w])
-            error = (1 - mass) * draws.std(axis=0, ddof=1) / len(draws) ** 0.5
-            yield mean + (1 - mass) * draws.mean(axis=0), mass, EXACT_SIGMAS * error
-
-    def _draw_rest(
-        self, encoded: EncodedBars, w: int, sampling: Sampling, seed: int, rest: np.ndarray, taken: np.ndarray
-    ) -> np.ndarray:
-        """Normalised values [EXACT_REST_DRAWS, 6] of pairs drawn from what is not enumerated.
-
-        rest: what is left of each first token's probability. taken: ascending codes of the enumerated pairs.
-        """
-        u = uniforms(seed, 0, 0, EXACT_REST_DRAWS)
-        s1, which = np.unique(inverse_cdf(rest[None], np.zeros(len(u), dtype=np.int64), u[:, 0]), return_inverse=True)
-        frontier = roots([encoded.windows[w]])
-        second = sampling.probabilities(second_logits(self, encoded, w, frontier, s1))
-        for i, code in enumerate(s1 * self._s2_size):
-            gone = taken[np.searchsorted(taken, code) : np.searchsorted(taken, code + self._s2_size)]
-            second[i, gone - code] = 0
-        s2 = inverse_cdf(second, which, u[:, 1])
-        codes, leaves = np.unique(s1[which] * self._s2_size + s2, return_inverse=True)
-        return one_bar(self, encoded, w, codes).double().numpy()[leaves]
-
-
-def _likeliest(probabilities: np.ndarray, limit: int, mass: float) -> np.ndarray:
-    """Indices of the non-zero entries: all up to `limit` of them, else the largest, to `mass` or `limit`."""
-    kept = np.flatnonzero(probabilities)
-    if len(kept) <= limit:
-        return kept
-    kept = kept[np.argpartition(-probabilities[kept], limit)[:limit]]
-    kept = kept[np.argsort(-probabilities[kept], kind="stable")]
-    return kept[: int(np.searchsorted(probabilities[kept].cumsum(), mass)) + 1]
 
 
 def _halves(windows: range, samples: range) -> list[tuple[range, range]]:

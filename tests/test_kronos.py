@@ -14,7 +14,7 @@ import pytest
 import torch
 from arch.data import sp500
 
-from forecasters import Bars, CheckpointError, ForecastError, kronos, kronos_encoded
+from forecasters import Bars, CheckpointError, ForecastError, kronos, kronos_encoded, kronos_exact
 from forecasters.checkpoints import BUNDLED
 from forecasters.kronos import Kronos
 from forecasters.kronos_encoded import CLOSE, EncodedBars, Prefix, Window, calendar_of, columns_of
@@ -284,15 +284,15 @@ def test_drawing_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch, horizo
 def test_the_exact_expectation_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch):
     forecaster, windows = load("kronos-a"), contexts()
     whole = forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3]).points
-    real, sizes, most = forecaster._expect, [], 2
+    sizes, most = [], 2
 
-    def expect(encoded: EncodedBars, start: int, chosen: Sequence[Window], *rest: Any) -> Any:
+    def limited(of: Kronos, encoded: EncodedBars, start: int, chosen: Sequence[Window], *rest: Any) -> Any:
         sizes.append(len(chosen))
         if len(chosen) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
-        return real(encoded, start, chosen, *rest)
+        return kronos_exact.expect(of, encoded, start, chosen, *rest)
 
-    monkeypatch.setattr(forecaster, "_expect", expect)
+    monkeypatch.setattr(kronos, "expect", limited)
     np.testing.assert_allclose(forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3]).points, whole)
     forecaster.exact(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3])
     assert sizes == [3, 2, 1, 2, 1]
@@ -348,8 +348,8 @@ def test_what_is_too_wide_to_enumerate_is_sampled_and_bounded(still: Kronos, mon
     flat = WIDE | {"temperature": 3.0, "top_p": 1.0}
     encoded = still.encode(contexts(2), PARAMS, 1)
     exact, _, _ = still.exact_columns(encoded, flat, [1, 2])
-    monkeypatch.setattr(kronos, "EXACT_PAIRS", 200)
-    monkeypatch.setattr(kronos, "EXACT_FIRST", 20)
+    monkeypatch.setattr(kronos_exact, "EXACT_PAIRS", 200)
+    monkeypatch.setattr(kronos_exact, "EXACT_FIRST", 20)
     points, mass, bound = still.exact_columns(encoded, flat, [1, 2])
     assert ((mass > 0.2) & (mass < 0.95)).all()
     assert (bound > 0).all()
