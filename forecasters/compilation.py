@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from forecasters import COMPILE_MODES, SettingError
+from forecasters import BY_DEFAULT, COMPILE_MODES, Running, SettingError
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +53,7 @@ class Policy:
 
 
 def decide(
-    model: str,
-    *,
-    device: str,
-    mode: str = "auto",
-    backend: str = "inductor",
-    folder: Path | str = "compiled_models",
-    environ: Mapping[str, str] = os.environ,
+    model: str, *, device: str, running: Running = BY_DEFAULT, environ: Mapping[str, str] = os.environ
 ) -> Policy:
     """The policy for a model ("toto") on a device ("cuda:0"); the environment goes before the settings.
 
@@ -80,12 +74,12 @@ def decide(
         return value.strip().lower() in _TRUE
 
     asked, disabled = truth(f"{prefix}_COMPILE"), truth(f"{prefix}_DISABLE_COMPILE")
-    where = "[compile] mode"
+    mode, where = running.compile_mode, "[compile] mode"
     if named := environ.get(f"{prefix}_COMPILE_MODE"):
         mode, where = named, f"{prefix}_COMPILE_MODE"
     if mode not in COMPILE_MODES:
         raise SettingError(f"{where} = {mode}: expected one of {', '.join(COMPILE_MODES)}")
-    where = "[compile] backend"
+    backend, where = running.compile_backend, "[compile] backend"
     if named := environ.get(f"{prefix}_COMPILE_BACKEND"):
         backend, where = named, f"{prefix}_COMPILE_BACKEND"
     on_cuda = torch.device(device).type == "cuda"
@@ -97,7 +91,7 @@ def decide(
         mode = "reduce-overhead" if on_cuda else "off"
     if mode != "off" and backend not in (known := torch.compiler.list_backends(None)):
         raise SettingError(f"{where} = {backend}: torch has no such backend; expected one of {', '.join(known)}")
-    return Policy(mode=mode, backend=backend, folder=Path(folder))
+    return Policy(mode=mode, backend=backend, folder=Path(running.compile_dir))
 
 
 OFF = Policy(mode="off", backend="inductor", folder=Path("compiled_models"))

@@ -543,13 +543,7 @@ def load(
     running: its dtype is the network's, the tokenizer stays in float32.
     Raises CheckpointError and SettingError.
     """
-    policy = decide(
-        "kronos",
-        device=device,
-        mode=running.compile_mode,
-        backend=running.compile_backend,
-        folder=running.compile_dir,
-    )
+    policy = decide("kronos", device=device, running=running)
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
     network, coder = _build(*pair)
     load_into(pair[0], network, _rename)

@@ -401,13 +401,7 @@ def check(checkpoint: Checkpoint) -> Config:
 
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
-    policy = decide(
-        "toto",
-        device=device,
-        mode=running.compile_mode,
-        backend=running.compile_backend,
-        folder=running.compile_dir,
-    )
+    policy = decide("toto", device=device, running=running)
     found = resolve(checkpoint, revision=revision)
     with torch.device("meta"):
         network = Network(read_config(found))

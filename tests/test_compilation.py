@@ -117,22 +117,26 @@ def deviations(count: int = 11) -> np.ndarray:
     ],
 )
 def test_the_environment_goes_before_the_settings(model: str, device: str, mode: str, environ: dict, expected: str):
-    assert decide(model, device=device, mode=mode, environ=environ).mode == expected
+    assert decide(model, device=device, running=Running(compile_mode=mode), environ=environ).mode == expected
 
 
 @pytest.mark.parametrize(
     ("settings", "environ", "message"),
     [
-        ({"mode": "fast"}, {}, r"\[compile\] mode = fast: expected one of auto, off"),
+        ({"compile_mode": "fast"}, {}, r"\[compile\] mode = fast: expected one of auto, off"),
         ({}, {"TOTO_COMPILE_MODE": "fast"}, "TOTO_COMPILE_MODE = fast"),
         ({}, {"TOTO_COMPILE": "maybe"}, "TOTO_COMPILE=maybe: expected 1 or 0"),
-        ({"mode": "default", "backend": "cc"}, {}, r"\[compile\] backend = cc: torch has no such backend"),
-        ({"mode": "default"}, {"TOTO_COMPILE_BACKEND": "cc"}, "TOTO_COMPILE_BACKEND = cc"),
+        (
+            {"compile_mode": "default", "compile_backend": "cc"},
+            {},
+            r"\[compile\] backend = cc: torch has no such backend",
+        ),
+        ({"compile_mode": "default"}, {"TOTO_COMPILE_BACKEND": "cc"}, "TOTO_COMPILE_BACKEND = cc"),
     ],
 )
 def test_a_setting_that_is_none_is_named(settings: dict, environ: dict, message: str):
     with pytest.raises(SettingError, match=message):
-        decide("toto", device="cpu", environ=environ, **settings)
+        decide("toto", device="cpu", running=Running(**settings), environ=environ)
 
 
 def test_the_environment_reaches_a_loaded_forecaster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
