@@ -18,10 +18,17 @@ class ForecastError(RuntimeError):
     """The forecaster could not answer for these inputs (non-finite samples, out of memory, horizon too long)."""
 
 
-def out_of_memory(device: object, what: str, error: Exception) -> ForecastError:
-    """The error of a device that could not hold even this much; `error` is torch's, which may say what it wanted."""
+def halved(count: int, device: object, what: str, error: Exception) -> int:
+    """How many to run together from now on, where so many ran out of memory.
+
+    what: one of them, named by the ForecastError that is raised where even one does not fit. error: torch's, which may
+    say how much it wanted.
+    """
+    if count > 1:
+        return -(-count // 2)
     wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-    return ForecastError(f"out of memory on {device} with {what}{f', wanting {wanted[1]} more' if wanted else ''}")
+    more = f", wanting {wanted[1]} more" if wanted else ""
+    raise ForecastError(f"out of memory on {device} with {what}{more}") from error
 
 
 class CheckpointError(ValueError):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forecasters import BY_DEFAULT, Bars, CheckpointError, Expectation, ForecastError, Running, out_of_memory
+from forecasters import BY_DEFAULT, Bars, CheckpointError, Expectation, ForecastError, Running, halved
 from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
 from forecasters.kronos_encoded import (
@@ -132,12 +132,11 @@ class Kronos:
                 encoded = encode([contexts[i] for i in batch], clip, horizon)
             except torch.OutOfMemoryError as error:
                 self.graphs.release()
-                if len(batch) == 1:
-                    raise out_of_memory(self.device, f"one window of {length} bars", error) from error
+                fit = halved(len(batch), self.device, f"one window of {length} bars", error)
                 if compiled:
-                    self._chunk = -(-len(batch) // 2)
+                    self._chunk = fit
                 else:
-                    self._prefill_tokens = -(-len(batch) // 2) * length
+                    self._prefill_tokens = fit * length
                 continue
             windows.update(zip(batch, encoded, strict=True))
         return EncodedBars(windows=[windows[i] for i in range(len(contexts))], horizon=horizon)
@@ -268,10 +267,8 @@ class Kronos:
                     values = self._draw_fixed(encoded, windows, sampling, count, seeds, samples)
                 except torch.OutOfMemoryError as error:
                     self.graphs.release()
-                    if samples == 1:
-                        what = f"one sample of {encoded.horizon} bars of {self._chunk} windows"
-                        raise out_of_memory(self.device, what, error) from error
-                    self._fixed_samples = samples // 2
+                    what = f"one sample of {encoded.horizon} bars of {self._chunk} windows"
+                    self._fixed_samples = halved(samples, self.device, what, error)  # a power of 2 as it was
                     continue
                 out[windows.start : windows.stop] = values
                 start = windows.stop
@@ -287,10 +284,7 @@ class Kronos:
             try:
                 values = paths(self, encoded, windows, len(samples), pick)
             except torch.OutOfMemoryError as error:
-                if rows == 1:
-                    what = f"one sample of {encoded.horizon} bars"
-                    raise out_of_memory(self.device, what, error) from error
-                self.draw_rows = -(-rows // 2)
+                self.draw_rows = halved(rows, self.device, f"one sample of {encoded.horizon} bars", error)
                 chunks.append((windows, samples))
                 continue
             out[windows.start : windows.stop, samples.start : samples.stop] = values
@@ -422,9 +416,7 @@ class Kronos:
             try:
                 expected = list(expect(self, encoded, start, windows, sampling, seeds))
             except torch.OutOfMemoryError as error:
-                if len(windows) == 1:
-                    raise out_of_memory(self.device, f"{EXACT_PAIRS} pairs of one window", error) from error
-                self._exact_windows = -(-len(windows) // 2)
+                self._exact_windows = halved(len(windows), self.device, f"{EXACT_PAIRS} pairs of one window", error)
                 continue
             for w, (mean, summed, error) in enumerate(expected, start):
                 points[w] = encoded.windows[w].mean + mean * encoded.windows[w].scale

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Running, StudentMixture, out_of_memory
+from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Running, StudentMixture, halved
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 from forecasters.compilation import OFF, Graphs, Policy, decide
@@ -151,9 +151,8 @@ class Toto:
             try:
                 parts.append(self._prefill(batch, horizon, room))
             except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    raise out_of_memory(self.device, f"one window of {len(batch[0])} points", error) from error
-                self._batch_tokens = -(-len(batch) // 2) * patches
+                fit = halved(len(batch), self.device, f"one window of {len(batch[0])} points", error)
+                self._batch_tokens = fit * patches
                 continue
             start += len(batch)
         # Float64 on the CPU from here on, where a seed gives the same samples on every device.
@@ -278,10 +277,8 @@ class Toto:
                     decode(start, start + count, part)
                 except torch.OutOfMemoryError as error:
                     self.graphs.release()
-                    if count == 1:
-                        what = f"{trajectories} trajectories of one window, {encoded.horizon} steps"
-                        raise out_of_memory(self.device, what, error) from error
-                    self._windows_together = -(-count // 2)
+                    what = f"{trajectories} trajectories of one window, {encoded.horizon} steps"
+                    self._windows_together = halved(count, self.device, what, error)
                     continue
                 row, start = row + count, start + count
 
