@@ -1,8 +1,9 @@
 """Kronos' stages as functions of tensors in fixed shapes, which compile whole and can be CUDA graphs.
 
-What kronos.py does for as many windows, bars and distinct paths as there are, this does for W windows padded to one
-length and N paths of each, shared or not: more arithmetic, but one graph for every window and every sampling param, and
-nothing that asks the device for a value. Knows nothing of bars, prices, files or how it is compiled.
+What kronos.py and kronos_tree.py do for as many windows, bars and distinct paths as there are, this does for W windows
+padded to one length and N paths of each, shared or not: more arithmetic, but one graph for every window and every
+sampling param, and nothing that asks the device for a value. Knows nothing of bars, prices, files or how it is
+compiled.
 """
 
 from __future__ import annotations
