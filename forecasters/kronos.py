@@ -132,11 +132,11 @@ class Kronos:
                 encoded = encode([contexts[i] for i in batch], clip, horizon)
             except torch.OutOfMemoryError as error:
                 self.graphs.release()
-                fit = halved(len(batch), self.device, f"one window of {length} bars", error)
-                if compiled:
-                    self._chunk = fit
+                what = f"one window of {length} bars"
+                if compiled:  # the padding was run too
+                    self._chunk = halved(self._chunk, self.device, what, error)
                 else:
-                    self._prefill_tokens = fit * length
+                    self._prefill_tokens = halved(len(batch), self.device, what, error) * length
                 continue
             windows.update(zip(batch, encoded, strict=True))
         return EncodedBars(windows=[windows[i] for i in range(len(contexts))], horizon=horizon)

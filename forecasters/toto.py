@@ -151,7 +151,7 @@ class Toto:
             try:
                 parts.append(self._prefill(batch, horizon, room))
             except torch.OutOfMemoryError as error:
-                fit = halved(len(batch), self.device, f"one window of {len(batch[0])} points", error)
+                fit = halved(room or len(batch), self.device, f"one window of {len(batch[0])} points", error)
                 self._batch_tokens = fit * patches
                 continue
             start += len(batch)
@@ -278,7 +278,8 @@ class Toto:
                 except torch.OutOfMemoryError as error:
                     self.graphs.release()
                     what = f"{trajectories} trajectories of one window, {encoded.horizon} steps"
-                    self._windows_together = halved(count, self.device, what, error)
+                    run = min(self._windows_together, self._chunk) if self.graphs.on else count  # with the padding
+                    self._windows_together = halved(run, self.device, what, error)
                     continue
                 row, start = row + count, start + count
 

@@ -369,6 +369,10 @@ def test_memory_that_runs_out_is_no_failed_compilation(tmp_path: Path, monkeypat
     assert_same(drawn(compiled, "toto", 1, 8), drawn(load("toto", tmp_path, mode="off"), "toto", 1, 8))
     assert sizes == [8, 4, 4]
     assert compiled.compilation == "default"
+    sizes.clear()
+    most, compiled = 4, load("toto", tmp_path)
+    assert np.isfinite(drawn(compiled, "toto", 1, 1)).all()  # one window, run with seven of padding
+    assert sizes == [8, 4]
     most = 0
     with pytest.raises(ForecastError, match="out of memory on cpu with one window"):
         drawn(compiled, "toto", 1, 8)
