@@ -8,7 +8,6 @@ said in their logs and with every trial measured anew in one undisturbed process
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -28,11 +27,10 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import text
 
 import forecasters
+from benchmarks import private, recording
 from launch.worker import Job, checkpoint_of
 from objectives import windows
 from objectives.mae import Evaluator
@@ -46,8 +44,7 @@ DEATHS_BORNE = 2  # of one worker in one supervisor's life: the third makes it g
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 ACKNOWLEDGED = re.compile(r" I (?P<study>\S+) #(?P<number>\d+) (?P<state>complete|pruned) .*?mae=(?P<mae>\S+)")
 SETTINGS = """
-[data]
-dir = "bars"
+workers.lease_s = {lease_s}
 [windows]
 validation = {validation}
 min_context = 64
@@ -59,15 +56,6 @@ checkpoint = "toto-tiny"
 context_length = [128, 256]
 num_samples = [64, 128, 256, 512]
 aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30", "quantile_0.45", "quantile_0.55"]
-[storage]
-data_dir = "server"
-[workers]
-lease_s = {lease_s}
-log_dir = "logs"
-[hyperparams]
-dir = "hyperparams"
-[promotion]
-results_dir = "results"
 """
 
 
@@ -103,6 +91,7 @@ class Result:
     dealt: dict[str, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    postgres: str = ""  # version
 
     def expect(self, name: str, found: int, wanted: int) -> None:
         self.numbers[name] = found
@@ -113,16 +102,15 @@ class Result:
 class Run:
     """One launch-workers under attack, in a folder of its own."""
 
-    def __init__(self, plan: Plan, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, folder: Path, url: str, seed: int, say: Callable[[str], None]) -> None:
         self.plan, self.folder, self.say = plan, folder, say
         self.random = random.Random(seed)
         self.settings = folder / "studies.toml"
-        self.settings.write_text(
-            SETTINGS.format(trials=plan.trials, validation=plan.validation, lease_s=LEASE_S), encoding="utf-8"
-        )
+        settings = SETTINGS.format(trials=plan.trials, validation=plan.validation, lease_s=LEASE_S)
+        self.settings.write_text(private.SETTINGS + settings, encoding="utf-8")
         cut_bars(folder / "bars", plan.studies, bars=plan.validation + 600)
-        self.server = embedded.start(folder / "server")
-        self.storage = database.open_storage(self.server.url, wait_s=60)
+        self.server = folder / private.SERVER
+        self.storage = database.open_storage(url, wait_s=60)
         self.deaths: Counter[int] = Counter()  # by worker number, in this supervisor's life
         self.frozen: set[int] = set()
         self.timers: list[threading.Timer] = []  # that thaw them
@@ -204,17 +192,17 @@ class Run:
         timer.start()
 
     def server_stop(self) -> None:
-        embedded.stop(self.folder / "server")
+        embedded.stop(self.server)
         self.bring_back_server()
 
     def server_crash(self) -> None:
-        pid = int((self.folder / "server" / "cluster" / "postmaster.pid").read_text().splitlines()[0])
+        pid = int((self.server / "cluster" / "postmaster.pid").read_text().splitlines()[0])
         os.kill(pid, signal.SIGQUIT)
         self.bring_back_server()
 
     def bring_back_server(self) -> None:
         time.sleep(self.random.uniform(1.0, 2.0))
-        embedded.start(self.folder / "server")
+        embedded.start(self.server)
 
     def supervisor_kill(self) -> None:
         self.supervisor.kill()
@@ -373,36 +361,30 @@ def private_environment() -> Iterator[None]:
 
 def run(plan: Plan, folder: Path, *, seed: int, say: Callable[[str], None] = lambda line: None) -> Result:
     """Run the plan in an empty folder that the server's user can pass through."""
-    with private_environment():
-        server = embedded.start(folder / "server")
-        os.environ["PGPASSFILE"] = str(server.passfile)
+    with private_environment(), private.server(folder) as server:
+        attacked = Run(plan, folder, server.url, seed, say)
         try:
-            attacked = Run(plan, folder, seed, say)
-            try:
-                return attacked()
-            finally:
-                attacked.storage.engine.dispose()
+            result = attacked()
+            result.postgres = private.postgres(attacked.storage)
+            return result
         finally:
-            embedded.stop(folder / "server")
+            attacked.storage.engine.dispose()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A search under kills, freezes and restarts of everything in it.")
+    parser = recording.parser("faults", __doc__)
     parser.add_argument("--seed", type=int, default=None, help="of the moments and victims; default: another each time")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
-    seed = random.randrange(10**6) if args.seed is None else args.seed
+    if args.seed is None:
+        args.seed = random.randrange(10**6)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="studies-faults-") as folder:
-        Path(folder).chmod(0o711)  # root's server runs as another user
-        result = run(Plan(), Path(folder), seed=seed, say=lambda line: print(line, file=sys.stderr))
-    if args.json:
-        print(json.dumps({"seed": seed, **asdict(result)}, indent=1))
-    else:
-        table = Table("what", "count", title=f"seed {seed}, {result.seconds:.0f} s, {os.cpu_count()} cores")
-        for name, count in {**result.dealt, **result.numbers}.items():
-            table.add_row(name, str(count))
-        Console().print(table)
+    plan = Plan()
+    with private.folder() as folder:
+        result = run(plan, folder, seed=args.seed, say=lambda line: print(line, file=sys.stderr))
+    counts = {**result.dealt, **result.numbers}
+    recording.table(f"seed {args.seed}, {result.seconds:.0f} s", ("what", "count"), counts.items())
+    figures = {name: value for name, value in asdict(result).items() if name != "postgres"}
+    recording.write(args, {"plan": asdict(plan), **figures}, postgres=result.postgres)
     for line in result.wrong:
         print(f"WRONG: {line}", file=sys.stderr)
     sys.exit(1 if result.wrong else 0)

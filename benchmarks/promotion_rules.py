@@ -1,6 +1,6 @@
 """How often a rule promotes what is no better, and how often it finds what is.
 
-`python -m benchmarks.promotion_rules [--data-dir FOLDER] [--json FILE]`: on the bars of a folder, else on the packaged
+`python -m benchmarks.promotion_rules [--data-dir FOLDER]`: on the bars of a folder, else on the packaged
 daily index bars; about two minutes of one core.
 
 Every 30 bars of each symbol's history, where that allows it, a search is played: it sees the bars up to there, splits
@@ -24,8 +24,6 @@ for which the unmoved gains 1, 2, 5 or 10 % over all windows.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -35,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import recording
+from benchmarks.recording import per_cent
 from forecasters import Bars
 from objectives import windows as windowing
 from objectives.aggregation import Draw
@@ -356,56 +354,37 @@ def best_over(errors: dict[str, np.ndarray], where: np.ndarray) -> str:
     return min(errors, key=lambda name: float(errors[name][where].mean()))
 
 
-def per_cent(value: float | None, *, sign: bool = False) -> str:
-    return "-" if value is None else f"{100 * value:{'+' if sign else ''}.1f} %"
-
-
 def show(figures: dict[str, Any]) -> None:
-    console = Console()
     searched = f"{sum(figures['searches'].values())} searches, {len(figures['searches'])} symbols"
-    console.print(f"{searched}, confirmation on {figures['confirmation']} windows, {figures['seconds']} s")
+    print(f"{searched}, confirmation on {figures['confirmation']} windows, {figures['seconds']} s")
     for world, by_rule in figures["worlds"].items():
-        table = Table(title=f"incumbent: {world}", title_justify="left")
-        for heading in ("rule", "promoted", "worse of those", "realised"):
-            table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=heading != "rule")
-        for name, each in by_rule.items():
-            realised = per_cent(each["realised"], sign=True)
-            table.add_row(name, per_cent(each["promoted"]), per_cent(each["worse"]), realised)
-        console.print(table)
+        rows = [
+            (name, per_cent(each["promoted"]), per_cent(each["worse"]), per_cent(each["realised"], sign=True))
+            for name, each in by_rule.items()
+        ]
+        recording.table(f"incumbent: {world}", ("rule", "promoted", "worse of those", "realised"), rows)
     gains = figures[f"true gain over {WORSE}"].values()
-    console.print(f"true gain over {WORSE}: {per_cent(min(gains))} to {per_cent(max(gains))}, by symbol\n")
-    power = Table(title="promoted, by the true gain over all windows", title_justify="left")
-    power.add_column("rule")
-    for gap in GAPS:
-        power.add_column(per_cent(gap), justify="right", no_wrap=True)
-    for name, by_gap in figures["true gains"].items():
-        power.add_row(name, *(per_cent(each["promoted"]) for each in by_gap.values()))
-    console.print(power)
+    print(f"true gain over {WORSE}: {per_cent(min(gains))} to {per_cent(max(gains))}, by symbol\n")
+    rows = [
+        (name, *(per_cent(each["promoted"]) for each in by_gap.values()))
+        for name, by_gap in figures["true gains"].items()
+    ]
+    recording.table("promoted, by the true gain over all windows", ("rule", *map(per_cent, GAPS)), rows)
     useless = [figures["worlds"][world][DEFAULT]["promoted"] for world in figures["worlds"] if world != WORSE]
     found = figures["true gains"][DEFAULT]["0.05"]["promoted"]
-    console.print(
+    print(
         f"default rule: {per_cent(min(useless))} to {per_cent(max(useless))} useless, by what is called best "
         f"(wanted: at most {per_cent(MOST_USELESS)}); {per_cent(found)} of true 5 % gains found "
         f"(wanted: at least {per_cent(LEAST_FOUND)})"
     )
 
 
-def at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How often each rule promotes without cause, and with.")
+    parser = recording.parser("promotion_rules", __doc__)
     parser.add_argument("--data-dir", type=Path, help="bars, a file a symbol (default: the packaged index bars)")
-    parser.add_argument(
-        "--confirmation", type=at_least_one, default=CONFIRMATION, help="windows (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--every", type=at_least_one, default=EVERY, help="bars between searches (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+    number = recording.at_least_one
+    parser.add_argument("--confirmation", type=number, default=CONFIRMATION, help="windows (default: %(default)s)")
+    parser.add_argument("--every", type=number, default=EVERY, help="bars between searches (default: %(default)s)")
     args = parser.parse_args()
     if args.confirmation <= VALIDATION:
         parser.error(f"--confirmation is more than the {VALIDATION} windows of validation, which are among them")
@@ -421,8 +400,7 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     figures["seconds"] = round(time.perf_counter() - began)
     show(figures)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    recording.write(args, figures)
 
 
 if __name__ == "__main__":

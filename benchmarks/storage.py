@@ -8,13 +8,10 @@ of the worker processes after two trials that warm them up, server CPU of Postgr
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing as mp
 import os
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +24,12 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.pruners import PercentilePruner
 from optuna.samplers import TPESampler
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import Connection
 
+from benchmarks import private, recording
 from objectives.mae import Measurement
-from storage import database, embedded, slots, trials
+from storage import database, slots, trials
 from storage.database import RetryingStorage
 from studies import sampler
 from studies import study as studying
@@ -255,43 +251,35 @@ def measure(way: str, url: str, name: str, workers: int, postmaster: int) -> Cos
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost of a trial's bookkeeping: stock study.optimize against ours.")
+    parser = recording.parser("storage", __doc__)
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000], help="trials in the study beforehand")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8], choices=sorted(TIMED))
-    parser.add_argument("--json", action="store_true", help="print a JSON array of cells")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     cells = []
-    with tempfile.TemporaryDirectory(prefix="studies-benchmark-") as folder:
-        Path(folder).chmod(0o711)  # root's server runs as another user
-        server = embedded.start(Path(folder) / "data")
-        os.environ["PGPASSFILE"] = str(server.passfile)
-        try:
-            postmaster = int((server.data_dir / "cluster" / "postmaster.pid").read_text().splitlines()[0])
-            storage = database.open_storage(server.url)
-            for count in args.trials:
-                for workers in args.workers:
-                    costs = {}
-                    for way in WAYS:
-                        name = f"{way} {count} {workers}"
-                        fill(storage, name, count, budget=workers * (TIMED[workers] + WARM_UP + 1))
-                        costs[way] = measure(way, server.url, name, workers, postmaster)
-                    cells.append({"trials": count, "workers": workers, **costs})
-            storage.engine.dispose()
-        finally:
-            embedded.stop(server.data_dir)
-    if args.json:
-        print(json.dumps([{k: asdict(v) if isinstance(v, Cost) else v for k, v in c.items()} for c in cells], indent=1))
-        return
-    table = Table("trials", "workers", "per trial", "stock", "ours", "times better", title="bookkeeping of a trial")
+    with private.folder() as folder, private.server(folder) as server:
+        postmaster = int((server.data_dir / "cluster" / "postmaster.pid").read_text().splitlines()[0])
+        storage = database.open_storage(server.url)
+        for count in args.trials:
+            for workers in args.workers:
+                costs = {}
+                for way in WAYS:
+                    name = f"{way} {count} {workers}"
+                    fill(storage, name, count, budget=workers * (TIMED[workers] + WARM_UP + 1))
+                    costs[way] = asdict(measure(way, server.url, name, workers, postmaster))
+                cells.append({"trials": count, "workers": workers, **costs})
+        postgres = private.postgres(storage)
+        storage.engine.dispose()
+    rows = []
     for cell in cells:
         for field in Cost.__dataclass_fields__:
-            stock, ours = getattr(cell["stock"], field), getattr(cell["ours"], field)
-            ratio = ours / stock if field == "trials_per_s" else stock / ours if ours else math.nan
-            table.add_row(
-                str(cell["trials"]), str(cell["workers"]), field, f"{stock:.4g}", f"{ours:.4g}", f"{ratio:.2f}"
-            )
-    Console().print(table)
+            stock, ours = cell["stock"][field], cell["ours"][field]
+            better = ours / stock if field == "trials_per_s" else stock / ours if ours else math.nan
+            rows.append((field, cell["trials"], cell["workers"], stock, ours, better))
+    recording.table(
+        "bookkeeping of a trial", ("per trial", "trials in the study", "workers", "stock", "ours", "times better"), rows
+    )
+    recording.write(args, cells, postgres=postgres)
 
 
 if __name__ == "__main__":
