@@ -10,34 +10,23 @@ over the second; the larger one says what binds. Lastly two workers share the de
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import os
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import forecasters
-from benchmarks.kronos_cost import BASE, TOKENIZER, random_bars, random_kronos
-from benchmarks.trial_cost import PUBLISHED
-from forecasters import Running, toto_network
-from forecasters.kronos_network import NetworkConfig
+from benchmarks import recording
+from benchmarks.random_models import random_bars, random_checkpoints
+from forecasters import Running
 from launch import verify
 from objectives.windows import split
 
@@ -45,7 +34,6 @@ WINDOWS, TOTO_CONTEXT, KRONOS_CONTEXT = 30, 512, 192
 SAMPLES = {1: 256, 7: 64, 64: 64}  # Kronos' paths of a window, by horizon; Toto draws four times as many
 MATMUL = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
-PUBLISHED_NAMES = ("Datadog/Toto-Open-Base-1.0", "NeoQuasar/Kronos-base")
 COLUMNS = {
     "size": "size", "model": "model", "horizon": "P", "mode": "mode", "warmup_s": "warm-up s",
     "second_warmup": "second / first", "mean_s": "s", "std_s": "+-", "speedup": "times eager",
@@ -66,26 +54,7 @@ class Extra:
     copy_bytes_s: float
 
 
-def random_checkpoints(folder: Path, kronos_size: NetworkConfig = BASE) -> dict[str, dict[str, Any]]:
-    """Random weights at the published sizes, as checkpoints on disk that load as published ones do."""
-    torch.manual_seed(0)
-    network, kronos = toto_network.Network(PUBLISHED), random_kronos(512, kronos_size)
-    toto_config, tokens = asdict(PUBLISHED), asdict(TOKENIZER)
-    for name, module, config in (
-        ("toto", network, toto_config),
-        ("kronos", kronos.network, asdict(kronos_size)),
-        ("kronos/tokenizer", kronos.tokenizer, tokens),
-    ):
-        place = folder / name
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "config.json").write_text(json.dumps(config))
-        save_file(
-            {key: tensor.contiguous() for key, tensor in module.state_dict().items()}, place / "model.safetensors"
-        )
-    return {name: {"checkpoint": str(folder / name)} for name in ("toto", "kronos")}
-
-
-def job_of(model: str, checkpoint: dict[str, Any], running: Running, device: str, horizon: int, repeats: int):
+def job_of(model: str, checkpoint: str, running: Running, device: str, horizon: int, repeats: int):
     """Thirty windows and three sets of params, of which only the sampling changes."""
     walk = random_bars(TOTO_CONTEXT + WINDOWS + 2 * horizon + 60)
     kept = split(walk, symbol="WALK", horizon=horizon, validation=WINDOWS, test=1).validation
@@ -104,7 +73,7 @@ def job_of(model: str, checkpoint: dict[str, Any], running: Running, device: str
         ]
     return verify.Job(
         model=model,
-        checkpoint={**checkpoint, "running": running},
+        checkpoint={"checkpoint": checkpoint, "running": running},
         device=device,
         windows=kept,
         trials=trials,
@@ -233,61 +202,24 @@ def together(job: verify.Job, mode: str, count: int, threads: int, cache: Path) 
     }
 
 
-def machine(device: str, threads: int) -> dict[str, Any]:
-    """What the figures are of."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "forecast-studies": version("forecast-studies"),
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.3f}"
-
-
-def table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
-    shape = Table(*columns.values(), title=title, box=None)
-    for row in rows:
-        shape.add_row(*(shown(row[key]) for key in columns))
-    Console(width=240).print(shape)
-
-
 def main() -> None:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description="Compiled networks against eager ones.")
+    parser = recording.parser("compile", __doc__)
     parser.add_argument("--device", default="cuda:0" if on_gpu else "cpu")
     parser.add_argument("--sizes", nargs="+", choices=["tiny", "published"], default=["tiny", "published"])
     parser.add_argument("--models", nargs="+", choices=["toto", "kronos"], default=["toto", "kronos"])
     parser.add_argument("--horizons", nargs="+", type=int, default=[1, 7, 64])
     parser.add_argument("--modes", nargs="+", default=["reduce-overhead", "max-autotune"] if on_gpu else ["default"])
     parser.add_argument("--dtype", choices=forecasters.DTYPES, default="float32")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=recording.at_least_one, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of a process, on the CPU")
     parser.add_argument("--workers", type=int, default=2, help="that share the device at the end; 0: none")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     args = parser.parse_args()
-    known = machine(args.device, args.threads)
-    print(", ".join(f"{name} {value}" for name, value in known.items()), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in recording.machine(args.device).items()), flush=True)
     rows, shared = [], []
     with tempfile.TemporaryDirectory() as scratch:
         cache, running = Path(scratch) / "kernels", Running(dtype=args.dtype)
-        checkpoints = {"tiny": {model: {"checkpoint": f"{model}-tiny"} for model in args.models}}
+        checkpoints = {"tiny": {model: f"{model}-tiny" for model in args.models}}
         if "published" in args.sizes:
             checkpoints["published"] = fresh(random_checkpoints, Path(scratch))
         for size in args.sizes:
@@ -295,7 +227,7 @@ def main() -> None:
                 for horizon in args.horizons:
                     job = job_of(model, checkpoints[size][model], running, args.device, horizon, args.repeats)
                     found = rows_of(size, job, args.modes, args.threads, cache / f"{size}-{model}-{horizon}")
-                    table(f"{size} {model}, {horizon} bars", COLUMNS, found)
+                    show(f"{size} {model}, {horizon} bars", COLUMNS, found)
                     rows += found
                 if args.workers:
                     # At the first horizon, on the kernels that were just compiled.
@@ -306,10 +238,13 @@ def main() -> None:
                             shared.append({"size": size, **together(job, mode, count, args.threads, place)})
     if shared:
         names = ("size", "model", "horizon", "mode", "workers", "answers a second", "recompilations", "compilation")
-        table("workers on one device", {name: name for name in names}, shared)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": known, "rows": rows, "workers": shared}, indent=1) + "\n")
+        show("workers on one device", {name: name for name in names}, shared)
+    recording.write(args, {"rows": rows, "workers": shared}, device=args.device)
+
+
+def show(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """columns: headings by key."""
+    recording.table(title, list(columns.values()), [[row[key] for key in columns] for row in rows])
 
 
 if __name__ == "__main__":

@@ -2,52 +2,38 @@
 
 `python -m benchmarks.overnight` is 24 symbols of Toto (151 M), context 512, 30 windows; `--models kronos --symbols 4`
 is Kronos at the size of Kronos-small. `launch-workers` as a user starts it, with a private server: seconds from its
-start to the last confirmation, and where the workers' time went. Bars: overlapping pieces of the packaged indices.
+start to the last confirmation, and where the workers' time went, by stage. Of the stage "encode" it says what asked for
+it: first trials, which are those that found windows not encoded yet under their parameters (later ones take encoded
+windows from the cache), configurations measured for comparison before, and confirmations, which have windows of their
+own. Bars: overlapping pieces of the packaged indices.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
-import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from sqlalchemy import text
 
-from benchmarks.compile import random_checkpoints
-from forecasters.kronos_network import NetworkConfig
+from benchmarks import private, recording
+from benchmarks.random_models import KRONOS_SMALL, random_checkpoints
 from objectives import windows
-from storage import database, embedded, slots
+from storage import database, slots
+from storage.database import RetryingStorage
 
 BARS = 850  # of a symbol: 512 of context, 250 windows to confirm on, 20 of test, and a few
-KRONOS_SMALL = NetworkConfig(s1_bits=10, s2_bits=10, n_layers=8, d_model=512, n_heads=8, ff_dim=1024, learn_te=True)
 SETTINGS = """
-[data]
-dir = "bars"
 [toto]
 checkpoint = "{toto}"
 context_length = 512
 [kronos]
 checkpoint = "{kronos}"
 tokenizer = "{kronos}/tokenizer"
-[storage]
-data_dir = "server"
-[workers]
-log_dir = "logs"
-[hyperparams]
-dir = "hyperparams"
-[promotion]
-results_dir = "results"
 """
+ENCODES = {slots.BASELINE: "baselines", slots.TRIAL: "first trials", slots.CONFIRMATION: "confirmations"}
 
 
 def write_bars(folder: Path, symbols: int) -> None:
@@ -66,67 +52,73 @@ def write_bars(folder: Path, symbols: int) -> None:
 def measure(folder: Path, *, model: str, symbols: int, trials: int, workers: int) -> dict[str, Any]:
     """Seconds from start to last confirmation, and of the workers by stage."""
     write_bars(folder / "bars", symbols)
-    found = random_checkpoints(folder / "weights", KRONOS_SMALL)
     settings = folder / "studies.toml"
-    settings.write_text(SETTINGS.format(toto=found["toto"]["checkpoint"], kronos=found["kronos"]["checkpoint"]))
+    settings.write_text(private.SETTINGS + SETTINGS.format(**random_checkpoints(folder / "weights", KRONOS_SMALL)))
     command = [str(Path(sys.executable).parent / "launch-workers"), "--config", str(settings), "--cpus", str(workers)]
     began = time.perf_counter()
     subprocess.run([*command, "--models", model, "--trials", str(trials)], check=True, stdout=subprocess.DEVNULL)
     took = time.perf_counter() - began
-    server = embedded.start(folder / "server")
-    os.environ["PGPASSFILE"] = str(server.passfile)
-    try:
+    with private.server(folder) as server:
         storage = database.open_storage(server.url, wait_s=10)
         progress = slots.progress(storage).values()
         spent: dict[str, float] = {}
         for each in slots.seconds(storage).values():
             for stage, seconds in each.items():
                 spent[stage] = spent.get(stage, 0.0) + seconds
-        confirmed = sum(each.result is not None for each in slots.confirmations(storage).values())
+        figures = {
+            "finished trials": sum(each.done for each in progress),
+            "confirmed studies": sum(each.result is not None for each in slots.confirmations(storage).values()),
+            "wall, s": took,
+            "workers' seconds": spent,
+            "encode": encodes(storage),
+            "outside slots, worker s": workers * took - sum(spent.values()),  # start, model load, bars, end
+            "postgres": private.postgres(storage),
+        }
         storage.engine.dispose()
-    finally:
-        embedded.stop(folder / "server")
-    return {
-        "model": model,
-        "symbols": symbols,
-        "workers": workers,
-        "finished trials": sum(each.done for each in progress),
-        "confirmed studies": confirmed,
-        "wall, s": took,
-        "workers' seconds": spent,
-        "outside slots, worker s": workers * took - sum(spent.values()),  # start, model load, bars, end
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {name: version(name) for name in ("forecast-studies", "torch", "optuna", "numpy")},
-    }
+    return figures
+
+
+def encodes(storage: RetryingStorage) -> dict[str, dict[str, float]]:
+    """How many asked for windows that were not encoded yet, and the workers' seconds that it took, by who asked."""
+    # What the cache answers takes no time at all: see Evaluator.
+    statement = text(
+        "select stage, count(*) as count, sum((seconds->>'encode')::float) as spent from slots "
+        "where (seconds->>'encode')::float > 0 group by stage"
+    )
+    rows = storage.transaction(lambda connection: connection.execute(statement).all())
+    found = {ENCODES[row.stage]: {"count": row[1], "seconds": row.spent} for row in rows}
+    return {name: found.get(name, {"count": 0, "seconds": 0.0}) for name in ENCODES.values()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = recording.parser("overnight", __doc__)
     parser.add_argument("--models", choices=["toto", "kronos"], default="toto")
-    parser.add_argument("--symbols", type=int, default=24)
-    parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o711)  # root's server runs as another user, who must reach it
+    number = recording.at_least_one
+    parser.add_argument("--symbols", type=number, default=24)
+    parser.add_argument("--trials", type=number, default=100)
+    parser.add_argument("--cpus", type=number, default=2, help="workers")
+    options = parser.parse_args()
+    with private.folder() as folder:
         found = measure(
-            folder, model=arguments.models, symbols=arguments.symbols, trials=arguments.trials, workers=arguments.cpus
+            folder, model=options.models, symbols=options.symbols, trials=options.trials, workers=options.cpus
         )
-    table = Table("figure", "value", "share of the workers' time")
-    for key in ("model", "symbols", "workers", "finished trials", "confirmed studies"):
-        table.add_row(key, str(found[key]))
-    table.add_row("from start to last confirmation", f"{found['wall, s']:.0f} s")
-    whole = found["workers"] * found["wall, s"]
+    postgres = found.pop("postgres")
+    whole = options.cpus * found["wall, s"]
+
+    def share(seconds: float) -> str:
+        return recording.per_cent(seconds / whole)
+
+    rows: list[tuple[object, ...]] = [(key, found[key], None) for key in ("finished trials", "confirmed studies")]
+    rows.append(("from start to last confirmation, s", found["wall, s"], None))
     stages = {**found["workers' seconds"], "start, load and end": found["outside slots, worker s"]}
     for stage, seconds in sorted(stages.items(), key=lambda item: -item[1]):
-        table.add_row(stage, f"{seconds:.1f} s", f"{100 * seconds / whole:.1f} %")
-    Console().print(table)
-    print(json.dumps(found, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        rows.append((f"{stage}, s", seconds, share(seconds)))
+        if stage == "encode":
+            for name, each in found["encode"].items():
+                rows.append((f"    for {name} ({each['count']}), s", each["seconds"], share(each["seconds"])))
+    title = f"{options.models}, symbols: {options.symbols}, trials of each: {options.trials}, workers: {options.cpus}"
+    recording.table(title, ("figure", "value", "of the workers' time"), rows)
+    recording.write(options, found, postgres=postgres)
 
 
 if __name__ == "__main__":

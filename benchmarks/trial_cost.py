@@ -1,58 +1,61 @@
-"""`python -m benchmarks.trial_cost`: what a Toto trial costs, repeated-sample against staged, in one process.
+"""`python -m benchmarks.trial_cost`: what a trial costs, repeated-sample against staged, in one process.
 
-Random weights at the published size of Toto-Open-Base-1.0 (151 M), fp32, one thread. One trial is 30 windows of 512
-points, 1,024 samples of one step, and their median.
+Random weights at the published sizes, Toto-Open-Base-1.0 (151 M) and Kronos-base (102 M), fp32, one thread. A trial is
+30 windows of one step: of 512 points and more and 1,024 samples for Toto, of 192 bars and 256 samples for Kronos. The
+second trial changes only how is sampled and aggregated. Figures that should stay above something say so.
 
-The repeated-sample way computes what the reference computes: a window repeated 128 times and run whole (all layers,
-every patch unembedded and its mixture made, a sample of every point), 8 times for 1,024 samples, 240 runs a trial.
-One run is measured and multiplied by 240; nothing of the reference's overheads (key-value cache, timestamps) is
-copied, so this baseline is faster than the reference. Every repetition times all ways, and each figure is of the
-fastest one, since other work on the machine only ever adds.
+The repeated-sample way computes what the references compute. For Toto a window is repeated 128 times and run whole (all
+layers, every patch unembedded and its mixture made, a sample of every point), 8 times for 1,024 samples, 240 runs a
+trial, of which one is measured; nothing of the reference's overheads (key-value cache, timestamps) is copied, so this
+baseline is faster than the reference. For Kronos (tests/plain_kronos.py) the whole context is run again for every
+sample and step; a few samples of one window are measured and multiplied. Everything else is measured whole.
+
+Every repetition times all ways, and each figure is of the fastest one, since other work on the machine only ever adds:
+seconds for Toto; CPU seconds of this process for Kronos, whose ways take so long that something always comes between.
+With random weights the number of distinct tokens is not that of trained ones, so figures of Kronos' later draws are
+indicative only.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.distributions import Categorical, MixtureSameFamily, StudentT
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import recording
+from benchmarks.random_models import KRONOS_BASE, random_bars, random_kronos, random_toto
 from forecasters import Bars, toto
-from forecasters.toto_network import Config, Network
+from forecasters.kronos import Kronos
+from forecasters.kronos_sampling import sampling_of
+from forecasters.toto_network import Network
 from objectives.aggregation import Draw
+from tests import plain_kronos
 
-WINDOWS, CONTEXT, SAMPLES, SAMPLES_PER_BATCH = 30, 512, 1024, 128
-RUNS = WINDOWS * SAMPLES // SAMPLES_PER_BATCH
-MATMUL = 2048
-PUBLISHED = Config(
-    patch_size=64,
-    stride=64,
-    embed_dim=768,
-    num_layers=12,
-    num_heads=12,
-    mlp_hidden_dim=3072,
-    dropout=0.1,
-    spacewise_every_n_layers=12,
-    scaler_cls="<class 'model.scaler.CausalPatchStdMeanScaler'>",
-    output_distribution_classes=["<class 'model.distribution.MixtureOfStudentTsOutput'>"],
-    output_distribution_kwargs={"k_components": 24},
-    spacewise_first=False,
-)
+WINDOWS = 30
+Seconds = dict[str, float]  # of one repetition, by what was done
 
 
-def windows() -> list[Bars]:
-    """Expanding contexts along one random walk, as a study has them."""
-    walk = 100 * np.exp(np.cumsum(np.random.default_rng(0).normal(0, 0.01, CONTEXT + WINDOWS)))
-    days = np.datetime64("2020-01-01", "ns") + np.arange(len(walk)) * np.timedelta64(1, "D")
-    whole = Bars(timestamps=days, open=walk, high=walk, low=walk, close=walk, volume=None)
-    return [whole.slice(0, CONTEXT + i) for i in range(WINDOWS)]
+def fastest(repetition: Callable[[], Seconds], repeats: int) -> Seconds:
+    """The least of each, of so many repetitions."""
+    found = [repetition() for _ in range(repeats)]
+    return {name: min(each[name] for each in found) for name in found[0]}
+
+
+def flops(work: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+# --- Toto ------------------------------------------------------------------------------------------------------
+
+TOTO_CONTEXT, TOTO_SAMPLES, SAMPLES_PER_BATCH = 512, 1024, 128
+TOTO_RUNS = WINDOWS * TOTO_SAMPLES // SAMPLES_PER_BATCH
+TOTO_MATMUL = 2048
 
 
 @torch.inference_mode()
@@ -66,71 +69,188 @@ def repeated_run(network: Network, closes: np.ndarray) -> torch.Tensor:
     return (drawn * scale[..., None] + loc[..., None])[:, 0, -1, 0]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def measure(repeats: int) -> dict[str, float]:
-    """All figures, times in seconds. The first repetition warms up and is not counted."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    network = Network(PUBLISHED)
-    forecaster, contexts, seeds = toto.Toto(network, fingerprint="random"), windows(), range(WINDOWS)
-    square = torch.randn(MATMUL, MATMUL)
+def toto_figures(repeats: int) -> dict[str, float]:
+    """Of Toto, by name. A first repetition warms up and is not counted."""
+    network = random_toto()
+    forecaster, seeds = toto.Toto(network, fingerprint="random"), range(WINDOWS)
+    walk = random_bars(TOTO_CONTEXT + WINDOWS)
+    contexts = [walk.slice(0, TOTO_CONTEXT + i) for i in range(WINDOWS)]  # expanding, as a study has them
+    closes = contexts[0].close[-TOTO_CONTEXT:]
+    square = torch.randn(TOTO_MATMUL, TOTO_MATMUL)
 
     def encode() -> toto.Encoded:
-        return forecaster.encode(contexts, {"context_length": CONTEXT}, 1)
+        return forecaster.encode(contexts, {"context_length": TOTO_CONTEXT}, 1)
 
     def trial(encoded: toto.Encoded, count: int, aggregate: str) -> np.ndarray:
         return Draw(forecaster.draw(encoded, {"num_samples": count}, seeds)).aggregate(aggregate)
 
     encoded = encode()
-    closes = contexts[0].close[-CONTEXT:]
-    works: dict[str, Callable[[], object]] = {
+    ways: dict[str, Callable[[], object]] = {
         "matmul": lambda: square @ square,
         "encode": encode,
-        "first trial": lambda: trial(encode(), SAMPLES, "median"),
-        "second trial": lambda: trial(encoded, SAMPLES // 2, "trimmed_mean_10"),
+        "first trial": lambda: trial(encode(), TOTO_SAMPLES, "median"),
+        "second trial": lambda: trial(encoded, TOTO_SAMPLES // 2, "trimmed_mean_10"),
         "one repeated run": lambda: repeated_run(network, closes),
     }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            times[name].append(seconds(work))
-    figures = {f"{name}, s": min(each[1:]) for name, each in times.items()}
-    figures["repeated trial (240 runs, extrapolated), s"] = RUNS * figures["one repeated run, s"]
-    figures["repeated / first trial"] = (
-        figures["repeated trial (240 runs, extrapolated), s"] / figures["first trial, s"]
+
+    def repetition() -> Seconds:
+        return {name: seconds(way) for name, way in ways.items()}
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    repetition()
+    figures = {f"{name}, s": taken for name, taken in fastest(repetition, repeats).items()}
+    repeated = figures[f"repeated trial ({TOTO_RUNS} runs, extrapolated), s"] = (
+        TOTO_RUNS * figures["one repeated run, s"]
     )
+    figures["repeated / first trial"] = repeated / figures["first trial, s"]
     figures["first / second trial"] = figures["first trial, s"] / figures["second trial, s"]
     figures["encode, GFLOP/s"] = flops(encode) / figures["encode, s"] / 1e9
-    figures["matmul, GFLOP/s"] = 2 * MATMUL**3 / figures["matmul, s"] / 1e9
+    figures["matmul, GFLOP/s"] = 2 * TOTO_MATMUL**3 / figures["matmul, s"] / 1e9
     figures["encode / matmul rate"] = figures["encode, GFLOP/s"] / figures["matmul, GFLOP/s"]
-    figures["FLOP, repeated / first trial"] = RUNS * flops(lambda: repeated_run(network, closes)) / flops(encode)
+    figures["FLOP, repeated / first trial"] = TOTO_RUNS * flops(lambda: repeated_run(network, closes)) / flops(encode)
     return figures
 
 
-def flops(work: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
+# --- Kronos ----------------------------------------------------------------------------------------------------
+
+KRONOS_CONTEXT, KRONOS_MATMUL = 192, 1536
+KRONOS_ENCODE = {"max_context": KRONOS_CONTEXT, "clip": 2.0}
+FIRST = {"temperature": 0.3, "top_k": 24, "top_p": 0.9, "sample_count": 256}
+SECOND = {
+    "fewer samples, cooler": {"temperature": 0.2, "top_k": 16, "top_p": 0.9, "sample_count": 128},
+    "more samples, wider": {"temperature": 0.4, "top_k": 48, "top_p": 0.9, "sample_count": 320},
+    "top_p": {"temperature": 0.3, "top_k": 0, "top_p": 0.8, "sample_count": 256},
+}
+FEW = 4  # samples of the repeated way that are measured
+STEPS, LONG_SAMPLES, LONG_FEW, LONG_WINDOWS = 7, 64, 3, 3
+LONG = {**FIRST, "sample_count": LONG_SAMPLES}
+LEAST = {
+    "kronos": {
+        "repeated / first trial": 200,
+        **{f"first / second trial, {name}": 30 for name in SECOND},
+        "prefill / matmul rate": 0.8,
+        "7 steps, repeated / first trial": 100,
+        "7 steps, sliding, repeated / first trial": 15,
+    }
+}
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int = 1) -> float:
+    """The least CPU time of some runs."""
+    taken = []
+    for _ in range(repeats):
+        began = time.process_time()
         work()
-    return counter.get_total_flops()
+        taken.append(time.process_time() - began)
+    return min(taken)
+
+
+def plain(kronos: Kronos, windows: list[Bars], horizon: int, count: int) -> object:
+    draw = plain_kronos.multinomial(sampling_of(FIRST))
+    return plain_kronos.forecast(kronos, windows, KRONOS_ENCODE["clip"], horizon, count, draw)
+
+
+def one_step(kronos: Kronos, windows: list[Bars], repeats: int) -> dict[str, float]:
+    """A trial of one step, and the exact answer to it."""
+    seeds, a, b = range(len(windows)), *torch.randn(2, KRONOS_MATMUL, KRONOS_MATMUL)
+    distinct = 0
+
+    def encode(into: list[object]) -> float:
+        return cpu_seconds(lambda: into.append(kronos.encode(windows, KRONOS_ENCODE, 1)))
+
+    def repetition() -> Seconds:
+        nonlocal distinct
+        found: Seconds = {"matmul": cpu_seconds(lambda: a @ b, 5)}
+        found["repeated, a window and sample"] = cpu_seconds(lambda: plain(kronos, windows[:1], 1, FEW)) / FEW
+        kept = []
+        found["encode"] = encode(kept)
+        (encoded,) = kept
+        found["first draw"] = cpu_seconds(lambda: kronos.draw(encoded, FIRST, seeds))
+        distinct = len(encoded.values)
+        for name, sampling in SECOND.items():
+            found[f"second trial, {name}"] = cpu_seconds(lambda s=sampling: kronos.draw(encoded, s, seeds))
+        fresh = kronos.encode(windows, KRONOS_ENCODE, 1)  # which no draw has looked anything up in
+        found["exact, top_k 24"] = cpu_seconds(lambda: kronos.exact(fresh, FIRST, seeds))
+        tokens, stamps = encoded.windows[0].tokens[None], encoded.windows[0].stamps[None]
+        with torch.inference_mode():
+            found["prefill of a window"] = cpu_seconds(lambda: kronos.prefill(tokens, stamps, keep=False), 10)
+        return found
+
+    kronos.encode(windows[:1], KRONOS_ENCODE, 1)  # warm
+    taken = fastest(repetition, repeats)
+    figures = {f"{name}, CPU s": each for name, each in taken.items()}
+    repeated = taken["repeated, a window and sample"] * len(windows) * FIRST["sample_count"]
+    first = taken["encode"] + taken["first draw"]
+    figures[f"repeated trial (extrapolated from {FEW} samples), CPU s"] = repeated
+    figures["distinct pairs decoded"] = distinct
+    figures["repeated / first trial"] = repeated / first
+    for name in SECOND:
+        figures[f"first / second trial, {name}"] = first / taken[f"second trial, {name}"]
+    figures["prefill of a window, GFLOP/s"] = prefill_operations(KRONOS_CONTEXT) / taken["prefill of a window"] / 1e9
+    figures["matmul, GFLOP/s"] = 2 * KRONOS_MATMUL**3 / taken["matmul"] / 1e9
+    figures["prefill / matmul rate"] = figures["prefill of a window, GFLOP/s"] / figures["matmul, GFLOP/s"]
+    return figures
+
+
+def prefill_operations(tokens: int) -> int:
+    """Of the linear layers for one window, two a multiply-add; attention's are not counted."""
+    d, per_layer = KRONOS_BASE.d_model, 4 * KRONOS_BASE.d_model**2 + 3 * KRONOS_BASE.d_model * KRONOS_BASE.ff_dim
+    return 2 * tokens * (KRONOS_BASE.n_layers * per_layer + 2 * d * d + 2 * d * d)
+
+
+def seven_steps(kronos: Kronos, windows: list[Bars], name: str, repeats: int) -> dict[str, float]:
+    """A first trial of seven steps, by the window."""
+
+    def repetition() -> Seconds:
+        repeated = cpu_seconds(lambda: plain(kronos, windows[:1], STEPS, LONG_FEW))
+        kept = []
+        encode = cpu_seconds(lambda: kept.append(kronos.encode(windows[:LONG_WINDOWS], KRONOS_ENCODE, STEPS)))
+        draw = cpu_seconds(lambda: kronos.draw(kept[0], LONG, range(LONG_WINDOWS)))
+        return {
+            f"repeated trial ({LONG_SAMPLES} samples, extrapolated from {LONG_FEW})": repeated
+            * LONG_SAMPLES
+            / LONG_FEW,
+            "encode": encode / LONG_WINDOWS,
+            "draw": draw / LONG_WINDOWS,
+        }
+
+    taken = fastest(repetition, repeats)
+    repeated, encode, draw = taken.values()
+    figures = {f"{name}, {way}, a window, CPU s": each for way, each in taken.items()}
+    return {**figures, f"{name}, repeated / first trial": repeated / (encode + draw)}
+
+
+def kronos_figures(repeats: int) -> dict[str, float]:
+    """Of Kronos, by name."""
+    bars = random_bars(KRONOS_CONTEXT + WINDOWS)
+    windows = [bars.slice(i, i + KRONOS_CONTEXT) for i in range(WINDOWS)]
+    kronos = random_kronos()
+    figures = one_step(kronos, windows, repeats) | seven_steps(kronos, windows, "7 steps", repeats)
+    kronos.network_context = KRONOS_CONTEXT  # the context slides past what the network sees
+    return figures | seven_steps(kronos, windows, "7 steps, sliding", repeats)
+
+
+MEASURES = {"toto": toto_figures, "kronos": kronos_figures}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost of a Toto trial: repeated samples against one forward a window.")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-    args = parser.parse_args()
-    figures = measure(args.repeats)
-    if args.json:
-        print(json.dumps(figures, indent=1))
-        return
-    table = Table("figure", "value", title=f"{WINDOWS} windows, context {CONTEXT}, {SAMPLES} samples, one thread")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,.4g}" if value < 100 else f"{value:,.0f}")
-    Console().print(table)
+    parser = recording.parser("trial_cost", __doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MEASURES), default=list(MEASURES))
+    parser.add_argument("--repeats", type=recording.at_least_one, default=3, help="of which the fastest counts")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, float]] = {}
+    for model in options.models:
+        torch.manual_seed(0)
+        found[model] = MEASURES[model](options.repeats)
+        least = LEAST.get(model, {})
+        rows = [(name, value, least.get(name)) for name, value in found[model].items()]
+        recording.table(f"{model}, {WINDOWS} windows, one thread", ("figure", "value", "at least"), rows)
+    recording.write(options, found)
 
 
 if __name__ == "__main__":
