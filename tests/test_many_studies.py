@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks import many_studies
 from benchmarks.many_studies import STUDIES, TRIALS, fill, list_studies
 from storage import database, slots
 
@@ -27,4 +28,16 @@ def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
     rows = json.loads(list_studies(database_url, tmp_path))
     assert len(rows) == STUDIES
     assert (rows[0]["done"], rows[0]["state"], rows[9]["done"], rows[9]["state"]) == (100, "finished", 50, "running")
+
+    rows = json.loads(many_studies.promote(database_url, tmp_path))
+    assert [row["symbol"] for row in rows] == many_studies.PROMOTED
+    assert all(row["improvement_low"] < row["improvement"] < row["improvement_high"] for row in rows)
+
+    with many_studies.dashboard_over(database_url, tmp_path) as address:
+        (_, summaries), (_, study) = (
+            [json.loads(answer) for answer in many_studies.get(address, page)]
+            for page in (many_studies.list_page(), many_studies.study_page(11))
+        )
+    assert len(summaries["study_summaries"]) == STUDIES
+    assert (study["name"], len(study["trials"])) == ("S011/toto@2026-11-20", TRIALS)
     storage.engine.dispose()
