@@ -21,6 +21,14 @@ SCRUBBED = ("PG", "OPTUNA_", "STUDIES_", "CUDA_VISIBLE_DEVICES", "HYPERPARAM_ROO
 for _name in [name for name in os.environ if name.startswith(SCRUBBED)]:
     del os.environ[_name]
 
+# Everything that a run reads and writes, beside its settings. Dotted keys: a test can set more of the same tables.
+FOLDERS = """
+data.dir = "bars"
+workers.log_dir = "logs"
+hyperparams.dir = "hyperparams"
+promotion.results_dir = "results"
+"""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

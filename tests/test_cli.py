@@ -13,6 +13,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import FOLDERS
 from safetensors.numpy import load_file, save_file
 from sqlalchemy import text
 
@@ -41,9 +42,8 @@ class Place:
         self.write("SP500.csv", bars)
         self.settings = folder / "studies.toml"
         self.settings.write_text(
-            '[data]\ndir = "bars"\n[search]\nmodels = ["toto"]\n'
-            '[kronos]\ncheckpoint = "kronos-tiny"\n[toto]\ncheckpoint = "toto-tiny"\n[workers]\nlog_dir = "logs"\n'
-            '[hyperparams]\ndir = "hyperparams"\n[promotion]\nresults_dir = "results"\n'
+            FOLDERS + '[search]\nmodels = ["toto"]\n'
+            '[kronos]\ncheckpoint = "kronos-tiny"\n[toto]\ncheckpoint = "toto-tiny"\n'
         )
         self.storage = database.open_storage(url, wait_s=5, create=False)
 
@@ -150,7 +150,7 @@ def test_a_gpu_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_unknown_aggregate_in_the_settings(place: Place) -> None:
-    place.settings.write_text(place.settings.read_text().replace("[workers]", 'aggregates = ["meen"]\n[workers]'))
+    place.settings.write_text(place.settings.read_text().replace("[toto]", '[toto]\naggregates = ["meen"]'))
     place.refused(place.launch(), "[toto] aggregates", "meen")
 
 
@@ -280,13 +280,13 @@ def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) 
 
 def test_changed_search_space_under_an_existing_study(place: Place) -> None:
     open_study(place)
-    place.settings.write_text(place.settings.read_text().replace("[workers]", "num_samples = [64]\n[workers]"))
+    place.settings.write_text(place.settings.read_text().replace("[toto]", "[toto]\nnum_samples = [64]"))
     assert "search space" in mismatch(place)
 
 
 def test_retire_makes_room_for_a_new_study(place: Place) -> None:
     study = open_study(place)
-    place.settings.write_text(place.settings.read_text().replace("[workers]", "num_samples = [64]\n[workers]"))
+    place.settings.write_text(place.settings.read_text().replace("[toto]", "[toto]\nnum_samples = [64]"))
     result = place.invoke(cli.studies, "retire", study.name)
     assert result.exit_code == 0
     assert result.stdout.startswith(f"{study.name}~")

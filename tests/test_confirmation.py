@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 from click.testing import CliRunner, Result
+from conftest import FOLDERS
 from optuna.trial import TrialState
 
 import forecasters
@@ -27,9 +28,7 @@ from studies import study as studying
 from studies.config import Config
 from studies.study import Series, Study
 
-SETTINGS = """
-[data]
-dir = "bars"
+SETTINGS = f"""{FOLDERS}
 [windows]
 confirmation = 60
 max_passes = 4
@@ -42,14 +41,9 @@ num_samples = [64, 128]
 aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
 [kronos]
 checkpoint = "kronos-tiny"
-[workers]
-log_dir = "logs"
-[hyperparams]
-dir = "hyperparams"
-[promotion]
-results_dir = "results"
 """
 TRIALS = 6
+INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +116,15 @@ def place(tmp_path: Path, database_url: str, forecaster: forecasters.Forecaster)
     storage = database.open_storage(database_url, wait_s=10, create=False)
     yield Place(folder=tmp_path, url=database_url, storage=storage, forecaster=forecaster)
     storage.engine.dispose()
+
+
+@pytest.fixture
+def study(place: Place) -> Study:
+    """A study that is confirmed, with an incumbent."""
+    place.put("best", INCUMBENT)
+    opened = place.open().study
+    place.finish(opened)
+    return opened
 
 
 def test_the_best_five_and_what_is_in_use_on_more_windows(place: Place) -> None:

@@ -23,7 +23,7 @@ import optuna
 import optuna_dashboard
 import pytest
 from browser import Tab, browser, tab  # noqa: F401 - fixtures
-from test_confirmation import TRIALS, Place, forecaster, place  # noqa: F401 - two are fixtures
+from test_confirmation import INCUMBENT, TRIALS, Place, forecaster, place, study  # noqa: F401 - three are fixtures
 
 from launch import cli, dashboard, notes
 from storage import board, database, embedded, slots
@@ -31,7 +31,6 @@ from studies import study as studying
 from studies.study import Study
 
 BIN = Path(sys.executable).parent
-INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
 ASIDE = "<script>alert(1)</script> | `rm`"  # an error's text, which is not the page's
 
 
@@ -63,15 +62,6 @@ def note_of(place: Place, study: Study) -> str:
 @pytest.fixture
 def folder(place: Place) -> Path:
     return place.folder / "artifacts"
-
-
-@pytest.fixture
-def study(place: Place) -> Study:
-    """A study that is confirmed, with an incumbent."""
-    place.put("best", INCUMBENT)
-    opened = place.open().study
-    place.finish(opened)
-    return opened
 
 
 @contextmanager

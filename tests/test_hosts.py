@@ -14,35 +14,14 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from test_run import SETTINGS as SHORT_RUN
+from test_run import bars  # noqa: F401 - a fixture
 
-from objectives import windows
 from storage import embedded
 
 BIN = Path(sys.executable).parent
-BARS = 420
 BUDGET = 40
-SETTINGS = """
-[data]
-dir = "bars"
-[windows]
-min_context = 64
-confirmation = 40
-[toto]
-checkpoint = "toto-tiny"
-context_length = 256
-num_samples = [64, 128, 256]
-aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
-[search]
-models = ["toto"]
-[workers]
-lease_s = 5.0
-log_dir = "logs"
-[hyperparams]
-dir = "hyperparams"
-[promotion]
-results_dir = "results"
-[storage]
-"""
+SETTINGS = SHORT_RUN.replace("lease_s = 2.0", "lease_s = 5.0") + "[storage]\n"
 
 
 @dataclass(frozen=True)
@@ -113,11 +92,8 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, scratch: Path, hosts: tuple[Host, Host]) -> Iterator[Run]:
-    (tmp_path / "bars").mkdir()
-    for path in windows.demo_bars(tmp_path / "bars"):
-        lines = path.read_text().splitlines()
-        path.write_text("\n".join([lines[0], *lines[-BARS:], ""]))
+def run(tmp_path: Path, bars: Path, scratch: Path, hosts: tuple[Host, Host]) -> Iterator[Run]:  # noqa: F811 - its fixture
+    shutil.copytree(bars, tmp_path / "bars")
     data = scratch / f"hosts-{uuid.uuid4().hex[:6]}"
     served = f'data_dir = "{data}"\nlisten = "{hosts[0].address}"\n'
     (tmp_path / "studies.toml").write_text(SETTINGS + served)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import FOLDERS
 
 from launch import cli
 from storage import database, slots
@@ -133,8 +134,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, database_url: str) -> Iterator[Place]:
     (tmp_path / "studies.toml").write_text(
-        '[hyperparams]\ndir = "hyperparams"\n[promotion]\nresults_dir = "results"\n[toto]\ncheckpoint = "toto-tiny"\n'
-        '[kronos]\ncheckpoint = "kronos-tiny"\n'
+        FOLDERS + '[toto]\ncheckpoint = "toto-tiny"\n[kronos]\ncheckpoint = "kronos-tiny"\n'
     )
     storage = database.open_storage(database_url, wait_s=10, create=False)
     yield Place(folder=tmp_path, url=database_url, storage=storage)

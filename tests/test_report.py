@@ -10,23 +10,13 @@ from pathlib import Path
 
 import pytest
 from browser import Tab, browser, tab  # noqa: F401 - fixtures
-from test_confirmation import Place, forecaster, place  # noqa: F401 - fixtures
+from test_confirmation import Place, forecaster, place, study  # noqa: F401 - fixtures
 
 from launch import cli, figures
 from storage import slots
 from studies.study import Study
 
-INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
 ASIDE = "</script><script>document.title = 'taken'</script> | `rm`"  # an error's text, which is not the page's
-
-
-@pytest.fixture
-def study(place: Place) -> Study:
-    """A confirmed study with an incumbent, of which two more trials were asked for and given up."""
-    place.put("best", INCUMBENT)
-    opened = place.open().study
-    place.finish(opened)
-    return opened
 
 
 def park_two(place: Place, study: Study) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import optuna
 import pytest
 import sqlalchemy
-from conftest import execute
+from conftest import FOLDERS, execute
 from optuna.trial import TrialState
 from safetensors.numpy import load_file, save_file
 
@@ -32,9 +32,8 @@ from studies import study as studying
 
 BIN = Path(sys.executable).parent
 BARS = 420  # of the packaged index bars: enough for the windows, quick to read
-SETTINGS = """
-[data]
-dir = "bars"
+SETTINGS = f"""{FOLDERS}
+workers.lease_s = 2.0
 [windows]
 min_context = 64
 confirmation = 40
@@ -50,13 +49,6 @@ clip = [1.0, 1.4]
 sample_count = [96, 128]
 [search]
 models = ["toto"]
-[workers]
-lease_s = 2.0
-log_dir = "logs"
-[hyperparams]
-dir = "hyperparams"
-[promotion]
-results_dir = "results"
 """
 
 
@@ -330,6 +322,19 @@ def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
     assert busy == []
 
 
+def end_by_two_signals(supervisor: subprocess.Popen[str], workers: list[int]) -> None:
+    """The first is waited out, the second ends everything."""
+    supervisor.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert supervisor.poll() is None
+    supervisor.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    supervisor.communicate(timeout=60)
+    assert time.monotonic() - began < 2
+    assert supervisor.returncode == 130
+    wait_until_gone(workers, 0.1)
+
+
 def test_a_second_signal_ends_at_once(place: Place) -> None:
     # A trial of minutes, so that only the second signal can end it.
     text = SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace("[64, 128, 256]", "[20000, 24000]")
@@ -338,15 +343,7 @@ def test_a_second_signal_ends_at_once(place: Place) -> None:
     running = "select count(*) from trials where state = 'RUNNING'"
     place.wait_for(running, 2)
     workers = workers_of(supervisor.pid)
-    supervisor.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert supervisor.poll() is None
-    supervisor.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    supervisor.communicate(timeout=20)
-    assert time.monotonic() - began < 2
-    assert supervisor.returncode == 130
-    wait_until_gone(workers, 0.1)
+    end_by_two_signals(supervisor, workers)
     place.wait_for(running, 0, seconds=0)
     place.wait_for("select count(*) from slots where state = 'busy'", 0, seconds=0)
 
@@ -367,14 +364,7 @@ def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Pa
         os.kill(workers[0], signal.SIGKILL)  # what it held can be freed only when the server is back
         time.sleep(2)
         assert len(workers_of(supervisor.pid)) == 2  # started again all the same
-        supervisor.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        supervisor.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        supervisor.communicate(timeout=60)
-        assert time.monotonic() - began < 2
-        assert supervisor.returncode == 130
-        wait_until_gone(workers, 0.1)
+        end_by_two_signals(supervisor, workers)
     finally:
         supervisor.kill()
         embedded.stop(server)
