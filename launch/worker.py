@@ -204,7 +204,7 @@ class Worker:
                 watch=watch,
             )
             self.last = slot
-        except studying.EXPECTED_ERRORS as error:
+        except ForecastError as error:
             self._count_failure(study, slot, error)
             return
         except Interrupted:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import re
 import time
@@ -33,8 +32,6 @@ from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
 from studies.space import Space
-
-log = logging.getLogger("studies")
 
 METRIC = "pct_return_mae"
 DEFINITION = "definition"  # study user attribute
@@ -693,6 +690,3 @@ def readable(measured: Measurement) -> dict[str, float]:
     seconds = {f"{stage}_s": round(spent, 6) for stage, spent in measured.seconds.items()}
     numbers = {"mae": measured.mae, "mae_percent": measured.mae_percent, "price_mae": measured.price_mae}
     return {**numbers, "skill": measured.skill, **seconds}
-
-
-EXPECTED_ERRORS = (ForecastError,)
