@@ -31,7 +31,7 @@ from benchmarks import private, recording
 from objectives.mae import Measurement
 from storage import database, slots, trials
 from storage.database import RetryingStorage
-from studies import sampler
+from studies import sampler, working
 from studies import study as studying
 from studies.space import Space
 
@@ -142,12 +142,12 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
         ),
     )
     evaluator = cast(Any, Instant())
-    watch = studying.Watch(storage, [])
+    watch = working.Watch(storage, [])
 
     def once() -> None:
         slot = slots.claim(storage, study_id, worker=database.worker_name(), lease_s=60)
         assert slot is not None
-        outcome = studying.work(
+        outcome = working.work(
             storage, run, slot, evaluator, attrs={"worker": database.worker_name(), "device": "cpu"}, watch=watch
         )
         assert outcome.state == "complete", outcome

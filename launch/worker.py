@@ -22,6 +22,7 @@ from typing import Any
 import forecasters
 from forecasters import CheckpointError, ForecastError, LoadedForecaster, Running, SettingError
 from launch import devices
+from objectives import windows
 from objectives.mae import Evaluator
 from objectives.windows import DataError
 from storage import DatabaseUnavailable, configs, database, slots
@@ -30,8 +31,9 @@ from storage.slots import Slot
 from studies import config as configuration
 from studies import space as spaces
 from studies import study as studying
+from studies import working
 from studies.config import Config, ConfigError
-from studies.study import Run, Series, Study, StudyMismatch, Watch
+from studies.study import Run, Series, Study, StudyMismatch
 
 log = logging.getLogger("worker")
 
@@ -150,7 +152,7 @@ class Worker:
         """Until every study is done, or a signal came. Returns the exit status."""
         for model in sorted({study.model for study in self.studies.values()}):
             self.evaluators[model] = self._load(model)  # warm before the first claim
-        watch = Watch(self.storage, self.evaluators.values())
+        watch = working.Watch(self.storage, self.evaluators.values())
         self.keeper.start()
         try:
             study_id: int | None = None
@@ -190,12 +192,12 @@ class Worker:
         progress = slots.progress(self.storage)
         return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
-    def _do(self, run: Run, slot: Slot, watch: Watch) -> None:
+    def _do(self, run: Run, slot: Slot, watch: working.Watch) -> None:
         study = run.study
         self.keeper.hold(slot)
         began = time.monotonic()
         try:
-            outcome = studying.work(
+            outcome = working.work(
                 self.storage,
                 run,
                 slot,
@@ -243,7 +245,7 @@ class Worker:
     def _read(self, symbol: str) -> Series:
         if symbol not in self.series:
             path = Path(self.job.series[symbol])
-            bars, _ = studying.windows.read_bars(path)
+            bars, _ = windows.read_bars(path)
             self.series[symbol] = Series(symbol=symbol, path=path, bars=bars)
         return self.series[symbol]
 

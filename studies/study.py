@@ -1,4 +1,4 @@
-"""Open, resume and finish a study; run one claimed slot of it.
+"""Open, resume, confirm and retire a study; make it ready for a worker.
 
 A study is SYMBOL/model@AS_OF in Optuna, with a definition (its user attribute) that says what its numbers mean.
 Knows Optuna and the slots. Knows nothing of processes, devices or commands.
@@ -6,28 +6,25 @@ Knows Optuna and the slots. Knows nothing of processes, devices or commands.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from forecasters import Bars, ForecastError
 from objectives import windows
-from objectives.mae import STAGES, Evaluator, Measurement, measure_no_change, no_change_errors
+from objectives.mae import Evaluator, Measurement, measure_no_change, no_change_errors
 from objectives.windows import Split, Windows
-from storage import DatabaseUnavailable, configs, database, slots
-from storage.database import ClaimLost, RetryingStorage
-from storage.slots import Slot
+from storage import configs, database, slots
+from storage.database import RetryingStorage
 from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
@@ -395,15 +392,6 @@ class Run:
     tolerance: float  # relative standard error of a confirmed MAE that sampling alone may leave
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What became of a claimed slot. `state` is "complete", "pruned", "measured", "confirmed" or "lost"."""
-
-    state: str
-    number: int
-    text: str
-
-
 def start(storage: RetryingStorage, config: Config, study: Study, series: Series, checkpoint: str) -> Run:
     """Make ready to work on a study. Raises DataError, StudyMismatch."""
     definition = define(config, series, study.model, study.as_of, checkpoint)
@@ -424,125 +412,6 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
             pruner=sampler.make_pruner(config.search.prune_worst),
         ),
     )
-
-
-class Watch:
-    """Where a worker's time goes, from the end of one slot to that of the next.
-
-    Stages of the evaluation, "sample" (the sampler), "storage" (waiting for the database), "idle" (nothing to claim)
-    and "other".
-    """
-
-    def __init__(self, storage: RetryingStorage, evaluators: Iterable[Evaluator]) -> None:
-        self._storage, self._evaluators = storage, list(evaluators)
-        self._before = self._totals()
-        self._began = time.perf_counter()
-        self._timed = {"sample": 0.0, "idle": 0.0}
-
-    @contextlib.contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        """Counts as "sample" or "idle" what is spent inside, but for the database's part."""
-        began, storage = time.perf_counter(), self._storage.seconds
-        try:
-            yield
-        finally:
-            self._timed[name] += time.perf_counter() - began - (self._storage.seconds - storage)
-
-    def lap(self) -> dict[str, float]:
-        """Seconds since the last lap, by what they went into; the next lap begins."""
-        now, totals = time.perf_counter(), self._totals()
-        spent = {name: totals[name] - self._before[name] for name in totals} | self._timed
-        spent["other"] = max(0.0, now - self._began - sum(spent.values()))
-        self._before, self._began, self._timed = totals, now, dict.fromkeys(self._timed, 0.0)
-        return {name: round(seconds, 6) for name, seconds in spent.items()}
-
-    def _totals(self) -> dict[str, float]:
-        stages = {stage: sum(each.seconds[stage] for each in self._evaluators) for stage in STAGES}
-        return {**stages, "storage": self._storage.seconds}
-
-
-def work(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, attrs: Mapping[str, str], watch: Watch
-) -> Outcome:
-    """Do what a claimed slot asks for and finish it.
-
-    attrs: user attributes of a new trial, such as its worker and device.
-    Raises ForecastError after failing the slot's trial; the slot itself is the caller's to fail.
-    """
-    if slot.stage == slots.TRIAL:
-        return _run_trial(storage, run, slot, evaluator, attrs=attrs, watch=watch)
-    if slot.stage == slots.BASELINE:
-        assert slot.params is not None
-        measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
-        result = {"params": dict(slot.params), "validation": describe(measured)}
-        kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
-        text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
-        return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
-    result = confirm(run, evaluator, slot.params or {})
-    kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
-    return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=_confirmation_text(result))
-
-
-def _run_trial(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, attrs: Mapping[str, str], watch: Watch
-) -> Outcome:
-    try:
-        trial = _new_trial(storage, run, slot, attrs=attrs)
-    except ClaimLost:  # frozen between the claim and here
-        return Outcome(state="lost", number=slot.number, text="before its trial began")
-    reported: list[float] = []
-
-    def report(windows_done: int, mae: float) -> None:
-        reported.append(mae)
-        trial.report(mae, step=windows_done)
-        if trial.should_prune():
-            raise optuna.TrialPruned
-
-    # Not Study.tell, which reads the trial before and after.
-    def end(state: TrialState, *values: float) -> None:
-        storage.set_trial_state_values(trial._trial_id, state, values or None)
-
-    try:
-        try:
-            with watch.timing("sample"):
-                params = run.space.suggest(trial)
-            storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
-            measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=report)
-            for name, value in readable(measured).items():
-                trial.set_user_attr(name, value)
-        except optuna.TrialPruned:
-            end(TrialState.PRUNED, reported[-1])
-            slots.finish(storage, slot, seconds=watch.lap())
-            return Outcome(state="pruned", number=trial.number, text=f"{_label(trial)} mae={reported[-1]:.6g}")
-        except DatabaseUnavailable:  # it was waited for: whoever reaps the lease fails the trial
-            raise
-        except BaseException:  # an error or a second signal: nothing may stay RUNNING
-            with contextlib.suppress(UpdateFinishedTrialError):
-                end(TrialState.FAIL)
-            raise
-        end(TrialState.COMPLETE, measured.mae)
-        slots.finish(storage, slot, seconds=watch.lap())
-    except UpdateFinishedTrialError:  # the lease was lost, and with it the trial
-        return Outcome(state="lost", number=trial.number, text=_label(trial))
-    text = f"{_label(trial)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
-    return Outcome(state="complete", number=trial.number, text=text)
-
-
-def _label(trial: optuna.Trial) -> str:
-    return " ".join(f"{name}={value}" for name, value in trial.params.items())
-
-
-def _new_trial(storage: RetryingStorage, run: Run, slot: Slot, *, attrs: Mapping[str, str]) -> optuna.Trial:
-    """A RUNNING trial that carries its claim from its first moment, so that a crash leaves no unowned one."""
-    system_attrs: dict[str, Any] = {database.CLAIM_ATTR: slot.claim}
-    if slot.params is not None:
-        system_attrs["fixed_params"] = dict(slot.params)
-    user_attrs = {**attrs, **({"label": slot.label} if slot.label else {})}
-    template = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=system_attrs, user_attrs=user_attrs)
-    run.optuna_study._thread_local.cached_all_trials = None  # as Study.ask does: the sampler is to read anew
-    trial_id = run.optuna_study._storage.create_new_trial(run.study.study_id, template_trial=template)
-    storage.defer_writes(trial_id)
-    return optuna.Trial(run.optuna_study, trial_id)
 
 
 def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -666,7 +535,8 @@ def best_trials(run: Run, count: int) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
-def _confirmation_text(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
+    """A confirmation in one line."""
     best = min(result["candidates"], key=lambda one: one["confirmation"]["mae"], default=None)
     if best is None:
         return "no complete trial"
@@ -683,10 +553,3 @@ def describe(measured: Measurement, *, errors: bool = False) -> dict[str, Any]:
     if not errors:
         del values["errors"], values["sampling_error"]
     return values
-
-
-def readable(measured: Measurement) -> dict[str, float]:
-    """A measurement as numbers that people sort trials by, each by itself; seconds by stage."""
-    seconds = {f"{stage}_s": round(spent, 6) for stage, spent in measured.seconds.items()}
-    numbers = {"mae": measured.mae, "mae_percent": measured.mae_percent, "price_mae": measured.price_mae}
-    return {**numbers, "skill": measured.skill, **seconds}

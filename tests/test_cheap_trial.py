@@ -27,7 +27,7 @@ from forecasters import ForecastError
 from objectives.mae import Measurement
 from storage import database, slots
 from storage.database import RetryingStorage
-from studies import sampler
+from studies import sampler, working
 from studies import study as studying
 from studies.space import Space
 from studies.study import Run
@@ -325,11 +325,11 @@ def run(ours: RetryingStorage) -> Run:
     )
 
 
-def work(ours: RetryingStorage, run: Run, evaluator: Evaluator) -> studying.Outcome:
+def work(ours: RetryingStorage, run: Run, evaluator: Evaluator) -> working.Outcome:
     slot = slots.claim(ours, run.study.study_id, worker="w:1", lease_s=60)
     assert slot is not None
-    watch = studying.Watch(ours, [])
-    return studying.work(ours, run, slot, cast(Any, evaluator), attrs={"worker": "w:1", "device": "cpu"}, watch=watch)
+    watch = working.Watch(ours, [])
+    return working.work(ours, run, slot, cast(Any, evaluator), attrs={"worker": "w:1", "device": "cpu"}, watch=watch)
 
 
 def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage, run: Run) -> None:

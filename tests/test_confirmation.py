@@ -25,6 +25,7 @@ from storage import database, slots
 from storage.database import RetryingStorage
 from studies import config as configuration
 from studies import study as studying
+from studies import working
 from studies.config import Config
 from studies.study import Series, Study
 
@@ -82,9 +83,9 @@ class Place:
         """Do every slot of a study, as a worker does. Returns what its confirmation says."""
         run = self.run(study, **searching)
         evaluator = evaluator or self.evaluator(exact=searching.get("objective") == "exact")
-        watch = studying.Watch(self.storage, [evaluator])
+        watch = working.Watch(self.storage, [evaluator])
         while slot := slots.claim(self.storage, study.study_id, worker="host:1", lease_s=60):
-            studying.work(self.storage, run, slot, evaluator, attrs={"worker": "host:1", "device": "cpu"}, watch=watch)
+            working.work(self.storage, run, slot, evaluator, attrs={"worker": "host:1", "device": "cpu"}, watch=watch)
         return self.result(study)
 
     def result(self, study: Study) -> Any:
