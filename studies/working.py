@@ -19,7 +19,8 @@ from objectives.mae import STAGES, Evaluator, Measurement
 from storage import DatabaseUnavailable, database, slots
 from storage.database import ClaimLost, RetryingStorage
 from storage.slots import Slot
-from studies.study import SEARCH_PASSES, Run, confirm, describe, summary
+from studies import confirmation
+from studies.study import SEARCH_PASSES, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +80,13 @@ def work(
     if slot.stage == slots.BASELINE:
         assert slot.params is not None
         measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
-        result = {"params": dict(slot.params), "validation": describe(measured)}
+        result = {"params": dict(slot.params), "validation": confirmation.describe(measured)}
         kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
         text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
         return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
-    result = confirm(run, evaluator, slot.params or {})
+    result = confirmation.confirm(run, evaluator, slot.params or {})
     kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
-    return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=summary(result))
+    return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=confirmation.summary(result))
 
 
 def _run_trial(

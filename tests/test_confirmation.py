@@ -24,8 +24,8 @@ from objectives.mae import Evaluator, Measurement
 from storage import database, slots
 from storage.database import RetryingStorage
 from studies import config as configuration
+from studies import confirmation, working
 from studies import study as studying
-from studies import working
 from studies.config import Config
 from studies.study import Series, Study
 
@@ -210,10 +210,10 @@ def test_repeats_bring_the_sampling_error_below_a_tenth_of_the_threshold(place: 
     study = place.open().study
     place.finish(study)
     run, evaluator = place.run(study), place.evaluator()
-    few = studying.confirm(replace(run, tolerance=0.5), evaluator, {})
-    most = studying.confirm(replace(run, tolerance=1e-9), evaluator, {})
+    few = confirmation.confirm(replace(run, tolerance=0.5), evaluator, {})
+    most = confirmation.confirm(replace(run, tolerance=1e-9), evaluator, {})
     wanted = most["sampling_error"] * np.sqrt(4 / 3.5)  # reached with a little less than four passes
-    enough = studying.confirm(replace(run, max_passes=50, tolerance=wanted), evaluator, {})
+    enough = confirmation.confirm(replace(run, max_passes=50, tolerance=wanted), evaluator, {})
     assert (few["passes"], most["passes"]) == (2, 4)
     assert 2 < enough["passes"] < 8
     assert enough["sampling_error"] <= 1.3 * wanted  # planned from what two passes showed
@@ -237,7 +237,7 @@ def test_equal_configurations_are_confirmed_once(place: Place) -> None:
             lambda c, n=number: slots.add(c, study.study_id, slots.TRIAL, n, label="again", params=repeated)
         )
     place.finish(study)
-    chosen = [params for _, params in studying.best_trials(run, 5)]
+    chosen = [params for _, params in confirmation.best_trials(run, 5)]
     assert len(chosen) == len({json.dumps(params, sort_keys=True) for params in chosen})
 
 
