@@ -27,6 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
+from storage import sync_folder
+
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9.-]*")
 FOLDERS = ("toto", "kronos", "optimized_compiled", "best")  # in the order they are replaced: readers trust `best`
 MODELS = ("toto", "kronos")
@@ -297,10 +299,10 @@ def _take(
     _make_folder(unnamed)
     for name, content in files.items():
         _create(unnamed / name, content)
-    _sync_folder(unnamed)
+    sync_folder(unnamed)
     unnamed.replace(step)
     for parent in (history, history.parent, root):
-        _sync_folder(parent)
+        sync_folder(parent)
     _replace(root, symbol, changes, temporaries)
     return step
 
@@ -323,7 +325,7 @@ def _replace(root: Path, symbol: str, changes: Mapping[str, bytes | None], tempo
             temporaries[folder].replace(path)
         else:
             path.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _temporary(root: Path, folder: str, symbol: str) -> Path:
@@ -345,16 +347,7 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in this folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(folder.parent)
 
 
 # --- the history
@@ -420,7 +413,7 @@ def _recover(root: Path, symbol: str) -> None:
     if back is not None:
         _replace(root, symbol, back, _prepared(root, symbol, back))
         newest.rename(newest.with_name(f"{newest.name}-void"))
-        _sync_folder(newest.parent)
+        sync_folder(newest.parent)
 
 
 def _roll_back(root: Path, symbol: str, *, dry_run: bool) -> Restored:

