@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 import shlex
 import sys
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from forecasters import MODELS, CheckpointError, ForecastError, SettingError
 from launch import streams
+from launch.output import plural, say, show, wide_console
 from objectives.windows import DataError
 from storage import DatabaseUnavailable
 from storage.configs import ConcurrentWrite, ConfigFileError
@@ -128,47 +126,8 @@ class one_line_errors:  # noqa: N801 - reads as a statement
             sys.exit(130)
 
 
-def say(line: str) -> None:
-    """One line to the user, beside the results."""
-    with streams.whoever_listens():
-        click.echo(line, err=True)
-
-
 def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="The same rows as JSON.")(command)
-
-
-def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_json: bool) -> None:
-    """Rows as a table, or as JSON with every key."""
-    if as_json:
-        click.echo(json.dumps(list(rows), indent=2))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for key, heading in columns.items():
-        numeric = any(isinstance(row[key], (int, float)) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(key, row[key]) for key in columns))
-    wide_console().print(table)
-
-
-def wide_console(*, plain: bool = False) -> Console:
-    """For results. Not a terminal: wide enough that a pipe gets whole lines. plain: without colours and the like."""
-    width = None if sys.stdout.isatty() else 240
-    return Console(width=width, highlight=False, color_system=None if plain else "auto")
-
-
-def cell(key: str, value: Any) -> str:
-    """A value as a table shows it; shares in per cent."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return str(value)
-        if key == "p_value":
-            return f"{value:.3f}"
-        return f"{100 * value:+.2f}%" if key.startswith(("improvement", "skill")) else f"{value:.6f}"
-    return str(value)
 
 
 # --- the storage behind a command -----------------------------------------------------------------------------
@@ -427,12 +386,6 @@ def checkpoint_fingerprint(config: Config, model: str) -> str:
     from launch.worker import checkpoint_of
 
     return forecasters.inspect(model, **checkpoint_of(config, model))
-
-
-def plural(word: str, count: int) -> str:
-    if count == 1:
-        return word
-    return word[:-1] + "ies" if word.endswith("y") else word + "s"
 
 
 def run_folder(config: Config) -> Path:
