@@ -7,128 +7,34 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from forecasters import MODELS, CheckpointError, ForecastError, SettingError
 from launch import streams
+from launch.options import (
+    Names,
+    check_devices,
+    checked_models,
+    checked_symbols,
+    cpus_option,
+    flat,
+    gpus_option,
+    json_option,
+    models_option,
+    shared,
+    symbols_option,
+)
 from launch.output import plural, say, show, wide_console
-from objectives.windows import DataError
 from storage import DatabaseUnavailable
-from storage.configs import ConcurrentWrite, ConfigFileError
-from studies import config as configuration
 from studies.config import Config, ConfigError
-
-
-class Names(click.ParamType):
-    """A comma-separated list; the option may be repeated too."""
-
-    name = "A,B,.."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        names = tuple(part.strip() for part in value.split(",") if part.strip())
-        return names or self.fail("names nothing", param, ctx)
-
-
-class Numbers(Names):
-    name = "0,1,.."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        names = super().convert(value, param, ctx)
-        wrong = [name for name in names if isinstance(name, str) and not name.isdecimal()]
-        if wrong:
-            self.fail(f"{wrong[0]!r} is no number", param, ctx)
-        return tuple(int(name) for name in names)
-
-
-def flat(lists: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-    """Repeated lists as one, each entry once."""
-    return tuple(dict.fromkeys(item for part in lists for item in part))
-
-
-def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command, resolved to a Config; and its errors as one line."""
-
-    @click.option("--config", "config_path", type=click.Path(path_type=Path), envvar="STUDIES_CONFIG",
-                  show_envvar=True, metavar="FILE", help="TOML settings; 'demo': the demonstration's.")  # fmt: skip
-    @click.option("--storage", envvar=["STUDIES_STORAGE", "OPTUNA_STORAGE"], show_envvar=True, metavar="URL",
-                  help="postgresql://USER@HOST/DATABASE; none: a private server.")  # fmt: skip
-    @click.option("--data-dir", type=click.Path(path_type=Path), envvar="STUDIES_DATA_DIR", show_envvar=True,
-                  metavar="FOLDER", help="One CSV or Parquet file of bars a symbol.")  # fmt: skip
-    @click.option("--hyperparams-dir", type=click.Path(path_type=Path),
-                  envvar=["STUDIES_HYPERPARAMS_DIR", "HYPERPARAM_ROOT"], show_envvar=True, metavar="FOLDER",
-                  help="Where promoted files are.")  # fmt: skip
-    @functools.wraps(command)
-    def wrapped(
-        config_path: Path | None,
-        storage: str | None,
-        data_dir: Path | None,
-        hyperparams_dir: Path | None,
-        **options: Any,
-    ) -> None:
-        overrides: dict[str, dict[str, Any]] = {"storage": {}, "data": {}, "hyperparams": {}}
-        if storage:
-            overrides["storage"]["url"] = storage
-        if data_dir:
-            overrides["data"]["dir"] = str(data_dir)
-        if hyperparams_dir:
-            overrides["hyperparams"]["dir"] = str(hyperparams_dir)
-        if config_path == Path("demo"):
-            config_path = configuration.DEMO_PATH
-        with one_line_errors():
-            command(config=configuration.load(config_path, overrides), **options)
-
-    return wrapped
-
-
-class one_line_errors:  # noqa: N801 - reads as a statement
-    """What a user can mend is one line on stderr and exit 1."""
-
-    expected = (
-        ConfigError,
-        DataError,
-        DatabaseUnavailable,
-        CheckpointError,
-        SettingError,
-        ForecastError,
-        ConfigFileError,
-        ConcurrentWrite,
-    )
-
-    def __enter__(self) -> None:
-        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-        logging.getLogger("storage").setLevel(logging.INFO)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is None:
-            return
-        # Imported late: these modules bring Optuna, which a usage error need not wait for.
-        from launch.dashboard import PortTaken
-        from launch.devices import DeviceError
-        from launch.promote import NothingToPromote
-        from studies.study import StudyMismatch
-
-        if isinstance(error, (*self.expected, DeviceError, NothingToPromote, PortTaken, StudyMismatch)):
-            say(f"error: {' '.join(str(error).split())}")
-            sys.exit(1)
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(130)
-
-
-def with_json(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="The same rows as JSON.")(command)
-
 
 # --- the storage behind a command -----------------------------------------------------------------------------
 
@@ -172,37 +78,6 @@ def open_storage(config: Config, *, start: bool = False) -> Any:
 
     database.quiet_optuna()
     return database.open_storage(storage_url(config, start=start), wait_s=config.storage.wait_s)
-
-
-def checked_models(models: Sequence[Sequence[str]], config: Config) -> tuple[str, ...]:
-    """The models asked for. Usage error for an unknown one."""
-    names = flat(models) or config.search.models
-    if "both" in names:
-        names = tuple(MODELS)
-    for name in names:
-        if name not in MODELS:
-            raise click.BadParameter(
-                f"unknown model {name!r}; the models are {', '.join(MODELS)}", param_hint="--models"
-            )
-    return names
-
-
-def checked_symbols(symbols: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The symbols asked for. Usage error for what cannot be one."""
-    from objectives.windows import check_symbol
-
-    try:
-        return tuple(check_symbol(symbol) for symbol in flat(symbols))
-    except DataError as error:
-        raise click.BadParameter(str(error), param_hint="--symbols") from None
-
-
-symbols_option = click.option("--symbols", type=Names(), multiple=True, help="Only these symbols.")
-models_option = click.option(
-    "--models", type=Names(), multiple=True, help=f"Of {','.join(MODELS)}; 'both' are all.  [default: both]"
-)
-gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="One worker on each of these GPUs.")
-cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="So many CPU workers, one core each.")
 
 
 # --- launch-workers -------------------------------------------------------------------------------------------
@@ -358,11 +233,6 @@ def run_workers(
     return status
 
 
-def check_devices(gpus: Sequence[Sequence[int]], cpus: int | None) -> None:
-    if gpus and cpus:
-        raise click.UsageError("--gpus and --cpus exclude each other: start one command for each")
-
-
 def check_ray_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: int | None) -> None:
     """Usage error for what does not go together."""
     if not ray:
@@ -440,7 +310,7 @@ PROMOTE_COLUMNS = {
               show_default=True, help="The windows that decide; those of the search flatter.")  # fmt: skip
 @click.option("--rollback", metavar="SYMBOL", help="Put back what the last promotion of SYMBOL replaced.")
 @click.option("--dry-run", is_flag=True, help="Decide and show, write nothing.")
-@with_json
+@json_option
 @shared
 def promote(
     config: Config,
@@ -541,7 +411,7 @@ def studies() -> None:
 
 
 @studies.command(name="list")
-@with_json
+@json_option
 @shared
 def list_command(config: Config, as_json: bool) -> None:
     """Every study: how far it is, its best and its incumbent.
@@ -568,7 +438,7 @@ def show_studies(storage: Any, study_ids: Sequence[int] | None, *, as_json: bool
 
 @studies.command(name="show")
 @click.argument("name")
-@with_json
+@json_option
 @shared
 def show_command(config: Config, name: str, as_json: bool) -> None:
     """One study: its definition, best trials, baselines and what was given up.
@@ -729,7 +599,7 @@ VERIFY_COLUMNS = {
 @click.option("--device", metavar="DEVICE", help="cpu or cuda:0.  [default: the first GPU, else the CPU]")
 @click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True, help="Timed runs of a mode.")
 @click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Different params compared.")
-@with_json
+@json_option
 @shared
 def verify_compile(
     config: Config,

@@ -21,6 +21,7 @@ import forecasters
 from launch import cli
 from objectives import windows
 from storage import database, slots
+from studies import config as configuration
 from studies import study as studying
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
@@ -115,7 +116,7 @@ def test_what_is_no_symbol(place: Place, symbol: str) -> None:
 def test_a_file_that_is_no_price_series_is_passed_over_with_a_line(place: Place) -> None:
     place.write("data_summary.csv", ["symbol,rows", "SP500,300"])
     place.write("NOTES.csv", ["a,b", "1,2"])
-    series, notes = studying.read_series(cli.configuration.load(place.settings), [])
+    series, notes = studying.read_series(configuration.load(place.settings), [])
     assert [item.symbol for item in series] == ["SP500"]
     assert [note for note in notes if "data_summary.csv" in note]
     assert [note for note in notes if "NOTES.csv" in note and "neither a time nor a close column" in note]
@@ -124,7 +125,7 @@ def test_a_file_that_is_no_price_series_is_passed_over_with_a_line(place: Place)
 def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> None:
     cells = place.bars[-1].split(",")
     place.write("SP500.csv", [*place.bars, ",".join([*cells[:4], "9999", cells[5]])])
-    series, notes = studying.read_series(cli.configuration.load(place.settings), [])
+    series, notes = studying.read_series(configuration.load(place.settings), [])
     assert series[0].bars.close[-1] == 9999
     assert len([note for note in notes if "repeat a timestamp" in note]) == 1
 
@@ -228,7 +229,7 @@ def test_promote_before_any_study(place: Place) -> None:
 
 def open_study(place: Place) -> studying.Study:
     """A study as launch-workers opens it, unfinished."""
-    config = cli.configuration.load(place.settings)
+    config = configuration.load(place.settings)
     series, _ = studying.read_series(config, [])
     checkpoint = cli.checkpoint_fingerprint(config, "toto")
     (opened,) = studying.open_studies(place.storage, config, series, ["toto"], {"toto": checkpoint})
