@@ -41,7 +41,7 @@ COLUMNS = {
 
 def one_run(folder: Path, trials: int, *, with_notes: bool) -> dict[str, Any]:
     """Search in this process and its workers; seconds by what they are of."""
-    from launch import cli, notes
+    from launch import cli, notes, places
     from storage import database
     from studies import config as configuration
 
@@ -62,7 +62,7 @@ def one_run(folder: Path, trials: int, *, with_notes: bool) -> dict[str, Any]:
     except SystemExit as ended:
         if ended.code:
             raise
-    storage = cli.open_storage(configuration.load(folder / "studies.toml"))
+    storage = places.open_storage(configuration.load(folder / "studies.toml"))
     efforts = database.efforts(storage).values()
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
