@@ -81,7 +81,7 @@ def launch_workers(
     from studies import study as studying
 
     check_devices(gpus, cpus)
-    check_ray_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
+    ray_cluster.check_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
     model_names, symbol_names = checked_models(models, config), checked_symbols(symbols)
     config = replace(
         config,
@@ -188,23 +188,6 @@ def run_workers(
             status = status or 1
             say(str(error))
     return status
-
-
-def check_ray_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: int | None) -> None:
-    """Usage error for what does not go together."""
-    if not ray:
-        if gpus_total:
-            raise click.UsageError("--gpus-total goes with --ray; name this machine's GPUs with --gpus")
-        return
-    if gpus or bool(cpus) == bool(gpus_total):
-        raise click.UsageError("--ray takes either --gpus-total N or --cpus N")
-    from storage import database
-
-    # Ray keeps a driver's command line in its list of jobs.
-    for word in sys.argv[1:]:
-        url = word.removeprefix("--storage=")
-        if "://" in url and database.hand_over(database.parse_url(url))[1]:
-            raise click.UsageError("--ray shows this command line to the cluster; put the password into PGPASSWORD")
 
 
 def checkpoint_fingerprint(config: Config, model: str) -> str:

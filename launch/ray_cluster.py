@@ -26,9 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import click
+
 from launch.devices import DeviceError, Seat, cpu_seat
 from launch.supervisor import POLL_S, Child, Supervisor
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, Job
+from storage import database
 from studies.config import Config
 
 CONNECT_S = 5.0
@@ -40,6 +43,21 @@ SAY_PENDING_S = 10.0
 
 class ClusterError(DeviceError):
     """Ray is not installed, not there, or has not what was asked for."""
+
+
+def check_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: int | None) -> None:
+    """Usage error for options that do not go together, and for a password that the cluster would show."""
+    if not ray:
+        if gpus_total:
+            raise click.UsageError("--gpus-total goes with --ray; name this machine's GPUs with --gpus")
+        return
+    if gpus or bool(cpus) == bool(gpus_total):
+        raise click.UsageError("--ray takes either --gpus-total N or --cpus N")
+    # Ray keeps a driver's command line in its list of jobs.
+    for word in sys.argv[1:]:
+        url = word.removeprefix("--storage=")
+        if "://" in url and database.hand_over(database.parse_url(url))[1]:
+            raise click.UsageError("--ray shows this command line to the cluster; put the password into PGPASSWORD")
 
 
 class Host:
