@@ -76,7 +76,7 @@ def launch_workers(
     """
     from dataclasses import replace
 
-    from launch import devices, ray_cluster
+    from launch import devices, listing, ray_cluster
     from storage import database
     from studies import study as studying
 
@@ -111,7 +111,7 @@ def launch_workers(
     working = [item.study for item in opened if item.state != "finished"]
     if not working:
         say(f"nothing to do: {len(opened)} {plural('study', len(opened))} finished at the newest bar")
-        show_studies(storage, [item.study.study_id for item in opened], plain=plain)
+        listing.show(storage, [item.study.study_id for item in opened], plain=plain)
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
@@ -131,7 +131,7 @@ def run_workers(
     plain: bool = False,
 ) -> int:
     """Work on studies until they are finished, then show those of `shown`. Returns the exit status."""
-    from launch import live, notes, ray_cluster, supervisor
+    from launch import listing, live, notes, ray_cluster, supervisor
     from launch.worker import Job
     from storage import database, slots
 
@@ -178,7 +178,7 @@ def run_workers(
         try:
             keeper.say = say  # the table is closed
             keeper.write()
-            show_studies(storage, shown, as_json=False, plain=plain)
+            listing.show(storage, shown, plain=plain)
             progress = slots.progress(storage)
             for study in working:
                 for parked in slots.parked(storage, study.study_id)[:1]:
@@ -359,21 +359,9 @@ def list_command(config: Config, as_json: bool) -> None:
     \b
     studies list --json
     """
-    show_studies(open_storage(config), None, as_json=as_json)
-
-
-def show_studies(storage: Any, study_ids: Sequence[int] | None, *, as_json: bool = False, plain: bool = False) -> None:
-    """plain: no control characters, on a terminal neither."""
     from launch import listing
 
-    rows = listing.rows(storage, study_ids)
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
-    elif rows:
-        console = wide_console(plain=plain)
-        console.print(listing.table(rows, console.width))
-    else:
-        say("no studies yet; make some with launch-workers")
+    listing.show(open_storage(config), as_json=as_json)
 
 
 @studies.command(name="show")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import click
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from launch.output import say, wide_console
 from launch.tables import NOTHING, Column, fitted, number, share
 from storage import database, slots
 from storage.database import RetryingStorage
@@ -137,6 +140,20 @@ def table(rows: Sequence[Row], width: int) -> Table:
 def _newest_only(rows: Sequence[Row]) -> bool:
     """Whether symbol and model tell the studies apart."""
     return len({(row.symbol, row.model) for row in rows}) == len(rows)
+
+
+def show(
+    storage: RetryingStorage, study_ids: Sequence[int] | None = None, *, as_json: bool = False, plain: bool = False
+) -> None:
+    """Print every study, or those named by id. plain: no control characters, on a terminal neither."""
+    found = rows(storage, study_ids)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in found], indent=2))
+    elif found:
+        console = wide_console(plain=plain)
+        console.print(table(found, console.width))
+    else:
+        say("no studies yet; make some with launch-workers")
 
 
 def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
