@@ -5,12 +5,10 @@ Loads torch only where a checkpoint must be looked at, so `promote --help` and `
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 
 import click
 
-from launch import streams
 from launch.options import (
     Names,
     check_devices,
@@ -77,6 +74,7 @@ def launch_workers(
     from dataclasses import replace
 
     from launch import devices, listing, ray_cluster
+    from launch.worker import checkpoint_fingerprint
     from storage import database
     from studies import study as studying
 
@@ -115,108 +113,10 @@ def launch_workers(
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
+    from launch.run import run_workers  # brings Plotly: not waited for where nothing is to do
+
     shown = [item.study.study_id for item in opened]
     sys.exit(run_workers(config, storage, series, working, seats, shown=shown, cluster=cluster, plain=plain))
-
-
-def run_workers(
-    config: Config,
-    storage: Any,
-    series: Sequence[Any],
-    working: Sequence[Any],
-    seats: Sequence[Any],
-    *,
-    shown: Sequence[int],
-    cluster: Any = None,
-    plain: bool = False,
-) -> int:
-    """Work on studies until they are finished, then show those of `shown`. Returns the exit status."""
-    from launch import listing, live, notes, ray_cluster, supervisor
-    from launch.worker import Job
-    from storage import database, slots
-
-    folder = run_folder(config)
-    job = Job(
-        config=absolute(config),
-        series={item.symbol: str(item.path.resolve()) for item in series},
-        studies=tuple(study.name for study in working),
-        devices=tuple(seat.device for seat in seats),
-    )
-    url, secret = database.hand_over(storage.engine.url)
-    study_ids = [study.study_id for study in working]
-    kinds = sorted({seat.device.split(":")[0] for seat in seats})
-    say(f"{len(seats)} {'/'.join(kinds)} {plural('worker', len(seats))}; logs in {folder}")
-    if cluster is None:
-        supervise = supervisor.Supervisor
-    else:
-        supervise = functools.partial(ray_cluster.RaySupervisor, cluster)
-        secret = database.password_in_use(storage)  # also where this machine has it from a file
-    view = live.View(storage, {study.study_id: study.name for study in working}, plain=plain)
-    keeper = notes.Keeper(storage, artifacts_folder(config), working, report=view, say=view.say)
-    supervising = supervise(
-        job,
-        folder,
-        seats,
-        storage,
-        study_ids,
-        environment={"OPTUNA_STORAGE": url, **secret},
-        say=view.say,
-        report=keeper,
-    )
-    view.watch(supervising.children)
-    with view:
-        status = supervising.run()
-    if cluster is not None:
-        cluster.end()
-    if supervising.signals >= 2:
-        with streams.whoever_listens():
-            pass
-        os._exit(status)  # no table, no taking down of the interpreter: at once
-    if status == supervisor.EXIT_INTERRUPTED:
-        storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
-    with streams.whoever_listens():
-        try:
-            keeper.say = say  # the table is closed
-            keeper.write()
-            listing.show(storage, shown, plain=plain)
-            progress = slots.progress(storage)
-            for study in working:
-                for parked in slots.parked(storage, study.study_id)[:1]:
-                    status = status or 1
-                    say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
-        except DatabaseUnavailable as error:
-            status = status or 1
-            say(str(error))
-    return status
-
-
-def checkpoint_fingerprint(config: Config, model: str) -> str:
-    """Of the weights that the settings name. Raises CheckpointError."""
-    import forecasters
-    from launch.worker import checkpoint_of
-
-    return forecasters.inspect(model, **checkpoint_of(config, model))
-
-
-def run_folder(config: Config) -> Path:
-    """A fresh folder for the logs of this run. Raises ConfigError."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    try:
-        for suffix in ("", *(f"-{n}" for n in range(1, 100))):
-            folder = config.workers.log_dir / f"{stamp}{suffix}"
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                return folder.resolve()
-    except OSError as error:
-        raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: {error.strerror}") from None
-    raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: too many runs in one second")
-
-
-def absolute(config: Config) -> Config:
-    """With paths that hold in a child whatever its folder."""
-    from dataclasses import replace
-
-    return replace(config, hyperparams=replace(config.hyperparams, dir=config.hyperparams.dir.resolve()))
 
 
 # --- promote --------------------------------------------------------------------------------------------------
@@ -400,6 +300,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     from dataclasses import replace
 
     from launch import devices
+    from launch.worker import checkpoint_fingerprint
     from studies import study as studying
 
     check_devices(gpus, cpus)
@@ -416,6 +317,8 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
         *studying.reconfirm(storage, config, series[0], study, checkpoint_fingerprint(config, study.model)),
     ):
         say(note)
+    from launch.run import run_workers
+
     sys.exit(run_workers(config, storage, series, [study], seats, shown=[study.study_id]))
 
 

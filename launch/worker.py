@@ -286,6 +286,11 @@ def checkpoint_of(config: Config, model: str) -> dict[str, Any]:
     }
 
 
+def checkpoint_fingerprint(config: Config, model: str) -> str:
+    """Of the weights that the settings name. Raises CheckpointError."""
+    return forecasters.inspect(model, **checkpoint_of(config, model))
+
+
 def cache_bytes(config: Config, *, workers: int, memory: int | None = None) -> int:
     """How many bytes of encoded windows each model's evaluator of each of this machine's workers may keep."""
     a_worker = config.workers.cache_mib * 2**20

@@ -19,6 +19,7 @@ from sqlalchemy import text
 
 import forecasters
 from launch import cli
+from launch.worker import checkpoint_fingerprint
 from objectives import windows
 from storage import database, slots
 from studies import config as configuration
@@ -231,7 +232,7 @@ def open_study(place: Place) -> studying.Study:
     """A study as launch-workers opens it, unfinished."""
     config = configuration.load(place.settings)
     series, _ = studying.read_series(config, [])
-    checkpoint = cli.checkpoint_fingerprint(config, "toto")
+    checkpoint = checkpoint_fingerprint(config, "toto")
     (opened,) = studying.open_studies(place.storage, config, series, ["toto"], {"toto": checkpoint})
     return opened.study
 
