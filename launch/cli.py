@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def launch_workers(
     working = [item.study for item in opened if item.state != "finished"]
     if not working:
         say(f"nothing to do: {len(opened)} {plural('study', len(opened))} finished at the newest bar")
-        listing.show(storage, [item.study.study_id for item in opened], plain=plain)
+        listing.print_rows(storage, [item.study.study_id for item in opened], plain=plain)
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
@@ -120,21 +120,6 @@ def launch_workers(
 
 
 # --- promote --------------------------------------------------------------------------------------------------
-
-PROMOTE_COLUMNS = {
-    "symbol": "symbol",
-    "study": "study",
-    "incumbent_mae": "incumbent",
-    "best_mae": "best",
-    "improvement": "improvement",
-    "interval": "95 % interval",
-    "p_value": "p",
-    "improvement_validation": "on search",
-    "improvement_test": "on test",
-    "skill": "skill",
-    "decision": "decision",
-    "reason": "reason",
-}
 
 
 @click.command()
@@ -200,10 +185,7 @@ def promote(
         models=checked_models(models, config),
         dry_run=dry_run,
     )
-    values = [asdict(row) for row in rows]
-    show(
-        values if as_json else [{**row, "interval": interval(row)} for row in values], PROMOTE_COLUMNS, as_json=as_json
-    )
+    show(rows, promoting.table, as_json=as_json)
     for row in rows:
         if row.next:
             say(f"{row.symbol}: {row.reason}; {row.next}")
@@ -214,12 +196,6 @@ def promote(
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")
         notes.decided(storage, artifacts_folder(config), rows, say=say)
-
-
-def interval(row: Mapping[str, Any]) -> str | None:
-    """Of the improvement, as a table shows it."""
-    low, high = row["improvement_low"], row["improvement_high"]
-    return None if low is None else f"{100 * low:+.1f} .. {100 * high:+.1f}%"
 
 
 def roll_back(config: Config, symbol: str, *, dry_run: bool, as_json: bool) -> None:
@@ -261,7 +237,7 @@ def list_command(config: Config, as_json: bool) -> None:
     """
     from launch import listing
 
-    listing.show(open_storage(config), as_json=as_json)
+    listing.print_rows(open_storage(config), as_json=as_json)
 
 
 @studies.command(name="show")
@@ -389,26 +365,6 @@ def demo_data(config: Config) -> None:
         click.echo(path)
 
 
-VERIFY_COLUMNS = {
-    "model": "model",
-    "symbol": "symbol",
-    "mode": "mode",
-    "warmup_s": "warm-up s",
-    "mean_s": "s",
-    "std_s": "+-",
-    "speedup": "times eager",
-    "difference": "difference / std",
-    "moved": "moved samples",
-    "mae_change": "MAE change",
-    "graphs": "graphs",
-    "recompilations": "again",
-    "breaks": "breaks",
-    "skips": "skipped",
-    "peak_mib": "peak MiB",
-    "compilation": "ran as",
-}
-
-
 @studies.command(name="verify-compile")
 @symbols_option
 @models_option
@@ -465,7 +421,7 @@ def verify_compile(
                 repeats=repeats,
             )
             rows += verify.compare(job, asked)
-    show([asdict(row) if as_json else verify.shown(row) for row in rows], VERIFY_COLUMNS, as_json=as_json)
+    show(rows, verify.table, as_json=as_json)
     if not all(row.passed for row in rows):
         say("compiled forecasts are not those of eager ones, or were not compiled once; see the rows")
         sys.exit(1)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import click
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.output import say, wide_console
+from launch.output import say, show
 from launch.tables import NOTHING, Column, fitted, number, share
 from storage import database, slots
 from storage.database import RetryingStorage
@@ -142,16 +140,13 @@ def _newest_only(rows: Sequence[Row]) -> bool:
     return len({(row.symbol, row.model) for row in rows}) == len(rows)
 
 
-def show(
+def print_rows(
     storage: RetryingStorage, study_ids: Sequence[int] | None = None, *, as_json: bool = False, plain: bool = False
 ) -> None:
     """Print every study, or those named by id. plain: no control characters, on a terminal neither."""
     found = rows(storage, study_ids)
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in found], indent=2))
-    elif found:
-        console = wide_console(plain=plain)
-        console.print(table(found, console.width))
+    if found or as_json:
+        show(found, table, as_json=as_json, plain=plain)
     else:
         say("no studies yet; make some with launch-workers")
 

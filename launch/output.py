@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -21,31 +21,13 @@ def say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_json: bool) -> None:
-    """Rows as a table, or as JSON with every key."""
+def show(rows: Sequence[Any], table: Callable[[Any, int], Table], *, as_json: bool, plain: bool = False) -> None:
+    """Rows as JSON with every key, or as the table that `table` makes of them for so many cells a line."""
     if as_json:
-        click.echo(json.dumps(list(rows), indent=2))
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for key, heading in columns.items():
-        numeric = any(isinstance(row[key], (int, float)) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(key, row[key]) for key in columns))
-    wide_console().print(table)
-
-
-def cell(key: str, value: Any) -> str:
-    """A value as a table shows it; shares in per cent."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return str(value)
-        if key == "p_value":
-            return f"{value:.3f}"
-        return f"{100 * value:+.2f}%" if key.startswith(("improvement", "skill")) else f"{value:.6f}"
-    return str(value)
+    console = wide_console(plain=plain)
+    console.print(table(rows, console.width))
 
 
 def wide_console(*, plain: bool = False) -> Console:

@@ -12,6 +12,9 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
+from rich.table import Table
+
+from launch.tables import NOTHING, Column, fitted, number, share
 from storage import configs, slots
 from storage.configs import Record
 from storage.database import RetryingStorage
@@ -167,6 +170,45 @@ def promote(
     # A model that is not asked for may still have measured the incumbent.
     cases = [_judge(config, rule, [find(study) for study in newest[symbol].values()], models) for symbol in wanted]
     return [_carry_out(config, rule, case, dry_run=dry_run) for case in cases]
+
+
+def table(rows: Sequence[Row], width: int) -> Table:
+    """The rows in lines of at most `width` cells; a narrow one leaves evidence out, never a decision."""
+
+    def column(heading: str, cells: Sequence[str], values: Sequence[float | None], keep: int) -> Column:
+        right = any(value is not None for value in values)
+        return Column(heading=heading, cells=cells, right=right, keep=keep)
+
+    def numbers(heading: str, values: Sequence[float | None], keep: int) -> Column:
+        return column(heading, [number(value) for value in values], values, keep)
+
+    def shares(heading: str, values: Sequence[float | None], keep: int) -> Column:
+        return column(heading, [share(value) for value in values], values, keep)
+
+    chances = [row.p_value for row in rows]
+    return fitted(
+        [
+            Column(heading="symbol", cells=[row.symbol for row in rows]),
+            Column(heading="study", cells=[row.study for row in rows], shorter=[row.model for row in rows], keep=6),
+            numbers("incumbent", [row.incumbent_mae for row in rows], 7),
+            numbers("best", [row.best_mae for row in rows], 8),
+            shares("improvement", [row.improvement for row in rows], 9),
+            Column(heading="95 % interval", cells=[_interval(row) for row in rows], keep=4),
+            column("p", [NOTHING if p is None else f"{p:.3f}" for p in chances], chances, 5),
+            shares("on search", [row.improvement_validation for row in rows], 1),
+            shares("on test", [row.improvement_test for row in rows], 3),
+            shares("skill", [row.skill for row in rows], 2),
+            Column(heading="decision", cells=[row.decision for row in rows], keep=11),
+            Column(heading="reason", cells=[row.reason for row in rows], keep=10),
+        ],
+        width,
+        blanks=True,
+    )
+
+
+def _interval(row: Row) -> str:
+    low, high = row.improvement_low, row.improvement_high
+    return NOTHING if low is None or high is None else f"{100 * low:+.1f} .. {100 * high:+.1f}%"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def run_workers(
         try:
             keeper.say = say  # the table is closed
             keeper.write()
-            listing.show(storage, shown, plain=plain)
+            listing.print_rows(storage, shown, plain=plain)
             progress = slots.progress(storage)
             for study in working:
                 for parked in slots.parked(storage, study.study_id)[:1]:

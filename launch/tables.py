@@ -1,4 +1,4 @@
-"""Tables of any terminal's width: a line is never wrapped, what does not fit is left out; and how numbers read."""
+"""Tables of any terminal's width: what does not fit is left out, hardly a cell is wrapped; and how numbers read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ NOTHING = "-"
 class Column:
     """One column of cells. The first of a table stays, whole if at all possible; of the others the highest `keep`.
 
-    shorter: what the cells say instead where not all columns have room.
+    shorter: what the cells say instead where not all columns have room. wraps: how narrow the cells may be wrapped; 0:
+    they may not.
     """
 
     heading: str
@@ -26,29 +27,44 @@ class Column:
     shorter: Sequence[str] = ()
     right: bool = False
     keep: int = 0
+    wraps: int = 0
 
     @property
     def width(self) -> int:
         return max(cell_len(text) for text in (self.heading, *self.cells))
 
+    @property
+    def least(self) -> int:
+        """The width without which the column is left out."""
+        return min(self.width, self.wraps or self.width)
 
-def fitted(columns: Sequence[Column], width: int) -> Table:
-    """A table of at most `width` cells a line, without the columns that say nothing or have no room."""
+
+def fitted(columns: Sequence[Column], width: int, *, blanks: bool = False) -> Table:
+    """A table of at most `width` cells a line, without the columns that have no room.
+
+    blanks: columns that say nothing stay while all have room.
+    """
+
+    def needed(columns: Sequence[Column]) -> int:
+        return sum(GAP + column.least for column in columns)
+
     first, *others = columns
-    others = [column for column in others if any(cell not in ("", NOTHING) for cell in column.cells)]
-    if first.width + sum(GAP + column.width for column in others) > width:
+    if not blanks or first.width + needed(others) > width:
+        others = [column for column in others if any(cell not in ("", NOTHING) for cell in column.cells)]
+    if first.width + needed(others) > width:
         first, *others = (replace(c, cells=c.shorter) if c.shorter else c for c in (first, *others))
-    while others and first.width + sum(GAP + column.width for column in others) > width:
+    while others and first.width + needed(others) > width:
         others.remove(min(reversed(others), key=lambda column: column.keep))
-    room = max(1, width - sum(GAP + column.width for column in others))
+    room = max(1, width - needed(others))
+    spare = max(0, room - first.width)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP // 2))
     for column in (first, *others):
         table.add_column(
             Text(column.heading),
             justify="right" if column.right else "left",
-            width=min(column.width, room) if column is first else column.width,
-            no_wrap=True,
-            overflow="ellipsis",
+            width=min(column.width, room if column is first else column.least + spare),
+            no_wrap=not column.wraps,
+            overflow="fold" if column.wraps else "ellipsis",
         )
     for cells in zip(*(column.cells for column in (first, *others)), strict=True):
         table.add_row(*(Text(cell) for cell in cells))

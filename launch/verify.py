@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from forecasters import COMPILE_MODES, ForecastError, LoadedForecaster, Running
+from launch.tables import Column, fitted
 from objectives.aggregation import Draw, parse
 from objectives.windows import Windows
 
@@ -190,19 +192,53 @@ def row(job: Job, mode: str, measured: Measured, eager: Measured) -> Row:
     )
 
 
-def shown(row: Row) -> dict[str, str]:
-    """A row as a table shows it."""
-    formats = {
-        "speedup": ".2f",
-        "difference": ".1e",
-        "moved": ".4%",
-        "mae_change": ".1e",
-        "warmup_s": ".1f",
-        "mean_s": ".3f",
-        "std_s": ".3f",
-        "peak_mib": ".0f",
-    }
-    return {name: format(value, formats.get(name, "")) for name, value in asdict(row).items()}
+COLUMNS = {  # headings of a table; of a narrow one's columns the highest stay
+    "model": ("model", 0),
+    "symbol": ("symbol", 7),
+    "mode": ("mode", 12),
+    "warmup_s": ("warm-up s", 6),
+    "mean_s": ("s", 8),
+    "std_s": ("+-", 1),
+    "speedup": ("times eager", 10),
+    "difference": ("difference / std", 4),
+    "moved": ("moved samples", 5),
+    "mae_change": ("MAE change", 9),
+    "graphs": ("graphs", 3),
+    "recompilations": ("again", 0),
+    "breaks": ("breaks", 0),
+    "skips": ("skipped", 0),
+    "peak_mib": ("peak MiB", 2),
+    "compilation": ("ran as", 11),
+}
+FAULTS = {"recompilations", "breaks", "skips"}  # say why a row fails, where they are not nought
+FAULTY = 13  # how high they stay then
+FORMATS = {
+    "speedup": ".2f",
+    "difference": ".1e",
+    "moved": ".4%",
+    "mae_change": ".1e",
+    "warmup_s": ".1f",
+    "mean_s": ".3f",
+    "std_s": ".3f",
+    "peak_mib": ".0f",
+}
+NARROWEST_REASON = 20  # "ran as" also says why a mode failed, in a sentence or two
+
+
+def table(rows: Sequence[Row], width: int) -> Table:
+    """The rows in lines of at most `width` cells; a narrow one leaves out least what a row fails by."""
+
+    def column(name: str) -> Column:
+        heading, keep = COLUMNS[name]
+        values = [getattr(row, name) for row in rows]
+        return Column(
+            heading=heading,
+            cells=[format(value, FORMATS.get(name, "")) for value in values],
+            keep=FAULTY if name in FAULTS and any(values) else keep,
+            wraps=NARROWEST_REASON if name == "compilation" else 0,
+        )
+
+    return fitted([column(name) for name in COLUMNS], width)
 
 
 def _mae(windows: Windows, points: np.ndarray) -> float:

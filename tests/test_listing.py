@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from launch import listing, tables
+from launch import listing, promote, tables
 from launch.listing import Row
 from launch.tables import Column, fitted
 from storage import database, slots
@@ -223,8 +223,34 @@ def test_studies_that_differ_in_their_last_bar_keep_their_names() -> None:
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:
-    table = fitted([Column(heading="a", cells=["1"]), Column(heading="b", cells=["-"])], 80)
-    assert len(table.columns) == 1
+    columns = [Column(heading="a", cells=["1"]), Column(heading="b", cells=["-"])]
+    assert len(fitted(columns, 80).columns) == 1
+    assert len(fitted(columns, 4, blanks=True).columns) == 2  # there is room for both
+    assert len(fitted(columns, 3, blanks=True).columns) == 1
+
+
+DECIDED = promote.Row(
+    symbol="BTCUSD", study="BTCUSD/kronos@2026-03-19", model="kronos", incumbent_model="toto", incumbent_mae=0.012345,
+    best_mae=0.0119, improvement=0.0361, improvement_low=0.012, improvement_high=0.0843, p_value=0.0213,
+    improvement_validation=0.05, improvement_test=-0.01, skill=0.0123, test_mae=0.013, incumbent_test_mae=0.0131,
+    windows=250, decision="kept", reason="below the threshold", next=None, path=None, written=(), pairs=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 240])
+def test_a_decision_and_its_reason_are_on_one_line_at_any_width(width: int) -> None:
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(promote.table([DECIDED], width))
+    head, line = captured.get().splitlines()
+    assert max(len(head), len(line)) <= width
+    cells = re.split("  +", line.strip())
+    assert (cells[0], *cells[-2:]) == ("BTCUSD", "kept", "below the threshold")
+    if width >= 80:
+        assert "+3.61%" in line
+    if width == 240:
+        numbers = ("0.012345", "0.011900", "+3.61%", "+1.2 .. +8.4%", "0.021", "+5.00%", "-1.00%", "+1.23%")
+        assert cells == ["BTCUSD", DECIDED.study, *numbers, "kept", "below the threshold"]
 
 
 def test_numbers_for_people() -> None:

@@ -1,6 +1,7 @@
 """`studies verify-compile`: what it measures, what it refuses, and what it says."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import forecasters
 from forecasters import Bars, Running, compilation
@@ -54,7 +56,7 @@ def test_a_mode_stands_beside_eager(job: verify.Job):
     assert compiled.moved == compiled.recompilations == compiled.breaks == 0
     assert compiled.mae_change < 1e-4
     assert compiled.passed
-    assert verify.shown(compiled)["mode"] == "default"
+    assert [str(cell) for cell in verify.table([compiled], 240).columns[2].cells] == ["default"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,21 @@ def test_what_is_not_the_same_does_not_pass(job: verify.Job, change: dict[str, A
 
     rows = verify.compare(job, ["default"], run=run)
     assert {"passed": False} | seen == {name: getattr(rows[1], name) for name in ({"passed": False} | seen)}
+
+
+def test_a_narrow_table_says_what_a_row_fails_by(job: verify.Job):
+    eager = verify.compare(job, [], run=here)[0]
+    why = "default failed: InductorError: there is no compiler of C++ on this machine, neither g++ nor clang"
+    rows = [eager, replace(eager, mode="default", compilation=why, breaks=3, passed=False)]
+    console = Console(width=80, color_system=None)
+    with console.capture() as captured:
+        console.print(verify.table(rows, 80))
+    head, *lines = captured.get().splitlines()
+    assert max(map(len, (head, *lines))) <= 80
+    assert {"model", "mode", "breaks", "ran as"} <= set(re.split("  +", head.strip()))
+    assert {"again", "skipped"}.isdisjoint(head.split())  # of which there are none
+    reason = " ".join(line[head.index("ran as") :].strip() for line in lines[1:])
+    assert reason == why  # to its end, in lines
 
 
 def test_a_graph_that_the_trials_did_not_warm_up_counts_as_made_again(job: verify.Job):
