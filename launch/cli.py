@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,8 @@ def promote(
     from launch import promote as promoting
 
     if rollback:
-        roll_back(config, rollback, dry_run=dry_run, as_json=as_json)
+        (symbol,) = checked_symbols([[rollback]])
+        promoting.roll_back(config, symbol, dry_run=dry_run, as_json=as_json)
         return
     if on == "validation":
         say(
@@ -196,26 +196,6 @@ def promote(
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")
         notes.decided(storage, artifacts_folder(config), rows, say=say)
-
-
-def roll_back(config: Config, symbol: str, *, dry_run: bool, as_json: bool) -> None:
-    from storage import configs
-
-    (symbol,) = checked_symbols([[symbol]])
-    restored = configs.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
-    if as_json:
-        click.echo(json.dumps(asdict(restored), indent=2, default=str))
-        return
-    for path in restored.restored:
-        click.echo(f"{path}: {'would be put back' if dry_run else 'put back'}")
-    for path in restored.removed:
-        click.echo(f"{path}: {'would be removed' if dry_run else 'removed'}, as it was before the promotion")
-    if restored.mismatch:
-        say(f"{restored.mismatch}: is not what best says; readers that take the parameters from there get others")
-    say(
-        f"{symbol}: the promotion of {restored.promoted_at} is {'to be' if dry_run else ''} undone".replace("  ", " ")
-        + f"; {restored.remaining} more can be rolled back"
-    )
 
 
 # --- studies --------------------------------------------------------------------------------------------------

@@ -5,15 +5,18 @@ Reads the confirmations and the promoted files; loads no model. The rule itself 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
+import click
 from rich.table import Table
 
+from launch.output import say
 from launch.tables import NOTHING, Column, fitted, number, share
 from storage import configs, slots
 from storage.configs import Record
@@ -444,3 +447,21 @@ def _metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
         "latency_s": sum(measured["seconds"].values()),
         "num_predictions": measured["windows"],
     }
+
+
+def roll_back(config: Config, symbol: str, *, dry_run: bool, as_json: bool) -> None:
+    """Put back what the last promotion of a symbol replaced, and say so. Raises ConfigFileError."""
+    restored = configs.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps(asdict(restored), indent=2, default=str))
+        return
+    for path in restored.restored:
+        click.echo(f"{path}: {'would be put back' if dry_run else 'put back'}")
+    for path in restored.removed:
+        click.echo(f"{path}: {'would be removed' if dry_run else 'removed'}, as it was before the promotion")
+    if restored.mismatch:
+        say(f"{restored.mismatch}: is not what best says; readers that take the parameters from there get others")
+    say(
+        f"{symbol}: the promotion of {restored.promoted_at} is {'to be' if dry_run else ''} undone".replace("  ", " ")
+        + f"; {restored.remaining} more can be rolled back"
+    )
