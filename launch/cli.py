@@ -374,33 +374,17 @@ def verify_compile(
     studies verify-compile --models kronos --symbols BTCUSD --modes default
     """
     from launch import devices, verify
-    from launch.worker import checkpoint_of
     from objectives.windows import list_symbols
-    from studies import space as spaces
     from studies import study as studying
 
     device = device or ("cuda:0" if devices.visible_gpus() else "cpu")
-    asked = flat(modes) or (verify.MODES if device.startswith("cuda") else verify.MODES[:1])
-    for mode in asked:
-        if mode not in verify.MODES:
-            raise click.BadParameter(f"{mode!r}; the modes are {', '.join(verify.MODES)}", param_hint="--modes")
+    asked = verify.checked_modes(flat(modes), device)
     names = checked_symbols(symbols) or config.data.symbols or sorted(list_symbols(config.data.dir)[0])[:1]
     series, notes = studying.read_series(config, names)
     for note in notes:
         say(note)
-    rows = []
-    for each in series:
-        windows = studying.split_windows(config, each.symbol, each.bars).validation
-        for model in checked_models(models, config):
-            job = verify.Job(
-                model=model,
-                checkpoint=checkpoint_of(config, model),
-                device=device,
-                windows=windows,
-                trials=verify.random_trials(spaces.make(model, config), trials),
-                repeats=repeats,
-            )
-            rows += verify.compare(job, asked)
+    jobs = verify.jobs(config, series, checked_models(models, config), device=device, trials=trials, repeats=repeats)
+    rows = [row for job in jobs for row in verify.compare(job, asked)]
     show(rows, verify.table, as_json=as_json)
     if not all(row.passed for row in rows):
         say("compiled forecasts are not those of eager ones, or were not compiled once; see the rows")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 from rich.table import Table
 
@@ -22,6 +23,10 @@ from forecasters import COMPILE_MODES, ForecastError, LoadedForecaster, Running
 from launch.tables import Column, fitted
 from objectives.aggregation import Draw, parse
 from objectives.windows import Windows
+from studies.config import Config
+
+if TYPE_CHECKING:
+    from studies.study import Series
 
 EAGER = "off"
 MODES = tuple(mode for mode in COMPILE_MODES if mode not in ("auto", EAGER))
@@ -87,6 +92,36 @@ class Row:
     skips: int
     peak_mib: float
     passed: bool
+
+
+def checked_modes(modes: Sequence[str], device: str) -> Sequence[str]:
+    """The modes asked for, else those that there are for a device. Usage error for an unknown one."""
+    for mode in modes:
+        if mode not in MODES:
+            raise click.BadParameter(f"{mode!r}; the modes are {', '.join(MODES)}", param_hint="--modes")
+    return modes or (MODES if device.startswith("cuda") else MODES[:1])
+
+
+def jobs(
+    config: Config, series: Iterable[Series], models: Sequence[str], *, device: str, trials: int, repeats: int
+) -> Iterator[Job]:
+    """Every symbol with every model, on the windows of a search. Raises DataError where there are too few bars."""
+    # Late: these bring Optuna, which the process of a mode need not load.
+    from launch.worker import checkpoint_of
+    from studies import space as spaces
+    from studies.study import split_windows
+
+    for each in series:
+        windows = split_windows(config, each.symbol, each.bars).validation
+        for model in models:
+            yield Job(
+                model=model,
+                checkpoint=checkpoint_of(config, model),
+                device=device,
+                windows=windows,
+                trials=random_trials(spaces.make(model, config), trials),
+                repeats=repeats,
+            )
 
 
 def compare(job: Job, modes: Sequence[str], *, run: Callable[[Job, str], Measured] | None = None) -> list[Row]:
