@@ -28,7 +28,7 @@ from launch.options import (
     shared,
     symbols_option,
 )
-from launch.output import plural, say, show, wide_console
+from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
 from storage import DatabaseUnavailable
 from studies.config import Config, ConfigError
@@ -107,7 +107,7 @@ def launch_workers(
             say(note)
     working = [item.study for item in opened if item.state != "finished"]
     if not working:
-        say(f"nothing to do: {len(opened)} {plural('study', len(opened))} finished at the newest bar")
+        say(f"nothing to do: {counted(len(opened), 'study')} finished at the newest bar")
         listing.print_rows(storage, [item.study.study_id for item in opened], plain=plain)
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
@@ -191,7 +191,7 @@ def promote(
             say(f"{row.symbol}: {row.reason}; {row.next}")
     promoted = sum(row.decision == "promoted" for row in rows)
     written = "would be promoted" if dry_run else "promoted"
-    say(f"{promoted} of {len(rows)} {plural('symbol', len(rows))} {written}" if promoted else "nothing to promote")
+    say(f"{promoted} of {counted(len(rows), 'symbol')} {written}" if promoted else "nothing to promote")
     if not dry_run:
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.output import say, show
+from launch.output import counted, say, show
 from launch.tables import NOTHING, Column, fitted, number, share
 from storage import database, slots
 from storage.database import RetryingStorage
@@ -193,8 +193,7 @@ def as_text(found: Mapping[str, Any], width: int) -> RenderableType:
     if found["confirmation"]:
         confirmed = found["confirmation"]
         of = ", ".join(f"{part['count']} {name}" for name, part in confirmed["windows"].items() if name != "validation")
-        passes = confirmed["passes"]
-        heading = f"confirmed on {of} windows, {passes} {'pass' if passes == 1 else 'passes'}"
+        heading = f"confirmed on {of} windows, {counted(confirmed['passes'], 'pass')}"
         parts += _section(heading, _confirmed(confirmed, width))
     parts += _section("configurations", _configurations(found))
     parts += _section("worker time by stage", _seconds(found["seconds"], width))

@@ -30,6 +30,7 @@ from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
+from launch.output import counted
 from launch.streams import Stderr
 from launch.supervisor import Child
 from launch.tables import Column, duration, fitted, number, rate, share
@@ -128,8 +129,8 @@ def view(state: State, width: int, height: int, *, silent_s: float = 0.0) -> Ren
     for_workers = min(len(state.workers), max(room // 2, room - len(state.studies) - 1))
     workers, more = _rows(state.workers, for_workers)
     parts: list[RenderableType] = [_worker_table(workers, width)]
-    others = [f"{more} more {_workers(more)}"] if more else []
-    others += [f"{state.elsewhere} {_workers(state.elsewhere)} of other runs"] if state.elsewhere else []
+    others = [counted(more, "more worker")] if more else []
+    others += [f"{counted(state.elsewhere, 'worker')} of other runs"] if state.elsewhere else []
     if others:
         parts.append(_line(f"and {' and '.join(others)}", width))
         room -= 1
@@ -142,10 +143,6 @@ def view(state: State, width: int, height: int, *, silent_s: float = 0.0) -> Ren
         shown = {study.name for study in studies}
         parts.append(_line(_others([study for study in state.studies if study.name not in shown]), width))
     return Group(*parts, "", bar)
-
-
-def _workers(count: int) -> str:
-    return "worker" if count == 1 else "workers"
 
 
 def _rows(workers: Sequence[WorkerLine], room: int) -> tuple[Sequence[WorkerLine], int]:
@@ -163,7 +160,7 @@ def _others(studies: Sequence[StudyLine]) -> str:
         "to come": sum(study.open > 0 and study.done == 0 for study in studies),
     }
     told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"and {len(studies)} other {'study' if len(studies) == 1 else 'studies'}: {told}"
+    return f"and {counted(len(studies), 'other study')}: {told}"
 
 
 def _line(words: str, width: int) -> Text:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import figures
+from launch.output import counted
 from launch.promote import Row
 from storage import board, database, slots
 from storage.board import Image
@@ -266,7 +267,7 @@ def _overview(facts: Facts) -> list[tuple[str, ...]]:
     definition, counts = facts.study.definition, facts.study.definition["windows"]
     rows = [
         ("State", f"{facts.state}: {progress_text(facts)}"),
-        ("Forecast", f"{counts['horizon']} {'bar' if counts['horizon'] == 1 else 'bars'} ahead"),
+        ("Forecast", f"{counted(counts['horizon'], 'bar')} ahead"),
         (
             "Error",
             f"{definition['metric']}, mean \\|forecast - close\\| in % of the last close, {definition['objective']}",
@@ -311,8 +312,7 @@ def _confirmation(facts: Facts) -> str:
         return (
             "Comes when the budget is spent: the five best trials and the incumbent on more windows, with fresh seeds."
         )
-    passes = result["passes"]
-    told = f"{passes} {'pass' if passes == 1 else 'passes'} with fresh seeds"
+    told = f"{counted(result['passes'], 'pass')} with fresh seeds"
     if result["sampling_error"]:
         told += f"; sampling leaves {share_text(result['sampling_error'], sign=False)} of each error uncertain"
     rows = [(*row[:-1], _code(row[-1]) if row[-1] else "") for row in confirmed_rows(result)]

@@ -36,8 +36,8 @@ def wide_console(*, plain: bool = False) -> Console:
     return Console(width=width, highlight=False, color_system=None if plain else "auto")
 
 
-def plural(word: str, count: int) -> str:
-    """The word as it stands after that number."""
-    if count == 1:
-        return word
-    return word[:-1] + "ies" if word.endswith("y") else word + "s"
+def counted(count: int, words: str) -> str:
+    """So many of what the last word names: "1 pass", "2 more studies"."""
+    if count != 1:
+        words = f"{words[:-1]}ies" if words.endswith("y") else f"{words}es" if words.endswith("s") else f"{words}s"
+    return f"{count} {words}"

@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 from launch import figures, notes
 from launch import promote as promoting
 from launch.notes import CONFIRMED_HEAD, Facts, gain_text, mae_text, share_text
+from launch.output import counted
 from launch.promote import Row, Rule
 from storage import configs, slots
 from storage.database import RetryingStorage
@@ -91,7 +92,7 @@ def make(
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     return Report(
         title="Forecast studies",
-        subtitle=f"{made}: {_count(len(rows), 'symbol')}, {_count(len(found), 'study')}, {done} of {budget} trials"
+        subtitle=f"{made}: {counted(len(rows), 'symbol')}, {counted(len(found), 'study')}, {done} of {budget} trials"
         + (f", {notes.duration_text(seconds)} of workers' time" if seconds else ""),
         decisions=_decisions(rows),
         in_use=_in_use(config, [row.symbol for row in rows]),
@@ -103,12 +104,6 @@ def make(
         f"Optuna {importlib.metadata.version('optuna')}; promotion asks for an improvement of more than "
         f"{share_text(rule.min_improvement, sign=False)}.",
     )
-
-
-def _count(number: int, word: str) -> str:
-    if number == 1:
-        return f"1 {word}"
-    return f"{number} {word[:-1]}ies" if word.endswith("y") else f"{number} {word}s"
 
 
 def _decisions(rows: Sequence[Row]) -> Table:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch import listing, live, notes, ray_cluster, streams, supervisor
 from launch.devices import Seat
-from launch.output import plural, say
+from launch.output import counted, say
 from launch.places import artifacts_folder
 from launch.ray_cluster import Cluster
 from launch.worker import Job
@@ -43,7 +43,7 @@ def run_workers(
     url, secret = database.hand_over(storage.engine.url)
     study_ids = [study.study_id for study in working]
     kinds = sorted({seat.device.split(":")[0] for seat in seats})
-    say(f"{len(seats)} {'/'.join(kinds)} {plural('worker', len(seats))}; logs in {folder}")
+    say(f"{counted(len(seats), '/'.join(kinds) + ' worker')}; logs in {folder}")
     if cluster is None:
         supervise = supervisor.Supervisor
     else:
