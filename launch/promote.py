@@ -461,7 +461,5 @@ def roll_back(config: Config, symbol: str, *, dry_run: bool, as_json: bool) -> N
         click.echo(f"{path}: {'would be removed' if dry_run else 'removed'}, as it was before the promotion")
     if restored.mismatch:
         say(f"{restored.mismatch}: is not what best says; readers that take the parameters from there get others")
-    say(
-        f"{symbol}: the promotion of {restored.promoted_at} is {'to be' if dry_run else ''} undone".replace("  ", " ")
-        + f"; {restored.remaining} more can be rolled back"
-    )
+    undone = "to be undone" if dry_run else "undone"
+    say(f"{symbol}: the promotion of {restored.promoted_at} is {undone}; {restored.remaining} more can be rolled back")
