@@ -51,10 +51,6 @@ class Facts:
     def best_trial(self) -> int | None:
         return min(self.values, key=lambda number: (self.values[number], number), default=None)
 
-    @property
-    def state(self) -> str:
-        return "running" if self.progress.open else "parked" if self.progress.parked else "finished"
-
 
 class Keeper:
     """Reports how far a run is, and now and then rewrites the notes of the studies that moved.
@@ -254,7 +250,7 @@ def note(facts: Facts, image: Image | None = None) -> str:
 def next_command(facts: Facts) -> str:
     """The command that takes the study a step further."""
     study = facts.study
-    if facts.state != "finished" or facts.result is None:
+    if facts.progress.state != "finished" or facts.result is None:
         return f"launch-workers --symbols {study.symbol} --models {study.model}"
     if facts.decision and "; next: " in facts.decision:
         return facts.decision.rsplit("; next: ", 1)[1]
@@ -266,7 +262,7 @@ def next_command(facts: Facts) -> str:
 def _overview(facts: Facts) -> list[tuple[str, ...]]:
     definition, counts = facts.study.definition, facts.study.definition["windows"]
     rows = [
-        ("State", f"{facts.state}: {progress_text(facts)}"),
+        ("State", f"{facts.progress.state}: {progress_text(facts)}"),
         ("Forecast", f"{counted(counts['horizon'], 'bar')} ahead"),
         (
             "Error",

@@ -172,7 +172,7 @@ def _overview(found: Sequence[Facts]) -> Table:
         rows.append(
             (
                 facts.study.name,
-                facts.state,
+                facts.progress.state,
                 notes.progress_text(facts),
                 _known(mae, mae_text),
                 _known(facts.incumbent_mae, mae_text),

@@ -48,6 +48,11 @@ class Progress:
     parked: int  # of every stage
     open: int
 
+    @property
+    def state(self) -> str:
+        """Of the study: "running", "parked" or "finished"."""
+        return "running" if self.open else "parked" if self.parked else "finished"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Busy:
