@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.output import counted, say, show
-from launch.tables import NOTHING, Column, fitted, number, share
+from launch.tables import NOTHING, Column, assigned, fitted, number, share
 from storage import database, slots
 from storage.database import RetryingStorage
 from studies import importance
@@ -203,7 +203,7 @@ def as_text(found: Mapping[str, Any], width: int) -> RenderableType:
     definition = found["definition"]
     parts.append(Text())
     parts += [Text(f"{key:<10} {definition[key]}") for key in ("bars", "checkpoint")]
-    parts.append(Text(f"{'windows':<10} {_params(definition['windows'])}"))
+    parts.append(Text(f"{'windows':<10} {assigned(definition['windows']) or NOTHING}"))
     return Group(*parts)
 
 
@@ -272,7 +272,9 @@ def _configurations(found: Mapping[str, Any]) -> RenderableType:
     named |= {label: one["params"] for label, one in confirmed["baselines"].items()}
     errors = [f"{label}: {one['error']}" for label, one in confirmed["baselines"].items() if "error" in one]
     width = max((len(name) for name in named), default=0)
-    return Group(*(_hanging(name, _params(params), width) for name, params in named.items()), *map(Text, errors))
+    return Group(
+        *(_hanging(name, assigned(params) or NOTHING, width) for name, params in named.items()), *map(Text, errors)
+    )
 
 
 def _hanging(name: str, words: str, width: int) -> Table:
@@ -309,8 +311,3 @@ def _importances(found: Mapping[str, Any], width: int) -> RenderableType:
         ],
         width,
     )
-
-
-def _params(params: Mapping[str, Any]) -> str:
-    values = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in params.items()}
-    return " ".join(f"{name}={value}" for name, value in values.items()) or NOTHING

@@ -17,6 +17,7 @@ from typing import Any
 from launch import figures
 from launch.output import counted
 from launch.promote import Row
+from launch.tables import assigned
 from storage import board, database, slots
 from storage.board import Image
 from storage.database import RetryingStorage
@@ -294,7 +295,7 @@ def _search(facts: Facts) -> str:
     if best is not None:
         mae = facts.values[best]
         gain, skill = gain_text(mae, facts.incumbent_mae), gain_text(mae, no_change)
-        rows.append((f"**trial {best}**", mae_text(mae), gain, skill, _code(params_text(facts.best_params))))
+        rows.append((f"**trial {best}**", mae_text(mae), gain, skill, _code(assigned(facts.best_params))))
     if facts.incumbent_mae is not None:
         rows.append(("incumbent", mae_text(facts.incumbent_mae), "", gain_text(facts.incumbent_mae, no_change), ""))
     if no_change is not None:
@@ -334,7 +335,7 @@ def confirmed_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         mae, test = one["confirmation"]["mae"], one["test"]["mae"]
         gain = "" if name == "incumbent" else gain_text(mae, old)
         skill = share_text(one["confirmation"]["skill"])
-        rows.append((name, mae_text(mae), gain, skill, mae_text(test), params_text(one["params"])))
+        rows.append((name, mae_text(mae), gain, skill, mae_text(test), assigned(one["params"])))
     no_change = result["no_change"]
     mae, test = no_change["confirmation"]["mae"], no_change["test"]["mae"]
     return [*rows, ("no change", mae_text(mae), "", "", mae_text(test), "")]
@@ -422,14 +423,6 @@ def gain_text(mae: float, reference: float | None) -> str:
 
 def share_text(value: float, *, sign: bool = True) -> str:
     return f"{100 * value:{'+' if sign else ''}.2f} %"
-
-
-def params_text(params: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={_number(value)}" for name, value in params.items())
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _code(error: str) -> str:

@@ -22,6 +22,7 @@ from launch import promote as promoting
 from launch.notes import CONFIRMED_HEAD, Facts, gain_text, mae_text, share_text
 from launch.output import counted
 from launch.promote import Row, Rule
+from launch.tables import assigned
 from storage import configs, slots
 from storage.database import RetryingStorage
 from studies import importance
@@ -152,7 +153,7 @@ def _in_use(config: Config, symbols: Sequence[str]) -> Table:
             (
                 symbol,
                 record.model,
-                notes.params_text(record.config),
+                assigned(record.config),
                 f"{known.get('study', '')}{trial}",
                 str(known.get("promoted_at", "")),
                 why,

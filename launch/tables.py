@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -79,6 +80,11 @@ def number(value: float | None) -> str:
 def share(value: float | None, digits: int = 2) -> str:
     """A relative gain or a skill, in per cent."""
     return NOTHING if value is None else f"{100 * value:+.{digits}f}%"
+
+
+def assigned(values: Mapping[str, Any]) -> str:
+    """Names and values in one line: "aggregate=mean num_samples=64"."""
+    return " ".join(f"{name}={f'{one:.6g}' if isinstance(one, float) else one}" for name, one in values.items())
 
 
 def rate(a_second: float | None) -> str:
