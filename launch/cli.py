@@ -10,8 +10,9 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -70,8 +71,6 @@ def launch_workers(
     launch-workers --cpus 2 --symbols BTCUSD,AAPL --trials 100
     launch-workers --ray head.example:6379 --gpus-total 16
     """
-    from dataclasses import replace
-
     from launch import devices, listing, ray_cluster
     from launch.worker import checkpoint_fingerprint
     from storage import database
@@ -155,8 +154,6 @@ def promote(
     promote --min-improvement 0.01
     promote --rollback BTCUSD
     """
-    from typing import cast
-
     from launch import notes, summary
     from launch import promote as promoting
 
@@ -253,8 +250,6 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     \b
     studies confirm BTCUSD/toto@2026-03-19
     """
-    from dataclasses import replace
-
     from launch import devices
     from launch.worker import checkpoint_fingerprint
     from studies import study as studying
