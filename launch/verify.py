@@ -83,7 +83,7 @@ class Row:
     mean_s: float
     std_s: float
     speedup: float  # of the means
-    difference: float  # largest, of the first trial's points
+    difference: float  # largest, of any trial's points
     moved: float  # share of the first trial's samples that took another branch
     mae_change: float  # largest over the trials, relative
     graphs: int
@@ -194,10 +194,8 @@ def answer(forecaster: LoadedForecaster, windows: Windows, params: Mapping[str, 
 def row(job: Job, mode: str, measured: Measured, eager: Measured) -> Row:
     contexts = job.windows.contexts(range(len(job.windows)))
     deviation = np.array([context.close[-DEVIATION_BARS:].std() for context in contexts])[:, None]  # [W, 1]
-    changes = [
-        abs(_mae(job.windows, ours) / _mae(job.windows, theirs) - 1)
-        for ours, theirs in zip(measured.points, eager.points, strict=True)
-    ]
+    pairs = list(zip(measured.points, eager.points, strict=True))
+    changes = [abs(_mae(job.windows, ours) / _mae(job.windows, theirs) - 1) for ours, theirs in pairs]
     moved = (np.abs(measured.samples - eager.samples) / deviation[..., None]).max(-1) > MOVED  # [W, S]
     failed = measured.compilation != mode
     bad = failed or max(changes) > MAE_TOLERANCE or measured.recompilations + measured.breaks + measured.skips > 0
@@ -215,7 +213,7 @@ def row(job: Job, mode: str, measured: Measured, eager: Measured) -> Row:
         mean_s=float(np.mean(measured.seconds)),
         std_s=float(np.std(measured.seconds)),
         speedup=float(np.mean(eager.seconds) / np.mean(measured.seconds)),
-        difference=float((np.abs(measured.points[0] - eager.points[0]) / deviation).max()),
+        difference=max(float((np.abs(ours - theirs) / deviation).max()) for ours, theirs in pairs),
         moved=float(moved.mean()),
         mae_change=max(changes),
         graphs=measured.graphs,

@@ -84,6 +84,16 @@ def test_what_is_not_the_same_does_not_pass(job: verify.Job, change: dict[str, A
     assert {"passed": False} | seen == {name: getattr(rows[1], name) for name in ({"passed": False} | seen)}
 
 
+def test_the_largest_difference_is_that_of_any_trial(job: verify.Job):
+    def run(job: verify.Job, mode: str) -> verify.Measured:
+        measured = here(job, "off")
+        first, second = measured.points
+        return measured if mode == "off" else replace(measured, points=[first, second + 1])
+
+    deviations = [context.close[-128:].std() for context in job.windows.contexts(range(len(job.windows)))]
+    assert verify.compare(job, ["default"], run=run)[1].difference == pytest.approx(1 / min(deviations))
+
+
 def test_a_narrow_table_says_what_a_row_fails_by(job: verify.Job):
     eager = verify.compare(job, [], run=here)[0]
     why = "default failed: InductorError: there is no compiler of C++ on this machine, neither g++ nor clang"
