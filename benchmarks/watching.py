@@ -60,7 +60,7 @@ def cpu_seconds(roots: list[int]) -> float:
 
 
 def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
-    """Search in this process and its workers until the rounds are over; each phase's trials, seconds and CPU seconds."""
+    """Search in this process and its workers until the rounds are over; trials, seconds and CPU seconds by phase."""
     from launch import cli, live, notes, places
     from storage import embedded, slots
     from studies import config as configuration
