@@ -24,7 +24,7 @@ from storage.database import RetryingStorage
 from storage.slots import Progress
 from studies.study import Study, list_studies
 
-EVERY_S = 10.0  # between two rewritings during a run
+EVERY_S = 30.0  # between two rewritings during a run; the first brings plotly and matplotlib, a second of CPU
 SHARE = 0.01  # of the time, at most, that they may take
 PARKED_SHOWN = 5
 DECISION, CONFIRMATION = "decision", "confirmation"  # study user attributes that are read again
