@@ -1,13 +1,14 @@
 """What it costs a search to be watched: one run, in turns with all of it and with none.
 
-`python -m benchmarks.watching [--rounds 6] [--phase 20]`, about nine minutes.
+`python -m benchmarks.watching [--rounds 12] [--phase 10]`, about nine minutes.
 
-The demonstration's four studies on two CPU workers, on a terminal of its own. While it is on there are the live table,
-the looks at the database that it shows, and the notes, plots and images for the dashboard; while it is off there is
-none of it. A round is four phases, on, off, off, on, so that what changes slowly cancels out: a sampler that knows
-more trials, other work on the machine. For each round: trials a second, and CPU time a trial of the supervisor, the
-workers and the server together, off by on and on by off: above 1 is what watching costs. Notes are written at most
-every so many seconds of the clock, of which half are off here, so while it is on they are written twice as often.
+Two studies of Toto on two CPU workers, on a terminal of its own: its trials all cost the same. While it is on there are
+the live table, the looks at the database that it shows, and the notes, plots and images for the dashboard; while it is
+off there is none of it. A round is four phases, on, off, off, on, so that what changes slowly cancels out: a sampler
+that knows more trials, other work on the machine. For each round: trials a second, and CPU time a trial of the
+supervisor, the workers and the server together, off by on and on by off: above 1 is what watching costs. Notes are
+written at most every so many seconds of the clock, of which half are off here, so while it is on they are written twice
+as often.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ from benchmarks import private, recording
 SETTINGS = """
 [toto]
 checkpoint = "toto-tiny"
-[kronos]
-checkpoint = "kronos-tiny"
 """
 ENDLESS = 100_000  # trials a study
 WARM_UP = 200  # trials, before the first phase
@@ -95,7 +94,7 @@ def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=measure, daemon=True).start()
-    words = ["--config", str(folder / "studies.toml"), "--cpus", "2", "--trials", str(ENDLESS)]
+    words = ["--config", str(folder / "studies.toml"), "--cpus", "2", "--models", "toto", "--trials", str(ENDLESS)]
     try:
         cli.launch_workers(words, standalone_mode=False)
     except SystemExit as ended:
@@ -146,8 +145,8 @@ def compared(phases: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = recording.parser("watching", __doc__)
-    parser.add_argument("--rounds", type=recording.at_least_one, default=6, help="of four phases")
-    parser.add_argument("--phase", type=float, default=20.0, metavar="SECONDS", help="of a phase")
+    parser.add_argument("--rounds", type=recording.at_least_one, default=12, help="of four phases")
+    parser.add_argument("--phase", type=float, default=10.0, metavar="SECONDS", help="of a phase")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.pop("OPTUNA_STORAGE", None)
