@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from storage import DatabaseUnavailable
 from studies.config import Config, ConfigError
+
+LOOK_S = 1.0  # between two looks at the private server: a lock and a file
 
 
 def server_folder(config: Config) -> Path:
@@ -51,6 +56,37 @@ def open_storage(config: Config, *, start: bool = False) -> Any:
 
     database.quiet_optuna()
     return database.open_storage(storage_url(config, start=start), wait_s=config.storage.wait_s)
+
+
+@contextmanager
+def kept_alive(config: Config, *, say: Callable[[str], None]) -> Iterator[None]:
+    """Start the private server again if it is killed meanwhile, as one short of memory is; not if it is stopped."""
+    if config.storage.url:
+        yield
+        return
+    from storage import embedded
+
+    folder, ended = server_folder(config), threading.Event()
+
+    def look() -> None:
+        told = ""
+        while not ended.wait(LOOK_S):
+            try:
+                if embedded.revive(folder, listen=config.storage.listen):
+                    say("the private server was killed; started it again")
+                    told = ""
+            except DatabaseUnavailable as error:
+                if str(error) != told:  # it is tried again, but said once
+                    told = str(error)
+                    say(told)
+
+    looker = threading.Thread(target=look, name="server", daemon=True)
+    looker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        looker.join()
 
 
 def shared_url(config: Config, host: str | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch import listing, live, notes, ray_cluster, streams, supervisor
 from launch.devices import Seat
 from launch.output import counted, say
-from launch.places import artifacts_folder
+from launch.places import artifacts_folder, kept_alive
 from launch.ray_cluster import Cluster
 from launch.worker import Job
 from storage import DatabaseUnavailable, database, slots
@@ -62,7 +62,7 @@ def run_workers(
         report=keeper,
     )
     view.watch(supervising.children)
-    with view:
+    with view, kept_alive(config, say=view.say):
         status = supervising.run()
     if cluster is not None:
         cluster.end()

@@ -102,6 +102,24 @@ def running(data_dir: Path) -> Server | None:
         return _server(place) if place and _why_not(place, _NAME) is None else None
 
 
+def revive(data_dir: Path, *, listen: str = "127.0.0.1") -> bool:
+    """Start the server again if it was killed; False where it runs, was stopped or never was.
+
+    A server that ends in good order removes its postmaster.pid: where one lies without a server, that was killed.
+    `listen` as in `start`. Raises DatabaseUnavailable.
+    """
+    folder = data_dir.expanduser().resolve()
+    with _plain_errors(folder):
+        place = _remembered(folder)
+        if place is None or not place.cluster.exists():
+            return False
+        with _open_private(folder / "server.lock") as lock:  # first: while it is ours no server lives that could stop
+            if not _try_lock(lock.fileno()) or not (place.cluster / "postmaster.pid").exists():
+                return False
+    start(folder, listen=listen)
+    return True
+
+
 def stop(data_dir: Path) -> bool:
     """Stop the server and wait until every process of it is gone; False if none ran.
 

@@ -165,6 +165,26 @@ def test_killed_postmaster_is_replaced_at_once(stopped: Path) -> None:
     assert _query(again, "select n from kept") == [(7,)]
 
 
+def test_only_a_killed_server_is_revived(stopped: Path) -> None:
+    nowhere = stopped.with_name("nowhere")
+    assert not embedded.revive(nowhere)
+    assert not nowhere.exists()
+    assert not embedded.revive(stopped)
+    server = embedded.start(stopped)
+    assert not embedded.revive(stopped)
+    _query(server, "create table kept as select 7 as n")
+    os.kill(_postmaster(stopped), signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while not embedded.revive(stopped):  # its children see within a moment that it is gone
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert embedded.running(stopped) == server
+    assert _query(server, "select n from kept") == [(7,)]
+    embedded.stop(stopped)
+    assert not embedded.revive(stopped)
+    assert embedded.running(stopped) is None
+
+
 def test_backends_that_survive_their_postmaster_are_waited_for(stopped: Path) -> None:
     server = embedded.start(stopped)
     with closing(psycopg2.connect(_dsn(server), passfile=str(server.passfile))) as connection:

@@ -348,6 +348,27 @@ def test_a_second_signal_ends_at_once(place: Place) -> None:
     place.wait_for("select count(*) from slots where state = 'busy'", 0, seconds=0)
 
 
+def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
+    del place.environment["OPTUNA_STORAGE"]
+    server = scratch / f"killed-{os.getpid()}"
+    (place.folder / "studies.toml").write_text(f'{SETTINGS}[storage]\ndata_dir = "{server}"\n')
+    supervisor = place.launch("--trials", "150")
+    try:
+        deadline = time.monotonic() + 60
+        while "#5 " not in "".join(log.read_text() for log in place.folder.glob("logs/*/worker-*.log")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(int((server / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0]), signal.SIGKILL)
+        _, said = supervisor.communicate(timeout=100)
+        assert supervisor.returncode == 0, said
+        assert "the private server was killed; started it again" in said
+        listed = json.loads(place.run("studies", "list", "--json").stdout)
+        assert {row["state"] for row in listed} == {"finished"}
+    finally:
+        supervisor.kill()
+        embedded.stop(server)
+
+
 def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Path) -> None:
     del place.environment["OPTUNA_STORAGE"]
     server = scratch / f"away-{os.getpid()}"
