@@ -6,7 +6,8 @@ Two studies of Toto on two CPU workers, on a terminal of its own: its trials all
 the live table, the looks at the database that it shows, and the notes, plots and images for the dashboard; while it is
 off there is none of it. A round is four phases, on, off, off, on, so that what changes slowly cancels out: a sampler
 that knows more trials, other work on the machine. For each round: trials a second, and CPU time a trial of the
-supervisor, the workers and the server together, off by on and on by off: above 1 is what watching costs. Notes are
+supervisor, the workers and the server together, off by on and on by off: above 1 is what watching costs; and, steadier
+than these, how much of all CPU time the threads took that look, write and draw, without the server's part. Notes are
 written at most every so many seconds of the clock, of which half are off here, so while it is on they are written twice
 as often.
 """
@@ -66,9 +67,18 @@ def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
 
     is_on = threading.Event()
 
+    watching = [0.0]  # CPU seconds, of the threads that look, write and draw
+
     def only_while_on(cls: Any, name: str) -> None:
         method = getattr(cls, name)
-        setattr(cls, name, lambda self: method(self) if is_on.is_set() else None)
+
+        def timed(self: Any) -> None:
+            if is_on.is_set():
+                began = time.thread_time()
+                method(self)
+                watching[0] += time.thread_time() - began
+
+        setattr(cls, name, timed)
 
     only_while_on(notes.Keeper, "__call__")  # the view's looks are made by it too
     only_while_on(live.View, "_draw")
@@ -79,7 +89,8 @@ def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
 
     def reading() -> dict[str, float]:
         done = sum(each.done for each in slots.progress(storage).values())
-        return {"trials": done, "seconds": time.perf_counter(), "cpu": cpu_seconds([os.getpid(), postmaster])}
+        cpu = cpu_seconds([os.getpid(), postmaster])
+        return {"trials": done, "seconds": time.perf_counter(), "cpu": cpu, "watching": watching[0]}
 
     def measure() -> None:
         is_on.set()
@@ -139,6 +150,7 @@ def compared(phases: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "trials a second, off / on": of(False, "trials", "seconds") / of(True, "trials", "seconds"),
         "CPU a trial, on / off": of(True, "cpu", "trials") / of(False, "cpu", "trials"),
+        "watching's own CPU / all": of(True, "watching", "cpu"),
         "trials a second": of(False, "trials", "seconds"),
     }
 
