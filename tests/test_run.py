@@ -348,10 +348,14 @@ def test_a_second_signal_ends_at_once(place: Place) -> None:
     place.wait_for("select count(*) from slots where state = 'busy'", 0, seconds=0)
 
 
-def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
+def with_a_server_of_its_own(place: Place, folder: Path) -> Path:
     del place.environment["OPTUNA_STORAGE"]
-    server = scratch / f"killed-{os.getpid()}"
-    (place.folder / "studies.toml").write_text(f'{SETTINGS}[storage]\ndata_dir = "{server}"\n')
+    (place.folder / "studies.toml").write_text(f'{SETTINGS}[storage]\ndata_dir = "{folder}"\n')
+    return folder
+
+
+def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
+    server = with_a_server_of_its_own(place, scratch / f"killed-{os.getpid()}")
     supervisor = place.launch("--trials", "150")
     try:
         deadline = time.monotonic() + 60
@@ -370,9 +374,7 @@ def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -
 
 
 def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Path) -> None:
-    del place.environment["OPTUNA_STORAGE"]
-    server = scratch / f"away-{os.getpid()}"
-    (place.folder / "studies.toml").write_text(f'{SETTINGS}[storage]\ndata_dir = "{server}"\n')
+    server = with_a_server_of_its_own(place, scratch / f"away-{os.getpid()}")
     supervisor = place.launch("--trials", "5000")
     try:
         deadline = time.monotonic() + 60
