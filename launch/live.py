@@ -442,6 +442,7 @@ class View:
         self._resumed = False  # after Ctrl-Z: the shell wrote below the table
         self._begun: tuple[float, int] | None = None  # when, and how many trials were done
         self._look_at = 0.0
+        self._look_s = 0.0  # of the last look
         self._asked_at: float | None = None  # the database, which has not answered yet
         self._told_silence = False
 
@@ -464,7 +465,9 @@ class View:
             self._asked_at = None
             ended = time.monotonic()
             every = DRAW_S if self._is_live else REPORT_S
-            self._look_at = ended + max(every, (ended - began) / LOOK_SHARE)
+            # One slow look, such as the first, holds nothing back; two in a row do.
+            before, self._look_s = self._look_s, ended - began
+            self._look_at = ended + max(every, min(before, self._look_s) / LOOK_SHARE)
 
     def __enter__(self) -> View:
         self._took = [

@@ -472,3 +472,24 @@ def test_lines_are_said_from_a_signal_handler_in_the_middle_of_another(capfd: py
     lines = capfd.readouterr().err.splitlines()
     assert [line for line in lines if line != "from the handler"] == [f"line {number}  [2J" for number in range(2000)]
     assert "from the handler" in lines
+
+
+def test_one_slow_look_holds_nothing_back_two_in_a_row_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, durations = 100.0, [0.5, 0.1, 0.5, 0.5]
+
+    def look() -> None:
+        nonlocal now
+        now += durations.pop(0)
+
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now))
+    shown = live.View(SimpleNamespace(), {})  # pyright: ignore[reportArgumentType] - its looks are ours
+    monkeypatch.setattr(shown._watch, "look", look)
+    pauses = []
+    while durations:
+        shown()
+        pauses.append(round(shown._look_at - now, 6))
+        before, now = len(durations), shown._look_at - 0.01
+        shown()
+        assert len(durations) == before  # not yet
+        now = shown._look_at
+    assert pauses == [live.REPORT_S] * 3 + [0.5 / live.LOOK_SHARE]
