@@ -278,10 +278,13 @@ class Toto:
                 except torch.OutOfMemoryError as error:
                     self.graphs.release()
                     what = f"{trajectories} trajectories of one window, {encoded.horizon} steps"
-                    run = min(self._windows_together, self._chunk) if self.graphs.on else count  # with the padding
-                    self._windows_together = halved(run, self.device, what, error)
+                    self._windows_together = halved(self._room(count), self.device, what, error)
                     continue
                 row, start = row + count, start + count
+
+    def _room(self, windows: int) -> int:
+        """How many windows a forward of the decoding has where these are left: a graph's are always as many, padded."""
+        return min(self._windows_together, self._chunk) if self.graphs.on else windows
 
     def _draw_long(
         self, encoded: Encoded, prefix: Prefix, start: int, seeds: Sequence[int], samples: np.ndarray
@@ -302,7 +305,7 @@ class Toto:
         uniforms: [W, N, H, 3], of which the first P steps are spent; None: the mixtures' means are fed back.
         """
         patch, windows = self.network.config.patch_size, len(begun)
-        room = min(self._windows_together, self._chunk) if self.graphs.on else windows  # a chunk's prefix at a time
+        room = self._room(windows)
         patches = (horizon - 1) // patch
         trajectories = Trajectories(
             self.network, prefix, begun.shape[1], patches=patches, graphs=self.graphs, room=room
