@@ -32,12 +32,14 @@ from sqlalchemy import text
 import forecasters
 from benchmarks import private, recording
 from launch.worker import Job, checkpoint_of
-from objectives import windows
-from objectives.mae import Evaluator
+from objectives.bars import read_bars
+from objectives.evaluation import Evaluator
 from storage import database, embedded, slots
 from storage.database import RetryingStorage
+from storage.progress import study_progress
 from studies import space as spaces
 from studies import study as studying
+from studies.series import Series, demo_bars
 
 LEASE_S = 2.0
 DEATHS_BORNE = 2  # of one worker in one supervisor's life: the third makes it give the device up
@@ -125,7 +127,7 @@ class Run:
         self.deaths.clear()
 
     def finished(self) -> int:
-        return sum(progress.done for progress in slots.progress(self.storage).values())
+        return sum(progress.done for progress in study_progress(self.storage).values())
 
     def wait_for(self, what: str, ready: Callable[[], Any], seconds: float = 120) -> Any:
         deadline = time.monotonic() + seconds
@@ -259,8 +261,8 @@ class Run:
         result.expect("slots done", sum(row.state == "done" for row in rows), total)
         result.expect("slots done twice", len(ended) - len(claims), 0)
         result.expect("trials without a slot", len(set(claims) - {row.claim for row in rows}), 0)
-        result.expect("parked slots", sum(p.parked for p in slots.progress(self.storage).values()), 0)
-        result.expect("open slots", sum(p.open for p in slots.progress(self.storage).values()), 0)
+        result.expect("parked slots", sum(p.parked for p in study_progress(self.storage).values()), 0)
+        result.expect("open slots", sum(p.open for p in study_progress(self.storage).values()), 0)
 
         compared, other = remeasure(self.storage, self.folder, trials)
         result.expect("trials measured anew", compared, total)
@@ -270,7 +272,7 @@ class Run:
 def cut_bars(folder: Path, count: int, *, bars: int) -> None:
     """So many symbols with so many bars each: pieces of the packaged indices, one after the other."""
     with tempfile.TemporaryDirectory() as whole:
-        paths = windows.demo_bars(whole)
+        paths = demo_bars(whole)
         folder.mkdir()
         for n in range(count):
             path = paths[n % len(paths)]
@@ -322,8 +324,8 @@ def remeasure(storage: RetryingStorage, folder: Path, trials: Mapping[str, list[
     )
     compared = other = 0
     for study in studying.list_studies(storage):
-        bars, _ = windows.read_bars(Path(job.series[study.symbol]))
-        series = studying.Series(symbol=study.symbol, path=Path(job.series[study.symbol]), bars=bars)
+        bars, _ = read_bars(Path(job.series[study.symbol]))
+        series = Series(symbol=study.symbol, path=Path(job.series[study.symbol]), bars=bars)
         run = studying.start(storage, job.config, study, series, evaluator.forecaster.fingerprint)
         known: dict[str, tuple[float, dict[int, float]]] = {}
         for trial in trials[study.name]:

@@ -26,10 +26,11 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from benchmarks import private, recording
-from launch import dashboard
-from launch.live import Watch
+from launch.views import dashboard
+from launch.views.live import Watch
 from storage import database, slots
 from storage.database import RetryingStorage
+from storage.progress import free_counts, study_progress
 from studies import config as configuration
 from studies import space
 
@@ -200,8 +201,8 @@ def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
     fill(storage)
     everyone = list(range(1, STUDIES + 1))
     picks: dict[str, Callable[[], object]] = {
-        "progress of every study": lambda: slots.progress(storage),
-        "free slots of every study": lambda: slots.free(storage, everyone),
+        "progress of every study": lambda: study_progress(storage),
+        "free slots of every study": lambda: free_counts(storage, everyone),
         "claim": lambda: slots.claim(storage, 10, worker="w:1", lease_s=60),
         "claim where there is none": lambda: slots.claim(storage, 11, worker="w:1", lease_s=60),
         "reap": lambda: slots.reap(storage, everyone),

@@ -20,9 +20,10 @@ from sqlalchemy import text
 
 from benchmarks import private, recording
 from benchmarks.random_models import KRONOS_SMALL, random_checkpoints
-from objectives import windows
 from storage import database, slots
 from storage.database import RetryingStorage
+from storage.progress import read_confirmations, study_progress, worker_seconds
+from studies.series import demo_bars
 
 BARS = 850  # of a symbol: 512 of context, 250 windows to confirm on, 20 of test, and a few
 SETTINGS = """
@@ -38,7 +39,7 @@ ENCODES = {slots.BASELINE: "baselines", slots.TRIAL: "first trials", slots.CONFI
 
 def write_bars(folder: Path, symbols: int) -> None:
     """One file a symbol: pieces of the S&P 500 and NASDAQ in turns, their starts spread evenly."""
-    originals = windows.demo_bars(folder)
+    originals = demo_bars(folder)
     lines = [path.read_text().splitlines() for path in originals]
     for path in originals:
         path.unlink()
@@ -60,14 +61,14 @@ def measure(folder: Path, *, model: str, symbols: int, trials: int, workers: int
     took = time.perf_counter() - began
     with private.server(folder) as server:
         storage = database.open_storage(server.url, wait_s=10)
-        progress = slots.progress(storage).values()
+        progress = study_progress(storage).values()
         spent: dict[str, float] = {}
-        for each in slots.seconds(storage).values():
+        for each in worker_seconds(storage).values():
             for stage, seconds in each.items():
                 spent[stage] = spent.get(stage, 0.0) + seconds
         figures = {
             "finished trials": sum(each.done for each in progress),
-            "confirmed studies": sum(each.result is not None for each in slots.confirmations(storage).values()),
+            "confirmed studies": sum(each.result is not None for each in read_confirmations(storage).values()),
             "wall, s": took,
             "workers' seconds": spent,
             "encode": encodes(storage),

@@ -39,8 +39,10 @@ from benchmarks.recording import per_cent
 from forecasters import Bars
 from objectives import windows as windowing
 from objectives.aggregation import Draw
-from objectives.windows import DataError, Windows
+from objectives.bars import DataError, read_bars
+from objectives.windows import Windows
 from studies.promotion import Decision, Measured, decide
+from studies.series import demo_bars, list_symbols
 
 AGGREGATES = (
     *("mean", "median", "trimmed_mean_5", "trimmed_mean_10", "trimmed_mean_20", "winsorized_mean_10"),
@@ -391,10 +393,10 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if args.data_dir is None:
-            windowing.demo_bars(folder)
+            demo_bars(folder)
         try:
-            symbols, _ = windowing.list_symbols(args.data_dir or folder)
-            series = [forecast(symbol, windowing.read_bars(path)[0]) for symbol, path in symbols.items()]
+            symbols, _ = list_symbols(args.data_dir or folder)
+            series = [forecast(symbol, read_bars(path)[0]) for symbol, path in symbols.items()]
             figures = measure(series, every=args.every, confirmation=args.confirmation)
         except DataError as error:
             raise SystemExit(str(error)) from error

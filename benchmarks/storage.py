@@ -28,7 +28,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.engine import Connection
 
 from benchmarks import private, recording
-from objectives.mae import Measurement
+from objectives.metrics import Measurement
 from storage import database, slots, trials
 from storage.database import RetryingStorage
 from studies import sampler, working

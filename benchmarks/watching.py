@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import private, recording
+from storage.progress import study_progress
 
 SETTINGS = """
 [toto]
@@ -61,8 +62,9 @@ def cpu_seconds(roots: list[int]) -> float:
 
 def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
     """Search in this process and its workers until the rounds are over; trials, seconds and CPU seconds by phase."""
-    from launch import cli, live, notes, places
-    from storage import embedded, slots
+    from launch import cli, places
+    from launch.views import live, notes
+    from storage import embedded
     from studies import config as configuration
 
     is_on = threading.Event()
@@ -88,7 +90,7 @@ def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
     phases: list[dict[str, Any]] = []
 
     def reading() -> dict[str, float]:
-        done = sum(each.done for each in slots.progress(storage).values())
+        done = sum(each.done for each in study_progress(storage).values())
         cpu = cpu_seconds([os.getpid(), postmaster])
         return {"trials": done, "seconds": time.perf_counter(), "cpu": cpu, "watching": watching[0]}
 

@@ -14,7 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 
 
-class ForecastError(RuntimeError):
+class ExpectedError(Exception):
+    """Base class of every error that a person can mend.
+
+    Its message is one line that names the file, option, setting or row and what to do; commands print it and exit 1.
+    """
+
+
+class ForecastError(ExpectedError):
     """The forecaster could not answer for these inputs (non-finite samples, out of memory, horizon too long)."""
 
 
@@ -31,11 +38,11 @@ def halved(count: int, device: object, what: str, error: Exception) -> int:
     raise ForecastError(f"out of memory on {device} with {what}{more}") from error
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ExpectedError, ValueError):
     """A checkpoint cannot be found, read, or does not fit the network it is for."""
 
 
-class SettingError(ValueError):
+class SettingError(ExpectedError, ValueError):
     """How a forecaster is asked to run is not something that it can do."""
 
 

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,10 +71,12 @@ def launch_workers(
     launch-workers --cpus 2 --symbols BTCUSD,AAPL --trials 100
     launch-workers --ray head.example:6379 --gpus-total 16
     """
-    from launch import devices, listing, ray_cluster
+    from launch import devices, ray_cluster
+    from launch.views import listing
     from launch.worker import checkpoint_fingerprint
     from storage import database
     from studies import study as studying
+    from studies.series import read_series
 
     check_devices(gpus, cpus)
     ray_cluster.check_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
@@ -89,7 +91,7 @@ def launch_workers(
         ),
     )
     seats = ray_cluster.seats(gpus_total, cpus) if ray else devices.seats(flat(gpus) or None, cpus)
-    series, notes = studying.read_series(config, symbol_names)
+    series, notes = read_series(config, symbol_names)
     checkpoints = {model: checkpoint_fingerprint(config, model) for model in model_names}
     cluster = None
     if ray:
@@ -154,12 +156,20 @@ def promote(
     promote --min-improvement 0.01
     promote --rollback BTCUSD
     """
-    from launch import notes, summary
-    from launch import promote as promoting
+    from launch.views import decisions, notes
+    from storage import configs
+    from studies import promoting
+    from studies import promotion_summary as summary
 
     if rollback:
         (symbol,) = checked_symbols([[rollback]])
-        promoting.roll_back(config, symbol, dry_run=dry_run, as_json=as_json)
+        restored = configs.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
+        if as_json:
+            click.echo(json.dumps(asdict(restored), indent=2, default=str))
+            return
+        for line in decisions.rollback_lines(symbol, restored, dry_run=dry_run):
+            click.echo(line)
+        decisions.say_rollback(symbol, restored, dry_run=dry_run)
         return
     if on == "validation":
         say(
@@ -182,7 +192,7 @@ def promote(
         models=checked_models(models, config),
         dry_run=dry_run,
     )
-    show(rows, promoting.table, as_json=as_json)
+    show(rows, decisions.table, as_json=as_json)
     for row in rows:
         if row.next:
             say(f"{row.symbol}: {row.reason}; {row.next}")
@@ -212,7 +222,7 @@ def list_command(config: Config, as_json: bool) -> None:
     \b
     studies list --json
     """
-    from launch import listing
+    from launch.views import listing
 
     listing.print_rows(open_storage(config), as_json=as_json)
 
@@ -227,7 +237,7 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     \b
     studies show BTCUSD/toto@2026-03-19
     """
-    from launch import listing
+    from launch.views import listing
 
     found = listing.details(open_storage(config), name)
     if found is None:
@@ -253,6 +263,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     from launch import devices
     from launch.worker import checkpoint_fingerprint
     from studies import study as studying
+    from studies.series import read_series
 
     check_devices(gpus, cpus)
     storage = open_storage(config)
@@ -262,7 +273,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     objective = study.definition["objective"]
     config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
     seats = devices.seats(flat(gpus) or None, cpus)[:1]  # one unit of work
-    series, notes = studying.read_series(config, [study.symbol])
+    series, notes = read_series(config, [study.symbol])
     for note in (
         *notes,
         *studying.reconfirm(storage, config, series[0], study, checkpoint_fingerprint(config, study.model)),
@@ -334,9 +345,10 @@ def demo_data(config: Config) -> None:
     \b
     studies demo-data --config demo
     """
-    from objectives import windows
 
-    for path in windows.demo_bars(config.data.dir):
+    from studies.series import demo_bars
+
+    for path in demo_bars(config.data.dir):
         click.echo(path)
 
 
@@ -369,13 +381,12 @@ def verify_compile(
     studies verify-compile --models kronos --symbols BTCUSD --modes default
     """
     from launch import devices, verify
-    from objectives.windows import list_symbols
-    from studies import study as studying
+    from studies.series import list_symbols, read_series
 
     device = device or ("cuda:0" if devices.visible_gpus() else "cpu")
     asked = verify.checked_modes(flat(modes), device)
     names = checked_symbols(symbols) or config.data.symbols or sorted(list_symbols(config.data.dir)[0])[:1]
-    series, notes = studying.read_series(config, names)
+    series, notes = read_series(config, names)
     for note in notes:
         say(note)
     jobs = verify.jobs(config, series, checked_models(models, config), device=device, trials=trials, repeats=repeats)
@@ -400,7 +411,7 @@ def dashboard_command(config: Config, host: str, port: int) -> None:
     studies dashboard
     studies dashboard --port 8081
     """
-    from launch import dashboard
+    from launch.views import dashboard
 
     storage = open_storage(config, start=True)
     server = dashboard.bind(storage, artifacts_folder(config), host, port)
@@ -427,7 +438,7 @@ def report_command(
     studies report
     studies report --symbols BTCUSD --output btcusd.html --markdown btcusd.md
     """
-    from launch import report as reporting
+    from launch.views import report as reporting
 
     made = reporting.make(
         open_storage(config), config, symbols=checked_symbols(symbols), models=checked_models(models, config)

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from forecasters import ExpectedError
 
-class DeviceError(ValueError):
+
+class DeviceError(ExpectedError, ValueError):
     """A device was asked for that this machine does not have."""
 
 

@@ -14,13 +14,11 @@ from typing import Any
 
 import click
 
-from forecasters import MODELS, CheckpointError, ForecastError, SettingError
+from forecasters import MODELS, ExpectedError
 from launch.output import say
-from objectives.windows import DataError, check_symbol
-from storage import DatabaseUnavailable
-from storage.configs import ConcurrentWrite, ConfigFileError
+from storage.symbols import SymbolError, check_symbol
 from studies import config as configuration
-from studies.config import Config, ConfigError
+from studies.config import Config
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,17 +59,6 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
 class one_line_errors:  # noqa: N801 - reads as a statement
     """What a user can mend is one line on stderr and exit 1."""
 
-    expected = (
-        ConfigError,
-        DataError,
-        DatabaseUnavailable,
-        CheckpointError,
-        SettingError,
-        ForecastError,
-        ConfigFileError,
-        ConcurrentWrite,
-    )
-
     def __enter__(self) -> None:
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
         logging.getLogger("storage").setLevel(logging.INFO)
@@ -79,13 +66,7 @@ class one_line_errors:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             return
-        # Imported late: these modules bring Optuna, which a usage error need not wait for.
-        from launch.dashboard import PortTaken
-        from launch.devices import DeviceError
-        from launch.promote import NothingToPromote
-        from studies.study import StudyMismatch
-
-        if isinstance(error, (*self.expected, DeviceError, NothingToPromote, PortTaken, StudyMismatch)):
+        if isinstance(error, ExpectedError):
             say(f"error: {' '.join(str(error).split())}")
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
@@ -143,7 +124,7 @@ def checked_symbols(symbols: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The symbols asked for. Usage error for what cannot be one."""
     try:
         return tuple(check_symbol(symbol) for symbol in flat(symbols))
-    except DataError as error:
+    except SymbolError as error:
         raise click.BadParameter(str(error), param_hint="--symbols") from None
 
 

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import listing, live, notes, ray_cluster, streams, supervisor
+from launch import ray_cluster, streams, supervisor
 from launch.devices import Seat
 from launch.output import counted, say
 from launch.places import artifacts_folder, kept_alive
 from launch.ray_cluster import Cluster
+from launch.views import listing, live, notes
 from launch.worker import Job
-from storage import DatabaseUnavailable, database, slots
+from storage import DatabaseUnavailable, database
 from storage.database import RetryingStorage
+from storage.progress import parked_slots, study_progress
 from studies.config import Config, ConfigError
-from studies.study import Series, Study
+from studies.series import Series
+from studies.study import Study
 
 
 def run_workers(
@@ -77,9 +80,9 @@ def run_workers(
             keeper.say = say  # the table is closed
             keeper.write()
             listing.print_rows(storage, shown, plain=plain)
-            progress = slots.progress(storage)
+            progress = study_progress(storage)
             for study in working:
-                for parked in slots.parked(storage, study.study_id)[:1]:
+                for parked in parked_slots(storage, study.study_id)[:1]:
                     status = status or 1
                     say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
         except DatabaseUnavailable as error:

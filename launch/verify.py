@@ -20,13 +20,13 @@ import numpy as np
 from rich.table import Table
 
 from forecasters import COMPILE_MODES, ForecastError, LoadedForecaster, Running
-from launch.tables import Column, fitted
+from launch.views.tables import Column, fitted
 from objectives.aggregation import Draw, parse
 from objectives.windows import Windows
 from studies.config import Config
 
 if TYPE_CHECKING:
-    from studies.study import Series
+    from studies.series import Series
 
 EAGER = "off"
 MODES = tuple(mode for mode in COMPILE_MODES if mode not in ("auto", EAGER))

@@ -20,34 +20,24 @@ from types import FrameType
 from typing import Any
 
 import forecasters
-from forecasters import CheckpointError, ForecastError, LoadedForecaster, Running, SettingError
+from forecasters import ExpectedError, ForecastError, LoadedForecaster, Running
 from launch import devices
-from objectives import windows
-from objectives.mae import Evaluator
-from objectives.windows import DataError
-from storage import DatabaseUnavailable, configs, database, slots
+from objectives.bars import read_bars
+from objectives.evaluation import Evaluator
+from storage import DatabaseUnavailable, database, slots
 from storage.database import RetryingStorage
+from storage.progress import free_counts, study_progress
 from storage.slots import Slot
 from studies import config as configuration
 from studies import space as spaces
 from studies import study as studying
 from studies import working
-from studies.config import Config, ConfigError
-from studies.study import Run, Series, Study, StudyMismatch
+from studies.config import Config
+from studies.series import Series
+from studies.study import Run, Study
 
 log = logging.getLogger("worker")
 
-# What a person can mend, in one line and without a traceback.
-EXPECTED = (
-    ConfigError,
-    DataError,
-    StudyMismatch,
-    DatabaseUnavailable,
-    CheckpointError,
-    SettingError,
-    ForecastError,
-    configs.ConfigFileError,
-)
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is what Python gives a traceback
 FAILURES_IN_A_ROW = 5  # on one study: then it is the study, not the slots
 IDLE_POLL_S = 0.5
@@ -181,7 +171,7 @@ class Worker:
 
     def _choose(self) -> int | None:
         """A study with free slots that nobody is on, else the one with most left."""
-        free = slots.free(self.storage, list(self.studies))
+        free = free_counts(self.storage, list(self.studies))
         by_most_left = sorted(free, key=lambda study_id: (-free[study_id], study_id))
         for study_id in by_most_left:
             if self.seats.take(study_id):
@@ -189,7 +179,7 @@ class Worker:
         return by_most_left[0] if by_most_left else None
 
     def _all_done(self) -> bool:
-        progress = slots.progress(self.storage)
+        progress = study_progress(self.storage)
         return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
     def _do(self, run: Run, slot: Slot, watch: working.Watch) -> None:
@@ -245,7 +235,7 @@ class Worker:
     def _read(self, symbol: str) -> Series:
         if symbol not in self.series:
             path = Path(self.job.series[symbol])
-            bars, _ = windows.read_bars(path)
+            bars, _ = read_bars(path)
             self.series[symbol] = Series(symbol=symbol, path=path, bars=bars)
         return self.series[symbol]
 
@@ -322,7 +312,7 @@ def main(arguments: Sequence[str]) -> int:
             os.environ["OPTUNA_STORAGE"], wait_s=job.config.storage.wait_s, create=False, patient=True
         )
         return Worker(job, storage, job.devices[number], stopping).work()
-    except EXPECTED as error:
+    except ExpectedError as error:
         log.error("%s", error)
         return EXIT_ERROR
     except Interrupted:

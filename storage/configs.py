@@ -27,7 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
-from storage import sync_folder
+from forecasters import ExpectedError
+from storage.files import sync_folder
 
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9.-]*")
 FOLDERS = ("toto", "kronos", "optimized_compiled", "best")  # in the order they are replaced: readers trust `best`
@@ -38,7 +39,7 @@ _LOCK_TIMEOUT_S = 30.0
 _STEP = re.compile(r"(\d+)-\d{8}T\d{6}Z(-void)?")
 
 
-class ConfigFileError(ValueError):
+class ConfigFileError(ExpectedError, ValueError):
     """A promoted file cannot be read or written."""
 
 

@@ -32,7 +32,8 @@ from typing import IO
 
 import psycopg2
 
-from storage import DatabaseUnavailable, postgres, sync_folder
+from storage import DatabaseUnavailable, postgres
+from storage.files import sync_folder
 
 _NAME = "studies"  # the user and the database
 _PORTS = range(15432, 32768)  # below Linux' ephemeral ports, which a passing connection may hold while we are down

@@ -14,14 +14,14 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from forecasters import COMPILE_MODES, DTYPES, MODELS
+from forecasters import COMPILE_MODES, DTYPES, MODELS, ExpectedError
 from objectives import aggregation
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
 DEMO_PATH = Path(__file__).with_name("demo.toml")
 
 
-class ConfigError(ValueError):
+class ConfigError(ExpectedError, ValueError):
     """A setting is unknown or has a bad value."""
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from optuna.trial import TrialState
 
 from forecasters import ForecastError
-from objectives import windows
-from objectives.mae import Evaluator, Measurement, measure_no_change, no_change_errors
+from objectives.bars import timestamp_text
+from objectives.evaluation import Evaluator
+from objectives.metrics import Measurement, measure_no_change, no_change_errors
 from objectives.windows import Windows
 from studies.study import SEARCH_PASSES, Run, describe_windows
 
@@ -125,7 +126,7 @@ def _actuals(found: Windows) -> dict[str, Any]:
     """What happened in the windows that share no bar: times and closes of their targets, and where each begins."""
     apart = _apart(found)
     times = [
-        windows.timestamp_text(time)
+        timestamp_text(time)
         for index in apart
         for time in found.bars.timestamps[found.origins[index] : found.origins[index] + found.horizon]
     ]

@@ -12,40 +12,32 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 
-from forecasters import Bars
-from objectives import windows
-from objectives.mae import measure_no_change
+from forecasters import ExpectedError
+from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_text
+from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
-from storage import configs, database, slots
+from storage import configs, database, slots, symbols
 from storage.database import RetryingStorage
+from storage.progress import Confirmation, read_confirmations, study_progress
 from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
+from studies.series import Series, confirmation_windows, describe_windows, split_windows
 from studies.space import Space
 
 METRIC = "pct_return_mae"
 DEFINITION = "definition"  # study user attribute
-NAME = re.compile(r"(?P<symbol>[A-Z0-9][A-Z0-9.-]*)/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
+NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
 SEARCH_PASSES = (0,)  # the seeds of every trial
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
 
-class StudyMismatch(ValueError):
+class StudyMismatch(ExpectedError, ValueError):
     """A study was opened on other bars, windows, knobs or weights than are here now."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """A symbol's bars as read."""
-
-    symbol: str
-    path: Path
-    bars: Bars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,74 +65,12 @@ class Opened:
 # --- opening -------------------------------------------------------------------------------------------------
 
 
-def read_series(config: Config, symbols: Sequence[str]) -> tuple[list[Series], list[str]]:
-    """The bars of the symbols (none given: of the settings; none there: of every file), and notes for the user.
-
-    Raises DataError.
-    """
-    folder = config.data.dir
-    files, notes = windows.list_symbols(folder)
-    notes = list(notes)
-    wanted = [windows.check_symbol(symbol) for symbol in symbols or config.data.symbols] or sorted(files)
-    missing = [symbol for symbol in wanted if symbol not in files]
-    for symbol in missing:
-        for path in sorted(folder.glob(f"{symbol}.*")):
-            windows.read_bars(path)  # it is there but was passed over: say what is wrong with it
-    if missing:
-        raise windows.DataError(
-            f"{folder}: no {missing[0]}.csv or {missing[0]}.parquet; the symbols there are {', '.join(sorted(files))}"
-        )
-    series = []
-    for symbol in dict.fromkeys(wanted):
-        bars, said = windows.read_bars(files[symbol])
-        notes += said
-        split_windows(config, symbol, bars)  # too few bars are refused before anything is made
-        series.append(Series(symbol=symbol, path=files[symbol], bars=bars))
-    return series, notes
-
-
-def split_windows(config: Config, symbol: str, bars: Bars) -> Split:
-    """The validation and test windows of a symbol. Raises DataError where there are too few bars."""
-    counts = config.windows
-    return windows.split(
-        bars,
-        symbol=symbol,
-        horizon=counts.horizon,
-        validation=counts.validation,
-        test=counts.test,
-        min_context=counts.min_context,
-    )
-
-
-def confirmation_windows(config: Config, symbol: str, bars: Bars) -> Windows:
-    """The most recent origins before test, those of validation among them; fewer than asked where history is short.
-
-    Raises DataError where there are too few bars to validate.
-    """
-    counts, split = config.windows, split_windows(config, symbol, bars)
-    return windows.recent_origins(
-        bars,
-        max(counts.confirmation, counts.validation),
-        symbol=symbol,
-        before=split.test.origins[0],
-        horizon=counts.horizon,
-        min_context=counts.min_context,
-        at_least=counts.validation,
-    )
-
-
-def describe_windows(found: Windows) -> dict[str, Any]:
-    """How many, and the times of the first and the last target bar: what tells two sets of one study apart."""
-    first, last = (windows.timestamp_text(found.timestamps[end]) for end in (0, -1))
-    return {"count": len(found), "first": first, "last": last}
-
-
 def define(config: Config, series: Series, model: str, as_of: str, checkpoint: str) -> dict[str, Any]:
     """What the numbers of a study mean: equal definitions make comparable numbers. Raises DataError.
 
     checkpoint: the fingerprint of the forecaster's weights.
     """
-    bars = windows.bars_until(series.bars, as_of)
+    bars = bars_until(series.bars, as_of)
     counts = config.windows
     validation = split_windows(config, series.symbol, bars).validation
     return {
@@ -149,7 +79,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
         "as_of": as_of,
         "metric": METRIC,
         "objective": config.search.objective,
-        "bars": windows.bars_fingerprint(bars),
+        "bars": bars_fingerprint(bars),
         "windows": {
             "horizon": counts.horizon,
             "validation": counts.validation,
@@ -210,15 +140,15 @@ def open_studies(
     checkpoints: the fingerprint of each model's weights.
     Raises DataError, StudyMismatch, ConfigFileError.
     """
-    progress = slots.progress(storage)
-    confirmations = slots.confirmations(storage)
+    progress = study_progress(storage)
+    confirmations = read_confirmations(storage)
     existing: dict[tuple[str, str], list[Study]] = {}
     for study in list_studies(storage):
         existing.setdefault((study.symbol, study.model), []).append(study)
 
     plans: list[Callable[[], Opened]] = []
     for item in series:
-        newest = windows.timestamp_text(item.bars.timestamps[-1])
+        newest = timestamp_text(item.bars.timestamps[-1])
         for model in models:
             found = existing.get((item.symbol, model), [])
             unfinished = [s for s in found if (p := progress.get(s.study_id)) and (p.open or p.parked)]
@@ -227,10 +157,10 @@ def open_studies(
             as_of = study.as_of if study else newest
             try:
                 definition = define(config, item, model, as_of, checkpoints[model])
-            except windows.DataError as error:
-                raise windows.DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
+            except DataError as error:
+                raise DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
             baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
-            asked = confirmation_windows(config, item.symbol, windows.bars_until(item.bars, as_of))
+            asked = confirmation_windows(config, item.symbol, bars_until(item.bars, as_of))
             if study:
                 check_definition(study, definition)
                 confirmation = confirmations[study.study_id]
@@ -247,7 +177,7 @@ def open_studies(
     return [plan() for plan in plans]
 
 
-def _confirms(found: slots.Confirmation, baselines: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
+def _confirms(found: Confirmation, baselines: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
     """Whether a confirmation, done or to be done, is of these windows and knows these configurations in use."""
     known = list((found.params or {}).values())
     if found.result is not None:
@@ -269,7 +199,7 @@ def _resume_later(
             return added
 
         added = storage.transaction(extend)
-        now = slots.progress(storage)[study.study_id]
+        now = study_progress(storage)[study.study_id]
         state = "raised" if added else "resumed" if now.open else "finished"
         notes = ()
         if now.budget > config.search.trials:
@@ -289,7 +219,7 @@ def reconfirm(
     check_definition(study, define(config, series, study.model, study.as_of, checkpoint))
     space = spaces.make(study.model, config)
     baselines, notes = _baselines(config, study.symbol, study.model, space)
-    confirmation = slots.confirmations(storage, [study.study_id])[study.study_id]
+    confirmation = read_confirmations(storage, [study.study_id])[study.study_id]
 
     def ask(connection: Any) -> bool:
         if slots.open_trials(connection, study.study_id):
@@ -392,7 +322,7 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
     definition = define(config, series, study.model, study.as_of, checkpoint)
     check_definition(study, definition)
     space = spaces.make(study.model, config)
-    bars = windows.bars_until(series.bars, study.as_of)
+    bars = bars_until(series.bars, study.as_of)
     return Run(
         study=study,
         space=space,

@@ -15,7 +15,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from objectives.mae import STAGES, Evaluator, Measurement
+from objectives.evaluation import STAGES, Evaluator
+from objectives.metrics import Measurement
 from storage import DatabaseUnavailable, database, slots
 from storage.database import ClaimLost, RetryingStorage
 from storage.slots import Slot

@@ -24,9 +24,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 
 from forecasters import ForecastError
-from objectives.mae import Measurement
+from objectives.metrics import Measurement
 from storage import database, slots
 from storage.database import RetryingStorage
+from storage.progress import study_progress
 from studies import sampler, working
 from studies import study as studying
 from studies.space import Space
@@ -390,7 +391,7 @@ def test_a_trial_that_another_ended_is_lost_and_left_alone(ours: RetryingStorage
     assert work(ours, run, Evaluator(at_end=reap)).state == "lost"
     trial = stock_trials(run)[-1]
     assert (trial.state, trial.values, trial.intermediate_values) == (TrialState.FAIL, None, {})
-    assert slots.progress(ours)[run.study.study_id].done == 0
+    assert study_progress(ours)[run.study.study_id].done == 0
 
 
 def test_the_dashboard_reads_our_trials(ours: RetryingStorage, run: Run) -> None:

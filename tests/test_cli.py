@@ -20,10 +20,11 @@ from sqlalchemy import text
 import forecasters
 from launch import cli
 from launch.worker import checkpoint_fingerprint
-from objectives import windows
 from storage import database, slots
+from storage.progress import free_counts, stage_results, study_progress
 from studies import config as configuration
 from studies import study as studying
+from studies.series import demo_bars, read_series
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
 
@@ -32,7 +33,7 @@ TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
 def bars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The last lines of a real price file, header first."""
     folder = tmp_path_factory.mktemp("bars")
-    lines = windows.demo_bars(folder)[0].read_text().splitlines()
+    lines = demo_bars(folder)[0].read_text().splitlines()
     return [lines[0], *lines[-300:]]
 
 
@@ -117,7 +118,7 @@ def test_what_is_no_symbol(place: Place, symbol: str) -> None:
 def test_a_file_that_is_no_price_series_is_passed_over_with_a_line(place: Place) -> None:
     place.write("data_summary.csv", ["symbol,rows", "SP500,300"])
     place.write("NOTES.csv", ["a,b", "1,2"])
-    series, notes = studying.read_series(configuration.load(place.settings), [])
+    series, notes = read_series(configuration.load(place.settings), [])
     assert [item.symbol for item in series] == ["SP500"]
     assert [note for note in notes if "data_summary.csv" in note]
     assert [note for note in notes if "NOTES.csv" in note and "neither a time nor a close column" in note]
@@ -126,7 +127,7 @@ def test_a_file_that_is_no_price_series_is_passed_over_with_a_line(place: Place)
 def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> None:
     cells = place.bars[-1].split(",")
     place.write("SP500.csv", [*place.bars, ",".join([*cells[:4], "9999", cells[5]])])
-    series, notes = studying.read_series(configuration.load(place.settings), [])
+    series, notes = read_series(configuration.load(place.settings), [])
     assert series[0].bars.close[-1] == 9999
     assert len([note for note in notes if "repeat a timestamp" in note]) == 1
 
@@ -231,7 +232,7 @@ def test_promote_before_any_study(place: Place) -> None:
 def open_study(place: Place) -> studying.Study:
     """A study as launch-workers opens it, unfinished."""
     config = configuration.load(place.settings)
-    series, _ = studying.read_series(config, [])
+    series, _ = read_series(config, [])
     checkpoint = checkpoint_fingerprint(config, "toto")
     (opened,) = studying.open_studies(place.storage, config, series, ["toto"], {"toto": checkpoint})
     return opened.study
@@ -273,11 +274,11 @@ def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) 
     place.storage.transaction(
         lambda c: c.execute(text("update slots set state = 'done', result = cast(:r as jsonb) where stage = 2"), done)
     )
-    assert slots.free(place.storage, [study.study_id]) == {}
+    assert free_counts(place.storage, [study.study_id]) == {}
     assert open_study(place) == study
-    progress = slots.progress(place.storage)[study.study_id]
+    progress = study_progress(place.storage)[study.study_id]
     assert (progress.parked, progress.open) == (0, 101)  # 100 trials and the confirmation
-    assert slots.results(place.storage, study.study_id, slots.CONFIRMATION) == {}
+    assert stage_results(place.storage, study.study_id, slots.CONFIRMATION) == {}
 
 
 def test_changed_search_space_under_an_existing_study(place: Place) -> None:

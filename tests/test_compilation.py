@@ -22,7 +22,7 @@ from forecasters import Bars, ForecastError, Running, SettingError, compilation,
 from forecasters.compilation import Graphs, Policy, decide
 from forecasters.kronos import Kronos
 from forecasters.kronos_sampling import Sampling, inverse_cdf
-from objectives.mae import Evaluator
+from objectives.evaluation import Evaluator
 from objectives.windows import Windows, split
 
 ROOT = Path(__file__).parent.parent

@@ -20,14 +20,18 @@ import forecasters
 from forecasters import ForecastError
 from launch import cli
 from objectives import windows
-from objectives.mae import Evaluator, Measurement
+from objectives.bars import timestamp_text
+from objectives.evaluation import Evaluator
+from objectives.metrics import Measurement
 from storage import database, slots
 from storage.database import RetryingStorage
+from storage.progress import read_confirmations, worker_seconds
 from studies import config as configuration
 from studies import confirmation, working
 from studies import study as studying
 from studies.config import Config
-from studies.study import Series, Study
+from studies.series import Series, demo_bars, read_series
+from studies.study import Study
 
 SETTINGS = f"""{FOLDERS}
 [windows]
@@ -66,7 +70,7 @@ class Place:
         return replace(config, search=replace(config.search, trials=TRIALS, **searching))
 
     def series(self) -> Series:
-        return studying.read_series(self.config(), [])[0][0]
+        return read_series(self.config(), [])[0][0]
 
     def open(self, **searching: Any) -> studying.Opened:
         config = self.config(**searching)
@@ -89,7 +93,7 @@ class Place:
         return self.result(study)
 
     def result(self, study: Study) -> Any:
-        return slots.confirmations(self.storage, [study.study_id])[study.study_id].result
+        return read_confirmations(self.storage, [study.study_id])[study.study_id].result
 
     def trials(self, study: Study) -> dict[int, optuna.trial.FrozenTrial]:
         found = optuna.load_study(study_name=study.name, storage=self.storage).get_trials(deepcopy=False)
@@ -109,7 +113,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, database_url: str, forecaster: forecasters.Forecaster) -> Iterator[Place]:
     (tmp_path / "bars").mkdir()
-    path, other = windows.demo_bars(tmp_path / "bars")
+    path, other = demo_bars(tmp_path / "bars")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], *lines[-400:], ""]))
     other.unlink()
@@ -178,7 +182,7 @@ def test_forecasts_are_kept_for_those_who_look(place: Place, horizon: int) -> No
         count = len(found) if horizon == 1 else (len(found) + 6) // 7 * 7
         end = found.origins[-1] + horizon
         assert shown["actual"] == bars.close[end - count : end].tolist()  # one stretch, each bar once
-        assert shown["times"] == [windows.timestamp_text(time) for time in bars.timestamps[end - count : end]]
+        assert shown["times"] == [timestamp_text(time) for time in bars.timestamps[end - count : end]]
         assert shown["starts"] == list(range(0, count, horizon))
         assert set(shown["series"]) == {"best", "incumbent"}
         for series in shown["series"].values():
@@ -197,7 +201,7 @@ def test_every_second_of_a_worker_is_accounted_for(place: Place) -> None:
     began = time.perf_counter()
     place.finish(study)
     took = time.perf_counter() - began
-    spent = slots.seconds(place.storage)[study.study_id]
+    spent = worker_seconds(place.storage)[study.study_id]
     assert set(spent) == {"encode", "draw", "aggregate", "sample", "storage", "idle", "other"}
     assert min(spent.values()) >= 0
     assert min(spent[name] for name in ("encode", "draw", "aggregate", "sample", "storage")) > 0

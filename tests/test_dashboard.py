@@ -25,8 +25,10 @@ import pytest
 from browser import Tab, browser, tab  # noqa: F401 - fixtures
 from test_confirmation import INCUMBENT, TRIALS, Place, forecaster, place, study  # noqa: F401 - three are fixtures
 
-from launch import cli, dashboard, notes
+from launch import cli
+from launch.views import dashboard, notes
 from storage import board, database, embedded, slots
+from storage.progress import study_progress
 from studies import working
 from studies.study import Study
 
@@ -178,7 +180,7 @@ def test_what_people_put_there_stays(place: Place, folder: Path, study: Study) -
 
 
 def facts_of(place: Place, study: Study) -> notes.Facts:
-    return notes.gather(place.storage, study, slots.progress(place.storage)[study.study_id])
+    return notes.gather(place.storage, study, study_progress(place.storage)[study.study_id])
 
 
 def test_a_decision_stays_while_its_confirmation_does(place: Place, folder: Path, study: Study) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy import text
 
 from storage import DatabaseUnavailable, database, embedded, slots
 from storage.database import CLAIM_ATTR
+from storage.progress import worker_seconds
 
 
 @pytest.fixture
@@ -210,5 +211,5 @@ def test_a_patient_opener_waits_for_the_server(own_server: embedded.Server) -> N
 def test_a_database_of_before_gets_the_column_it_lacks(database_url: str) -> None:
     execute(database_url, "alter table slots drop column seconds")
     storage = database.open_storage(database_url, wait_s=5)
-    assert slots.seconds(storage) == {}
+    assert worker_seconds(storage) == {}
     storage.engine.dispose()

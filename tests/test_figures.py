@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import figures
+from launch.views import figures
 
 CONFIRMED, TEST = 60, 20
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import optuna
 import pytest
+from launch.views.decisions import table
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from launch import listing, promote, tables
-from launch.listing import Row
-from launch.tables import Column, fitted
+from launch.views import listing, tables
+from launch.views.listing import Row
+from launch.views.tables import Column, fitted
 from storage import database, slots
 from storage.database import RetryingStorage
 from studies import importance
+from studies import promoting as promote
 
 DEFINITION = {
     "no_change_mae": 0.0125,
@@ -241,7 +243,7 @@ DECIDED = promote.Row(
 def test_a_decision_and_its_reason_are_on_one_line_at_any_width(width: int) -> None:
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
-        console.print(promote.table([DECIDED], width))
+        console.print(table([DECIDED], width))
     head, line = captured.get().splitlines()
     assert max(len(head), len(line)) <= width
     cells = re.split("  +", line.strip())

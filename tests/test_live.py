@@ -25,10 +25,10 @@ from rich.console import Console
 from test_ray import Nodes, nodes, with_ray  # noqa: F401 - one is a fixture
 from test_run import SETTINGS, Place, bars, incumbent, place, wait_until_gone, workers_of  # noqa: F401 - two are fixtures
 
-from launch import live
 from launch.devices import Seat, cpu_seat
-from launch.live import GpuMemory, Rates, State, StudyLine, Watch, WorkerLine, view
 from launch.supervisor import Child
+from launch.views import live
+from launch.views.live import GpuMemory, Rates, State, StudyLine, Watch, WorkerLine, view
 from storage import database, embedded, slots
 
 HIDE_CURSOR = b"\x1b[?25l"

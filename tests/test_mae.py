@@ -12,8 +12,11 @@ import pytest
 
 import forecasters
 from forecasters import Bars, Forecaster, ForecastError
-from objectives.mae import STAGES, Evaluator, Measurement, measure_no_change
-from objectives.windows import PRICE_NAMES, Windows, demo_bars, read_bars, split
+from objectives.bars import PRICE_NAMES, bars_fingerprint, read_bars
+from objectives.evaluation import STAGES, Evaluator
+from objectives.metrics import Measurement, measure_no_change
+from objectives.windows import Windows, split
+from studies.series import demo_bars
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
 PARAMS = {"context_length": 64, "num_samples": 32, "aggregate": "trimmed_mean_10"}
@@ -286,7 +289,7 @@ def test_the_digest_of_contexts_is_made_once(bars: Bars, monkeypatch: pytest.Mon
     from objectives import windows as module
 
     calls = []
-    original = module.bars_fingerprint
+    original = bars_fingerprint
     monkeypatch.setattr(module, "bars_fingerprint", lambda bars: calls.append(1) or original(bars))
     windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=1 << 20)
     for name in ("mean", "median", "p10"):

@@ -8,13 +8,14 @@ from pathlib import Path
 from benchmarks import many_studies
 from benchmarks.many_studies import STUDIES, TRIALS, fill, list_studies
 from storage import database, slots
+from storage.progress import free_counts, study_progress
 
 
 def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
     storage = database.open_storage(database_url, wait_s=10, create=False)
     fill(storage)
     everyone = list(range(1, STUDIES + 1))
-    free = slots.free(storage, everyone)
+    free = free_counts(storage, everyone)
     assert len(free) == STUDIES // 10
     assert free[20] == TRIALS // 2
     claimed = slots.claim(storage, 10, worker="w:1", lease_s=60)
@@ -22,7 +23,7 @@ def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
     assert claimed.number == TRIALS // 2
     assert slots.claim(storage, 11, worker="w:1", lease_s=60) is None
     assert slots.reap(storage, everyone) == 0
-    progress = slots.progress(storage)
+    progress = study_progress(storage)
     assert (progress[10].done, progress[10].open, progress[11].done, progress[11].open) == (50, 51, 100, 0)
 
     rows = json.loads(list_studies(database_url, tmp_path))

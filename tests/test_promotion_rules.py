@@ -8,7 +8,8 @@ import pytest
 from benchmarks import promotion_rules as experiment
 from benchmarks.promotion_rules import Series
 from forecasters import Bars
-from objectives.windows import MIN_CONTEXT, DataError
+from objectives.bars import DataError
+from objectives.windows import MIN_CONTEXT
 
 
 def walk(count: int, *, seed: int = 0) -> Bars:

@@ -12,7 +12,8 @@ import pytest
 from browser import Tab, browser, tab  # noqa: F401 - fixtures
 from test_confirmation import Place, forecaster, place, study  # noqa: F401 - fixtures
 
-from launch import cli, figures
+from launch import cli
+from launch.views import figures
 from storage import slots
 from studies.study import Study
 
@@ -112,7 +113,7 @@ def test_before_anything_is_confirmed(place: Place, tab: Tab) -> None:
 
 
 def test_json_in_the_page_cannot_end_its_element() -> None:
-    from launch.report import _embedded
+    from launch.views.report import _embedded
 
     figure = figures.best_so_far({0: 0.01})
     assert figure is not None

@@ -24,11 +24,12 @@ from optuna.trial import TrialState
 from safetensors.numpy import load_file, save_file
 
 from forecasters.checkpoints import BUNDLED
-from launch import listing
-from objectives import windows
+from launch.views import listing
 from storage import database, embedded, slots
 from storage.database import RetryingStorage
+from storage.progress import parked_slots, read_confirmations, study_progress
 from studies import study as studying
+from studies.series import demo_bars
 
 BIN = Path(sys.executable).parent
 BARS = 420  # of the packaged index bars: enough for the windows, quick to read
@@ -78,7 +79,7 @@ class Place:
 
     def wait_for_trials(self, count: int) -> None:
         deadline = time.monotonic() + 60
-        while sum(p.done for p in slots.progress(self.storage).values()) < count:
+        while sum(p.done for p in study_progress(self.storage).values()) < count:
             assert time.monotonic() < deadline, "the run does not get on"
             time.sleep(0.02)
 
@@ -129,7 +130,7 @@ def wait_until_gone(pids: list[int], seconds: float = 20) -> None:
 def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The last bars of the packaged indices."""
     folder = tmp_path_factory.mktemp("bars")
-    for path in windows.demo_bars(folder):
+    for path in demo_bars(folder):
         lines = path.read_text().splitlines()
         path.write_text("\n".join([lines[0], *lines[-BARS:], ""]))
     return folder
@@ -171,7 +172,7 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     promoted = json.loads((place.folder / "hyperparams/best/SP500.json").read_text())
     trial = best[promoted["metadata"]["trial"]]
     (study,) = [study for study in studying.list_studies(place.storage) if study.symbol == "SP500"]
-    result = slots.confirmations(place.storage, [study.study_id])[study.study_id].result
+    result = read_confirmations(place.storage, [study.study_id])[study.study_id].result
     assert result is not None
     confirmed = {one["trial"]: one["confirmation"]["mae"] for one in result["candidates"]}
     assert promoted["confirmation"]["pct_return_mae"] == confirmed[trial.number] == min(confirmed.values())
@@ -318,7 +319,7 @@ def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
     wait_until_gone(workers, 1)
     for symbol in ("SP500", "NASDAQ"):
         assert {trial.state for trial in place.trials(symbol)} <= {TrialState.COMPLETE, TrialState.PRUNED}
-    busy = [study for study, now in slots.progress(place.storage).items() if now.done + now.open < now.budget]
+    busy = [study for study, now in study_progress(place.storage).items() if now.done + now.open < now.budget]
     assert busy == []
 
 
@@ -483,7 +484,7 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     place.environment = environment
     place.run(*words)
     place.assert_exact(8, "SP500")
-    assert slots.parked(place.storage, study.study_id) == []
+    assert parked_slots(place.storage, study.study_id) == []
 
 
 def test_a_study_that_fails_five_times_in_a_row_is_parked(place: Place) -> None:
@@ -504,7 +505,7 @@ def test_a_study_that_fails_five_times_in_a_row_is_parked(place: Place) -> None:
         assert "Traceback" not in ended.stderr
         assert len([line for line in lines if "parked" in line]) == 1
         assert [trial.state for trial in place.trials("SP500")] == [TrialState.FAIL] * 5 * run
-        first, *others = slots.parked(place.storage, study.study_id)
+        first, *others = parked_slots(place.storage, study.study_id)
         assert (first.stage, first.number) == (slots.TRIAL, 0)
         assert {item.error for item in others} == {f"5 failures in a row: {first.error}"}
         assert len(others) == 8  # seven trials and the confirmation

@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from storage import database, slots
 from storage.database import CLAIM_ATTR, ClaimLost, RetryingStorage
+from storage.progress import free_counts, parked_slots, stage_results, study_progress
 from storage.slots import BASELINE, CONFIRMATION, TRIAL, Slot
 
 
@@ -56,15 +57,15 @@ def test_stages_come_in_order(storage: RetryingStorage) -> None:
     second, third = must_claim(storage, study_id), must_claim(storage, study_id)
     assert [(s.stage, s.number) for s in (second, third)] == [(TRIAL, 0), (TRIAL, 1)]
     assert claim(storage, study_id) is None  # the confirmation waits for all of them
-    assert slots.free(storage, [study_id]) == {}
+    assert free_counts(storage, [study_id]) == {}
     for slot in (first, second, third):
         assert slots.finish(storage, slot)
-    assert slots.free(storage, [study_id]) == {study_id: 1}
+    assert free_counts(storage, [study_id]) == {study_id: 1}
     last = must_claim(storage, study_id)
     assert last.stage == CONFIRMATION
     assert slots.finish(storage, last, result={"mae": 0.5})
-    assert slots.results(storage, study_id, CONFIRMATION) == {"confirmation": {"mae": 0.5}}
-    progress = slots.progress(storage)[study_id]
+    assert stage_results(storage, study_id, CONFIRMATION) == {"confirmation": {"mae": 0.5}}
+    progress = study_progress(storage)[study_id]
     assert (progress.budget, progress.done, progress.open, progress.parked) == (2, 2, 0, 0)
 
 
@@ -154,9 +155,9 @@ def test_three_failures_park_a_slot_and_a_new_run_tries_again(storage: RetryingS
     for _ in range(slots.MAX_FAILURES):
         slots.fail(storage, must_claim(storage, study_id), "the samples are NaN")
     assert must_claim(storage, study_id).stage == CONFIRMATION
-    (parked,) = slots.parked(storage, study_id)
+    (parked,) = parked_slots(storage, study_id)
     assert (parked.stage, parked.number, parked.error) == (TRIAL, 0, "the samples are NaN")
-    assert slots.progress(storage)[study_id].parked == 1
+    assert study_progress(storage)[study_id].parked == 1
     storage.transaction(lambda connection: slots.unpark(connection, study_id))
     assert must_claim(storage, study_id).stage == TRIAL
 
@@ -168,7 +169,7 @@ def test_a_slot_that_kills_its_workers_is_parked(storage: RetryingStorage) -> No
         assert slot.stage == TRIAL
         slots.expire(storage, "host:7")
         assert slots.reap(storage, [study_id]) == 1
-    (parked,) = slots.parked(storage, study_id)
+    (parked,) = parked_slots(storage, study_id)
     assert "workers died on it" in parked.error
 
 
@@ -204,7 +205,7 @@ def test_a_parked_study_is_given_up_with_its_reason(storage: RetryingStorage) ->
     slots.finish(storage, must_claim(storage, study_id))
     slots.park_study(storage, study_id, "5 failures in a row: no memory")
     assert claim(storage, study_id) is None
-    assert {p.error for p in slots.parked(storage, study_id)} == {"5 failures in a row: no memory"}
+    assert {p.error for p in parked_slots(storage, study_id)} == {"5 failures in a row: no memory"}
 
 
 def test_claim_repeated_after_an_ambiguous_commit_is_the_same_slot(storage: RetryingStorage) -> None:
@@ -235,7 +236,7 @@ def test_create_study_is_whole_or_not_at_all(storage: RetryingStorage) -> None:
     with pytest.raises(ZeroDivisionError):
         database.create_study(storage, "half", {"definition": {}}, "mae", broken)
     assert storage.get_all_studies() == []
-    assert slots.progress(storage) == {}
+    assert study_progress(storage) == {}
 
 
 def test_eight_creators_make_one_study(storage: RetryingStorage) -> None:
@@ -250,4 +251,4 @@ def test_eight_creators_make_one_study(storage: RetryingStorage) -> None:
     study = optuna.load_study(study_name="s", storage=storage)
     assert study.direction.name == "MINIMIZE"
     assert study.metric_names == ["mae"]
-    assert slots.progress(storage)[found[0]].budget == 4
+    assert study_progress(storage)[found[0]].budget == 4

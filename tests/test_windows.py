@@ -12,7 +12,10 @@ import pytest
 
 from forecasters import Bars
 from objectives import windows as w
-from objectives.windows import DataError, Windows, read_bars, split
+from objectives.bars import PRICE_NAMES, DataError, bars_fingerprint, bars_until, read_bars, timestamp_text
+from objectives.windows import Windows, split
+from storage.symbols import check_symbol
+from studies.series import demo_bars, list_symbols
 
 HEADER = "timestamp,open,high,low,close,volume"
 
@@ -31,7 +34,7 @@ def write(path: Path, *lines: str, encoding: str = "utf-8") -> Path:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    w.demo_bars(folder)
+    demo_bars(folder)
     return folder
 
 
@@ -55,13 +58,13 @@ def test_reads_the_demonstration_bars(demo: Path) -> None:
 
 
 def test_demonstration_bars_are_left_alone_when_the_same(demo: Path, tmp_path: Path) -> None:
-    paths = w.demo_bars(tmp_path / "new" / "folder")
+    paths = demo_bars(tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["SP500.csv", "NASDAQ.csv"]
     assert sorted(path.name for path in paths[0].parent.iterdir()) == ["NASDAQ.csv", "SP500.csv"]  # no leftovers
     for path in paths:
         os.utime(path, (1, 1))
     paths[1].write_text("damaged")
-    w.demo_bars(paths[0].parent)
+    demo_bars(paths[0].parent)
     assert paths[0].stat().st_mtime == 1
     assert paths[1].read_bytes() == (demo / "NASDAQ.csv").read_bytes()
 
@@ -169,7 +172,7 @@ def test_parquet_gives_what_csv_gives(demo: Path, tmp_path: Path, engine_index: 
         frame.assign(timestamp=index).to_parquet(path, index=False)
     bars, notes = read_bars(path)
     assert notes == ()
-    assert w.bars_fingerprint(bars) == w.bars_fingerprint(expected)
+    assert bars_fingerprint(bars) == bars_fingerprint(expected)
 
 
 # --- refusing what is bad ------------------------------------------------------------------------------------
@@ -284,13 +287,13 @@ def test_no_file_a_folder_or_no_permission(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("symbol", ["BTCUSD", "BRK-B", "BF.B", "0700.HK", "A"])
 def test_symbols(symbol: str) -> None:
-    assert w.check_symbol(symbol) == symbol
+    assert check_symbol(symbol) == symbol
 
 
 @pytest.mark.parametrize("text", ["", "../x", "btcusd", "BTC/USD", ".A", "-A", "A B", "A\n", "ÄÖ", "A_B"])
 def test_not_symbols(text: str) -> None:
     with pytest.raises(DataError, match="is not a symbol"):
-        w.check_symbol(text)
+        check_symbol(text)
 
 
 def test_a_folder_of_symbols(demo: Path, tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_a_folder_of_symbols(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "JUNK.parquet").write_bytes(b"junk")
     write(tmp_path / "README.md", "not bars")
     pd.DataFrame({"Close": [1.0]}, index=pd.DatetimeIndex(["2024-01-01"])).to_parquet(tmp_path / "BRK-B.parquet")
-    symbols, skipped = w.list_symbols(tmp_path)
+    symbols, skipped = list_symbols(tmp_path)
     assert list(symbols) == ["BRK-B", "HALF", "NASDAQ", "SP500"]
     assert symbols["BRK-B"] == tmp_path / "BRK-B.parquet"
     told = dict(line.removeprefix(f"{tmp_path}/").split(" skipped: ") for line in skipped)
@@ -316,13 +319,13 @@ def test_a_symbol_in_two_files(demo: Path, tmp_path: Path) -> None:
     shutil.copy(demo / "SP500.csv", tmp_path)
     pd.read_csv(demo / "SP500.csv").to_parquet(tmp_path / "SP500.parquet")
     with pytest.raises(DataError, match=r"SP500 has two files, .*SP500\.csv and .*SP500\.parquet; keep one"):
-        w.list_symbols(tmp_path)
+        list_symbols(tmp_path)
 
 
 def test_a_missing_or_empty_folder_names_the_option(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "gone"):
         with pytest.raises(DataError, match=re.escape(str(folder))) as caught:
-            w.list_symbols(folder)
+            list_symbols(folder)
         assert "--data-dir" in str(caught.value)
         assert "[data]" in str(caught.value)
 
@@ -359,12 +362,12 @@ def test_no_context_sees_its_target(demo: Path, horizon: int) -> None:
     windows = split(bars, symbol="NASDAQ", horizon=horizon).validation
     for index, origin in enumerate(windows.origins):
         later = np.arange(len(bars)) >= origin
-        jumped = replace(bars, **{name: np.where(later, 1e6, getattr(bars, name)) for name in w.PRICE_NAMES})
+        jumped = replace(bars, **{name: np.where(later, 1e6, getattr(bars, name)) for name in PRICE_NAMES})
         planted = replace(windows, bars=jumped)
         (context,) = planted.contexts([index])
         assert len(context) == origin
         assert context.timestamps[-1] < bars.timestamps[origin]
-        assert w.bars_fingerprint(context) == w.bars_fingerprint(windows.contexts([index])[0])
+        assert bars_fingerprint(context) == bars_fingerprint(windows.contexts([index])[0])
         assert planted.digest([index]) == windows.digest([index])
         assert (planted.actuals[index] == 1e6).all()  # the jump is where the targets are
         earlier = np.arange(len(bars)) >= origin - 1
@@ -443,31 +446,31 @@ def test_thirty_windows_in_chunks_of_ten_are_every_third() -> None:
 
 def test_bars_until(demo: Path) -> None:
     bars, _ = read_bars(demo / "SP500.csv")
-    until = w.bars_until(bars, "2010-06-15")
+    until = bars_until(bars, "2010-06-15")
     assert until.timestamps[-1] == np.datetime64("2010-06-15")
-    assert len(w.bars_until(bars, bars.timestamps[-1])) == len(bars)
-    assert w.timestamp_text(until.timestamps[-1]) == "2010-06-15"
+    assert len(bars_until(bars, bars.timestamps[-1])) == len(bars)
+    assert timestamp_text(until.timestamps[-1]) == "2010-06-15"
     for gone in ("2010-06-13", "2030-01-01", "1990-01-01", "tomorrow"):  # a Sunday, after, before, no time
         with pytest.raises(DataError, match=f"no bar at {gone}: the bars run from 1999-01-04 to 2018-12-31"):
-            w.bars_until(bars, gone)
+            bars_until(bars, gone)
 
 
 @pytest.mark.parametrize("text", ["2024-01-31", "2024-01-31T16:00:00Z", "2024-01-31T16:00:00.000000001Z"])
 def test_times_as_text_and_back(text: str) -> None:
     bars = replace(bars_of(1), timestamps=np.array([text.removesuffix("Z")], dtype="datetime64[ns]"))
-    assert w.timestamp_text(bars.timestamps[0]) == text
-    assert len(w.bars_until(bars, text)) == 1
+    assert timestamp_text(bars.timestamps[0]) == text
+    assert len(bars_until(bars, text)) == 1
 
 
 def test_fingerprints_see_every_value_and_only_the_bars_given() -> None:
     bars = bars_of(30)
-    seen = {w.bars_fingerprint(bars), w.bars_fingerprint(bars.slice(0, 29)), w.bars_fingerprint(bars.slice(1, 30))}
-    for name in (*w.PRICE_NAMES, "volume"):
+    seen = {bars_fingerprint(bars), bars_fingerprint(bars.slice(0, 29)), bars_fingerprint(bars.slice(1, 30))}
+    for name in (*PRICE_NAMES, "volume"):
         column = getattr(bars, name).copy()
         column[7] = np.nextafter(column[7], np.inf)
-        seen.add(w.bars_fingerprint(replace(bars, **{name: column})))
-    seen.add(w.bars_fingerprint(replace(bars, timestamps=bars.timestamps + np.timedelta64(1, "ns"))))
-    seen.add(w.bars_fingerprint(replace(bars, volume=None)))
-    seen.add(w.bars_fingerprint(replace(bars, volume=np.zeros(30))))
+        seen.add(bars_fingerprint(replace(bars, **{name: column})))
+    seen.add(bars_fingerprint(replace(bars, timestamps=bars.timestamps + np.timedelta64(1, "ns"))))
+    seen.add(bars_fingerprint(replace(bars, volume=None)))
+    seen.add(bars_fingerprint(replace(bars, volume=np.zeros(30))))
     assert len(seen) == 11
-    assert w.bars_fingerprint(bars_of(40).slice(0, 30)) == w.bars_fingerprint(bars)  # appended rows do not matter
+    assert bars_fingerprint(bars_of(40).slice(0, 30)) == bars_fingerprint(bars)  # appended rows do not matter

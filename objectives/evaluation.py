@@ -1,6 +1,6 @@
-"""The staged evaluation of one set of params on some windows, and the errors that come out.
+"""The staged evaluation of one set of params on some windows.
 
-Owns the caches between trials and the metrics. A trial pays only for the stages whose inputs it changed, and its
+Owns the stages and the cache between trials. A trial pays only for the stages whose inputs it changed, and its
 numbers are the same to the last bit whatever ran before and however little the cache holds. Knows nothing of trials,
 search spaces, studies or devices.
 """
@@ -18,36 +18,13 @@ import numpy as np
 
 from forecasters import MODELS, ExactForecaster, Forecaster, ForecastError
 from objectives.aggregation import Aggregate, Draw, parse
+from objectives.bars import timestamp_text
 from objectives.exact import exact_points
-from objectives.windows import Windows, timestamp_text
+from objectives.metrics import Measurement, measurement_of, relative_errors
+from objectives.windows import Windows
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
 SAMPLE_COUNTS = ("num_samples", "sample_count")  # what models call the number of samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """Errors of a forecast over W windows of H steps, a step's error being forecast - actual."""
-
-    mae: float  # mean |error| / last close before the window: pct_return_mae, the objective
-    price_mae: float  # mean |error|
-    mae_percent: float  # 100 * mean |error| / mean |actual|
-    no_change_mae: float  # `mae` of predicting the last close
-    skill: float  # 1 - mae / no_change_mae; 0 where no price moved and there is nothing to be better than
-    errors: tuple[float, ...]  # [W] in origin order, each window's share of `mae`
-    sampling_error: float | None  # standard error of `mae` that fresh seeds alone cause; None: one pass cannot tell
-    windows: int
-    seconds: Mapping[str, float]  # by stage; a stage answered from the cache takes next to none
-
-
-def measure_no_change(windows: Windows) -> float:
-    """The `mae` of predicting that the price stays at the last close."""
-    return float(no_change_errors(windows).mean())
-
-
-def no_change_errors(windows: Windows) -> np.ndarray:
-    """Each window's share of `measure_no_change`, float64 [W]."""
-    return _errors(windows, windows.last_closes[:, None])
 
 
 class Evaluator:
@@ -98,7 +75,7 @@ class Evaluator:
         Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
         """
         seconds = dict.fromkeys(STAGES, 0.0)
-        return _measurement(windows, self._points(windows, params, passes, on_rung, seconds), seconds)
+        return measurement_of(windows, self._points(windows, params, passes, on_rung, seconds), seconds)
 
     def forecast(self, windows: Windows, params: Mapping[str, Any], *, pass_number: int = 0) -> np.ndarray:
         """The point forecasts of these params with the seeds of one pass, float64 [W, H], price.
@@ -123,7 +100,7 @@ class Evaluator:
         done: list[int] = []
         for chunk in windows.chunks(self.chunk_size):
             if done and on_rung is not None:
-                on_rung(len(done), float(_errors(windows, points)[:, done].mean()))
+                on_rung(len(done), float(relative_errors(windows, points)[:, done].mean()))
             rows = list(chunk)
             points_of = self._exact_points if self.exact else self._sampled_points
             took = dict.fromkeys(STAGES, 0.0)
@@ -228,41 +205,6 @@ class _Plan:
     def asked(self) -> dict[str, Any]:
         """The draw params to draw with."""
         return {**self.draw_params, **({self.count_name: self.drawn} if self.count_name else {})}
-
-
-# --- errors ------------------------------------------------------------------------------------------------
-
-
-def _errors(windows: Windows, points: np.ndarray) -> np.ndarray:
-    """Each window's mean |forecast - actual| / last close before it: [..., W] of points [..., W, H]."""
-    return np.abs(points - windows.actuals).mean(axis=-1) / windows.last_closes
-
-
-def _measurement(windows: Windows, points: np.ndarray, seconds: Mapping[str, float]) -> Measurement:
-    by_pass = _errors(windows, points)  # [R, W]
-    errors = by_pass.mean(axis=0)
-    mae = float(errors.mean())
-    price_mae = float(np.abs(points - windows.actuals).mean())
-    no_change_mae = measure_no_change(windows)
-    return Measurement(
-        mae=mae,
-        price_mae=price_mae,
-        mae_percent=float(100 * price_mae / np.abs(windows.actuals).mean()),
-        no_change_mae=no_change_mae,
-        skill=1 - mae / no_change_mae if no_change_mae > 0 else 0.0,
-        errors=tuple(errors.tolist()),
-        sampling_error=_standard_error(by_pass),
-        windows=len(windows),
-        seconds=seconds,
-    )
-
-
-def _standard_error(by_pass: np.ndarray) -> float | None:
-    """Of the mean over all of [R, W], where windows are given and passes are drawn anew: seeds of windows differ."""
-    repeats, windows = by_pass.shape
-    if repeats < 2:
-        return None
-    return float(np.sqrt((by_pass.var(axis=0, ddof=1) / repeats).sum()) / windows)
 
 
 def _check(windows: Windows, chunk: Sequence[int], bad: int | None) -> None:

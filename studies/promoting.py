@@ -1,26 +1,22 @@
-"""Gather what the update rule needs, show what it decides, write what it promotes.
+"""Gather what the update rule needs, decide for every symbol, write what is promoted.
 
 Reads the confirmations and the promoted files; loads no model. The rule itself is studies/promotion.py.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
-import click
-from rich.table import Table
-
-from launch.output import say
-from launch.tables import NOTHING, Column, fitted, number, share
-from storage import configs, slots
+from forecasters import ExpectedError
+from storage import configs
 from storage.configs import Record
 from storage.database import RetryingStorage
+from storage.progress import read_confirmations, study_progress
 from studies import promotion, space
 from studies import study as studying
 from studies.config import Config
@@ -86,7 +82,7 @@ class Row:
     pairs: Sequence[Pair]
 
 
-class NothingToPromote(ValueError):
+class NothingToPromote(ExpectedError, ValueError):
     """There is no study to promote from."""
 
 
@@ -157,9 +153,9 @@ def promote(
     wanted = list(symbols) or sorted(symbol for symbol, studies in asked.items() if studies)
     if not wanted:
         raise NothingToPromote("no study yet; make some with: launch-workers")
-    progress = slots.progress(storage)
+    progress = study_progress(storage)
     ids = [study.study_id for symbol in wanted for study in newest[symbol].values()]
-    confirmations = slots.confirmations(storage, ids)
+    confirmations = read_confirmations(storage, ids)
 
     def find(study: Study) -> Finding:
         is_open = progress[study.study_id].open > 0
@@ -173,45 +169,6 @@ def promote(
     # A model that is not asked for may still have measured the incumbent.
     cases = [_judge(config, rule, [find(study) for study in newest[symbol].values()], models) for symbol in wanted]
     return [_carry_out(config, rule, case, dry_run=dry_run) for case in cases]
-
-
-def table(rows: Sequence[Row], width: int) -> Table:
-    """The rows in lines of at most `width` cells; a narrow one leaves evidence out, never a decision."""
-
-    def column(heading: str, cells: Sequence[str], values: Sequence[float | None], keep: int) -> Column:
-        right = any(value is not None for value in values)
-        return Column(heading=heading, cells=cells, right=right, keep=keep)
-
-    def numbers(heading: str, values: Sequence[float | None], keep: int) -> Column:
-        return column(heading, [number(value) for value in values], values, keep)
-
-    def shares(heading: str, values: Sequence[float | None], keep: int) -> Column:
-        return column(heading, [share(value) for value in values], values, keep)
-
-    chances = [row.p_value for row in rows]
-    return fitted(
-        [
-            Column(heading="symbol", cells=[row.symbol for row in rows]),
-            Column(heading="study", cells=[row.study for row in rows], shorter=[row.model for row in rows], keep=6),
-            numbers("incumbent", [row.incumbent_mae for row in rows], 7),
-            numbers("best", [row.best_mae for row in rows], 8),
-            shares("improvement", [row.improvement for row in rows], 9),
-            Column(heading="95 % interval", cells=[_interval(row) for row in rows], keep=4),
-            column("p", [NOTHING if p is None else f"{p:.3f}" for p in chances], chances, 5),
-            shares("on search", [row.improvement_validation for row in rows], 1),
-            shares("on test", [row.improvement_test for row in rows], 3),
-            shares("skill", [row.skill for row in rows], 2),
-            Column(heading="decision", cells=[row.decision for row in rows], keep=11),
-            Column(heading="reason", cells=[row.reason for row in rows], keep=10),
-        ],
-        width,
-        blanks=True,
-    )
-
-
-def _interval(row: Row) -> str:
-    low, high = row.improvement_low, row.improvement_high
-    return NOTHING if low is None or high is None else f"{100 * low:+.1f} .. {100 * high:+.1f}%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,19 +404,3 @@ def _metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
         "latency_s": sum(measured["seconds"].values()),
         "num_predictions": measured["windows"],
     }
-
-
-def roll_back(config: Config, symbol: str, *, dry_run: bool, as_json: bool) -> None:
-    """Put back what the last promotion of a symbol replaced, and say so. Raises ConfigFileError."""
-    restored = configs.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
-    if as_json:
-        click.echo(json.dumps(asdict(restored), indent=2, default=str))
-        return
-    for path in restored.restored:
-        click.echo(f"{path}: {'would be put back' if dry_run else 'put back'}")
-    for path in restored.removed:
-        click.echo(f"{path}: {'would be removed' if dry_run else 'removed'}, as it was before the promotion")
-    if restored.mismatch:
-        say(f"{restored.mismatch}: is not what best says; readers that take the parameters from there get others")
-    undone = "to be undone" if dry_run else "undone"
-    say(f"{symbol}: the promotion of {restored.promoted_at} is {undone}; {restored.remaining} more can be rolled back")

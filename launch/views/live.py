@@ -33,11 +33,11 @@ from rich.text import Text
 from launch.output import counted
 from launch.streams import Stderr
 from launch.supervisor import Child
-from launch.tables import Column, duration, fitted, number, rate, share
+from launch.views.tables import Column, duration, fitted, number, rate, share
 from launch.worker import EXIT_DONE, EXIT_INTERRUPTED
 from storage import database, slots
 from storage.database import RetryingStorage
-from storage.slots import Glance
+from storage.progress import RunSnapshot, run_snapshot
 
 DRAW_S = 1.0  # between two drawings, and between two looks at the database
 REPORT_S = 10.0  # between two lines of progress
@@ -332,7 +332,7 @@ class Watch:
         """Raises DatabaseUnavailable."""
         ours = [child.name for child in self.children if child.name]
         self._ours.update(ours)
-        glance = slots.glance(self._storage, self._studies, ours, **INCUMBENT)
+        glance = run_snapshot(self._storage, self._studies, ours, **INCUMBENT)
         best = database.best_values(self._storage, self._studies)
         now = time.monotonic()
         counts: dict[Any, int] = {study_id: one.done for study_id, one in glance.progress.items()}
@@ -358,7 +358,7 @@ class Watch:
             rate=self._rates.of("all", self._since.get("all")),
         )
 
-    def _note_busy(self, now: float, glance: Glance) -> None:
+    def _note_busy(self, now: float, glance: RunSnapshot) -> None:
         for busy in glance.busy:
             if busy.stage == slots.TRIAL:
                 at = f"trial {busy.number + 1}/{glance.progress[busy.study_id].budget}"

@@ -1,6 +1,6 @@
 """What a run brought, as one HTML page that needs no network and as Markdown: each symbol's and model's newest study.
 
-Reads the database and the promoted files; decides nothing and writes no study. The page is launch/report.html.j2.
+Reads the database and the promoted files; decides nothing and writes no study. The page is report.html.j2.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from launch import figures, notes
-from launch import promote as promoting
-from launch.notes import CONFIRMED_HEAD, Facts, gain_text, mae_text, share_text
 from launch.output import counted
-from launch.promote import Row, Rule
-from launch.tables import assigned
-from storage import configs, slots
+from launch.views import figures, notes
+from launch.views.notes import CONFIRMED_HEAD, Facts, gain_text, mae_text, share_text
+from launch.views.tables import assigned
+from storage import configs
 from storage.database import RetryingStorage
-from studies import importance
+from storage.progress import study_progress
+from studies import importance, promoting
 from studies import study as studying
 from studies.config import Config, ConfigError
+from studies.promoting import Row, Rule
 
 EXPLANATIONS = (
     "error: mean |forecast - close| in per cent of the last close before the window. improvement: over the incumbent, "
@@ -82,7 +82,7 @@ def make(
     rule = Rule(min_improvement=config.promotion.min_improvement)
     rows = promoting.promote(storage, config, rule, symbols=symbols, models=models, dry_run=True)
     names = {pair.study for row in rows for pair in row.pairs}
-    progress = slots.progress(storage)
+    progress = study_progress(storage)
     found = [
         notes.gather(storage, study, progress[study.study_id])
         for study in studying.list_studies(storage)

@@ -11,9 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.output import counted, say, show
-from launch.tables import NOTHING, Column, assigned, fitted, number, share
+from launch.views.tables import NOTHING, Column, assigned, fitted, number, share
 from storage import database, slots
 from storage.database import RetryingStorage
+from storage.progress import (
+    first_parked_slots,
+    parked_slots,
+    pick_results,
+    read_confirmations,
+    stage_results,
+    study_progress,
+    worker_seconds,
+)
 from studies import importance
 from studies import study as studying
 
@@ -56,11 +65,11 @@ class Row:
 
 def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[Row]:
     """Every study, or those named by id, sorted by name."""
-    progress = slots.progress(storage)
+    progress = study_progress(storage)
     best = database.best_values(storage, study_ids)
-    baselines = slots.pick(storage, slots.BASELINE, {"mae": "$.validation.mae"}, study_ids, label="incumbent")
-    confirmations = slots.pick(storage, slots.CONFIRMATION, CONFIRMED, study_ids)
-    reasons = slots.first_parked(storage, study_ids)
+    baselines = pick_results(storage, slots.BASELINE, {"mae": "$.validation.mae"}, study_ids, label="incumbent")
+    confirmations = pick_results(storage, slots.CONFIRMATION, CONFIRMED, study_ids)
+    reasons = first_parked_slots(storage, study_ids)
     found = []
     for study in studying.list_studies(storage):
         if study_ids is not None and study.study_id not in study_ids:
@@ -158,7 +167,7 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
     if study is None:
         return None
     (row,) = rows(storage, [study.study_id])
-    seconds = slots.seconds(storage, [study.study_id]).get(study.study_id, {})
+    seconds = worker_seconds(storage, [study.study_id]).get(study.study_id, {})
     importances, too_few = importance.importances(storage, name)
     return {
         **asdict(row),
@@ -167,11 +176,11 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
             {"trial": trial.number, "mae": trial.value, "params": trial.params}
             for trial in database.best_trials(storage, study.study_id, BEST_SHOWN)
         ],
-        "baselines": slots.results(storage, study.study_id, slots.BASELINE),
-        "confirmation": slots.confirmations(storage, [study.study_id])[study.study_id].result,
+        "baselines": stage_results(storage, study.study_id, slots.BASELINE),
+        "confirmation": read_confirmations(storage, [study.study_id])[study.study_id].result,
         "parked": [
             {"stage": item.stage, "slot": item.number, "error": item.error}
-            for item in slots.parked(storage, study.study_id)
+            for item in parked_slots(storage, study.study_id)
         ],
         "seconds": seconds,
         "importances": importances,

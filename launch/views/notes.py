@@ -1,7 +1,7 @@
 """What optuna-dashboard shows of a study: its note, plots, image and attributes, rewritten as a run goes.
 
 Reads slots and trials, loads no model. Written by the supervisor and by `promote`, never by a worker. Errors are shown
-in per cent of the last close; plots and image are those of launch/figures.py.
+in per cent of the last close; plots and image are those of figures.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import figures
 from launch.output import counted
-from launch.promote import Row
-from launch.tables import assigned
+from launch.views import figures
+from launch.views.tables import assigned
 from storage import board, database, slots
 from storage.board import Image
 from storage.database import RetryingStorage
-from storage.slots import Progress
+from storage.progress import (
+    Parked,
+    Progress,
+    parked_slots,
+    read_confirmations,
+    stage_results,
+    study_progress,
+    worker_seconds,
+)
+from studies.promoting import Row
 from studies.study import Study, list_studies
 
 EVERY_S = 30.0  # between two rewritings during a run; the first brings plotly and matplotlib, a second of CPU
@@ -45,7 +53,7 @@ class Facts:
     result: Mapping[str, Any] | None  # of the confirmation
     confirmation: str | None  # tells two results apart
     seconds: Mapping[str, float]  # of workers, by what they went into
-    parked: Sequence[slots.Parked]
+    parked: Sequence[Parked]
     decision: str | None
 
     @property
@@ -84,7 +92,7 @@ class Keeper:
 
     def write(self) -> None:
         """Rewrite the notes of the studies that moved since the last time."""
-        progress = slots.progress(self._storage)
+        progress = study_progress(self._storage)
         moved = [
             study
             for study in self._studies
@@ -127,7 +135,7 @@ def update(
     """
     failure: OSError | None = None
     decisions = _decisions(rows or ())
-    progress = slots.progress(storage)
+    progress = study_progress(storage)
     for study in studies:
         if study.study_id not in progress:
             continue
@@ -153,14 +161,14 @@ def update(
 def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decision: str | None = None) -> Facts:
     """All facts of a study. decision: a new one; else the last, as long as it is of the same confirmation."""
     study_id = study.study_id
-    result = slots.confirmations(storage, [study_id])[study_id].result
+    result = read_confirmations(storage, [study_id])[study_id].result
     confirmation = _digest(result) if result else None
     if result and decision is None:
         known = storage.get_study_user_attrs(study_id)
         decision = known.get(DECISION) if known.get(CONFIRMATION) == confirmation else None
         decision = None if decision == UNDECIDED else decision
     best = database.best_trials(storage, study_id, 1)
-    incumbent = slots.results(storage, study_id, slots.BASELINE).get("incumbent")
+    incumbent = stage_results(storage, study_id, slots.BASELINE).get("incumbent")
     return Facts(
         study=study,
         progress=progress,
@@ -170,8 +178,8 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
         incumbent_mae=incumbent["validation"]["mae"] if incumbent else None,
         result=result,
         confirmation=confirmation,
-        seconds=slots.seconds(storage, [study_id]).get(study_id, {}),
-        parked=slots.parked(storage, study_id),
+        seconds=worker_seconds(storage, [study_id]).get(study_id, {}),
+        parked=parked_slots(storage, study_id),
         decision=decision if result else None,
     )
 

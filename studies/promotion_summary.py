@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.promote import Pair, Row
-from storage import database, slots
+from storage import database
 from storage.configs import ConfigFileError
 from storage.database import RetryingStorage
+from storage.progress import study_progress
 from studies import study as studying
+from studies.promoting import Pair, Row
 
 PATTERN = "compiled_optimization_*.json"
 
@@ -50,7 +51,7 @@ def summary(storage: RetryingStorage, pairs: Sequence[Pair]) -> dict[str, Any]:
     ids = {study.name: study.study_id for study in studying.list_studies(storage)}
     efforts = database.efforts(storage)
     found = [efforts[ids[pair.study]] for pair in pairs if ids[pair.study] in efforts]
-    progress, models = slots.progress(storage), sorted({pair.model for pair in pairs})
+    progress, models = study_progress(storage), sorted({pair.model for pair in pairs})
     results = []
     for pair in pairs:
         effort = efforts.get(ids[pair.study])

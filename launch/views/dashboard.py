@@ -1,4 +1,4 @@
-"""Serve optuna-dashboard over the studies. Knows HTTP; what the pages show is storage/board.py and launch/notes.py."""
+"""Serve optuna-dashboard over the studies. Knows HTTP; what the pages show is storage/board.py and notes.py."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from forecasters import ExpectedError
 from storage import DatabaseUnavailable, board
 from storage.database import RetryingStorage
 
 PAGE_WAIT_S = 20.0  # that a page waits for a database that is away; a browser asks again every ten seconds
 
 
-class PortTaken(ValueError):
+class PortTaken(ExpectedError, ValueError):
     """The address to serve on cannot be had."""
 
 

@@ -1,0 +1,222 @@
+"""Questions about the budget: how far studies are, who works on what, what was given up, what it took.
+
+Reads the rows that slots.py claims and ends; writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.engine import Connection
+
+from storage.database import RetryingStorage
+from storage.slots import CONFIRMATION, TRIAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How much of a study's work is done. `open` counts free and busy rows of every stage."""
+
+    study_id: int
+    budget: int  # trial slots
+    done: int
+    parked: int  # of every stage
+    open: int
+
+    @property
+    def state(self) -> str:
+        """Of the study: "running", "parked" or "finished"."""
+        return "running" if self.open else "parked" if self.parked else "finished"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Busy:
+    """A row that is claimed now, and by whom."""
+
+    worker: str
+    study_id: int
+    stage: int
+    number: int
+    label: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSnapshot:
+    """How some studies stand at one moment."""
+
+    progress: Mapping[int, Progress]  # by study id
+    busy: Sequence[Busy]
+    finished: Mapping[str, int]  # rows done, by worker; workers with none are left out
+    picked: Mapping[int, Any]  # by study id, as asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """A unit of work that was given up."""
+
+    stage: int
+    number: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """A study's confirmation: what it is to measure beside the search, and what came out once it is done."""
+
+    study_id: int
+    state: str  # "free", "busy", "done" or "parked"
+    params: Mapping[str, Any] | None
+    result: Mapping[str, Any] | None
+
+
+def read_confirmations(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, Confirmation]:
+    """The confirmation of every study, or of these, by study id, in one query."""
+    statement = text(
+        "select study_id, state, params, result from slots where stage = :stage "
+        "and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids))"
+    )
+    values = {"stage": CONFIRMATION, "study_ids": None if study_ids is None else list(study_ids)}
+    rows = storage.transaction(lambda c: c.execute(statement, values).all())
+    return {row.study_id: Confirmation(**row._mapping) for row in rows}
+
+
+def free_counts(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int, int]:
+    """How many rows can be claimed now, by study id; studies with none are left out."""
+    statement = text(
+        """
+        select study_id, count(*) as free from slots s
+        where study_id = any(:study_ids) and state = 'free'
+          and (stage < :confirmation or not exists (
+              select 1 from slots o
+              where o.study_id = s.study_id and o.stage < :confirmation and o.state in ('free', 'busy')))
+        group by study_id
+        """
+    )
+    values = {"study_ids": list(study_ids), "confirmation": CONFIRMATION}
+    return {row.study_id: row.free for row in storage.transaction(lambda c: c.execute(statement, values).all())}
+
+
+def worker_seconds(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, dict[str, float]]:
+    """What workers' time went into, summed over the finished rows of every study, or of these, by study id."""
+    statement = text(
+        "select study_id, key, sum(value::float) as seconds from slots, jsonb_each_text(seconds) "
+        "where cast(:study_ids as integer[]) is null or study_id = any(:study_ids) group by study_id, key"
+    )
+    values = {"study_ids": None if study_ids is None else list(study_ids)}
+    found: dict[int, dict[str, float]] = {}
+    for row in storage.transaction(lambda c: c.execute(statement, values).all()):
+        found.setdefault(row.study_id, {})[row.key] = row.seconds
+    return found
+
+
+def study_progress(storage: RetryingStorage) -> dict[int, Progress]:
+    """Every study's progress, by study id, in one query."""
+    rows = storage.transaction(lambda c: c.execute(text(PROGRESS), {"study_ids": None, "trial": TRIAL}).all())
+    return {row.study_id: Progress(**row._mapping) for row in rows}
+
+
+PROGRESS = """
+select study_id,
+       count(*) filter (where stage = :trial) as budget,
+       count(*) filter (where stage = :trial and state = 'done') as done,
+       count(*) filter (where state = 'parked') as parked,
+       count(*) filter (where state in ('free', 'busy')) as open
+from slots where cast(:study_ids as integer[]) is null or study_id = any(:study_ids) group by study_id
+"""
+
+
+def run_snapshot(
+    storage: RetryingStorage, study_ids: Iterable[int], workers: Iterable[str], *, stage: int, label: str, path: str
+) -> RunSnapshot:
+    """Progress of these studies and of these workers, and a value from the result of a labelled row of each study.
+
+    path: of the value in the result, as jsonpath; studies without it are left out of `picked`. One transaction.
+    """
+    values = {"study_ids": list(study_ids), "trial": TRIAL, "workers": list(workers)}
+    picking = {"study_ids": values["study_ids"], "stage": stage, "label": label, "path": path}
+
+    def read(connection: Connection) -> RunSnapshot:
+        progress = connection.execute(text(PROGRESS), values).all()
+        finished = connection.execute(text(GLANCE_FINISHED), values).all()
+        return RunSnapshot(
+            progress={row.study_id: Progress(**row._mapping) for row in progress},
+            busy=[Busy(**row._mapping) for row in connection.execute(text(GLANCE_BUSY), values)],
+            finished={row.worker: row.done for row in finished},
+            picked={row.study_id: row.value for row in connection.execute(text(GLANCE_PICKED), picking)},
+        )
+
+    return storage.transaction(read)
+
+
+GLANCE_BUSY = """
+select worker, study_id, stage, number, label from slots
+where study_id = any(:study_ids) and state = 'busy' order by study_id, stage, number
+"""
+GLANCE_FINISHED = """
+select worker, count(*) as done from slots
+where study_id = any(:study_ids) and state = 'done' and worker = any(:workers) group by worker
+"""
+GLANCE_PICKED = """
+select study_id, value from slots, jsonb_path_query_first(result, cast(:path as jsonpath)) value
+where study_id = any(:study_ids) and stage = :stage and label = :label and value is not null
+"""
+
+
+def stage_results(storage: RetryingStorage, study_id: int, stage: int) -> dict[str, Mapping[str, Any]]:
+    """What the finished rows of a stage left, by label."""
+    statement = text(
+        "select label, result from slots where study_id = :study_id and stage = :stage "
+        "and state = 'done' and result is not null"
+    )
+    rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id, "stage": stage}).all())
+    return {row.label: row.result for row in rows}
+
+
+def pick_results(
+    storage: RetryingStorage,
+    stage: int,
+    paths: Mapping[str, str],
+    study_ids: Iterable[int] | None = None,
+    *,
+    label: str | None = None,
+) -> dict[int, dict[str, list[Any]]]:
+    """What the paths (jsonpath, by name) find in a result of every study, or of these, in one query.
+
+    The row is the one of that label, or the only one of its stage. By study id, then by name; studies without such a
+    result are left out. The results themselves, which may be long, stay in the server.
+    """
+    columns = ", ".join(f"jsonb_path_query_array(result, cast(:path_{n} as jsonpath))" for n in range(len(paths)))
+    statement = text(
+        f"select study_id, {columns} from slots where stage = :stage and result is not null "  # noqa: S608 - no values
+        "and (cast(:label as text) is null or label = :label) "
+        "and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids))"
+    )
+    values: dict[str, Any] = {f"path_{n}": path for n, path in enumerate(paths.values())}
+    values |= {"stage": stage, "label": label, "study_ids": None if study_ids is None else list(study_ids)}
+    rows = storage.transaction(lambda c: c.execute(statement, values).all())
+    return {study_id: dict(zip(paths, found, strict=True)) for study_id, *found in rows}
+
+
+def first_parked_slots(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, Parked]:
+    """The first row that was given up of every study, or of these, that has one, by study id, in one query."""
+    statement = text(
+        "select distinct on (study_id) study_id, stage, number, coalesce(error, '') as error from slots "
+        "where state = 'parked' and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids)) "
+        "order by study_id, stage, number"
+    )
+    values = {"study_ids": None if study_ids is None else list(study_ids)}
+    rows = storage.transaction(lambda c: c.execute(statement, values).all())
+    return {study_id: Parked(stage=stage, number=number, error=error) for study_id, stage, number, error in rows}
+
+
+def parked_slots(storage: RetryingStorage, study_id: int) -> list[Parked]:
+    """The rows that were given up, with their errors."""
+    statement = text(
+        "select stage, number, coalesce(error, '') as error from slots "
+        "where study_id = :study_id and state = 'parked' order by stage, number"
+    )
+    rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id}).all())
+    return [Parked(**row._mapping) for row in rows]
