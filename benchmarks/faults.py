@@ -29,15 +29,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 
-import forecasters
 from benchmarks import private, recording
-from launch.worker import Job, checkpoint_of
+from launch.worker import Job
 from objectives.bars import read_bars
-from objectives.evaluation import Evaluator
 from storage import database, embedded, slots
 from storage.database import RetryingStorage
 from storage.progress import study_progress
-from studies import space as spaces
+from studies import evaluators
 from studies import study as studying
 from studies.series import Series, demo_bars
 
@@ -316,12 +314,7 @@ def remeasure(storage: RetryingStorage, folder: Path, trials: Mapping[str, list[
     job = Job.read(sorted((folder / "logs").iterdir())[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    evaluator = Evaluator(
-        forecasters.load("toto", device="cpu", **checkpoint_of(job.config, "toto")),
-        cache_bytes=2**30,
-        chunk_size=job.config.search.rung,
-        max_num_samples=max(spaces.sample_counts("toto", job.config)),
-    )
+    evaluator = evaluators.make_evaluator(job.config, "toto", device="cpu", cache_bytes=2**30)
     compared = other = 0
     for study in studying.list_studies(storage):
         bars, _ = read_bars(Path(job.series[study.symbol]))

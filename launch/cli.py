@@ -73,9 +73,9 @@ def launch_workers(
     """
     from launch import devices, ray_cluster
     from launch.views import listing
-    from launch.worker import checkpoint_fingerprint
     from storage import database
     from studies import study as studying
+    from studies.evaluators import checkpoint_fingerprint
     from studies.series import read_series
 
     check_devices(gpus, cpus)
@@ -261,8 +261,8 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     studies confirm BTCUSD/toto@2026-03-19
     """
     from launch import devices
-    from launch.worker import checkpoint_fingerprint
     from studies import study as studying
+    from studies.evaluators import checkpoint_fingerprint
     from studies.series import read_series
 
     check_devices(gpus, cpus)

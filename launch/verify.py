@@ -107,8 +107,8 @@ def jobs(
 ) -> Iterator[Job]:
     """Every symbol with every model, on the windows of a search. Raises DataError where there are too few bars."""
     # Late: these bring Optuna, which the process of a mode need not load.
-    from launch.worker import checkpoint_of
     from studies import space as spaces
+    from studies.evaluators import loading_options
     from studies.study import split_windows
 
     for each in series:
@@ -116,7 +116,7 @@ def jobs(
         for model in models:
             yield Job(
                 model=model,
-                checkpoint=checkpoint_of(config, model),
+                checkpoint=loading_options(config, model),
                 device=device,
                 windows=windows,
                 trials=random_trials(spaces.make(model, config), trials),

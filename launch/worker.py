@@ -17,10 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import forecasters
-from forecasters import ExpectedError, ForecastError, LoadedForecaster, Running
+from forecasters import ExpectedError, ForecastError, LoadedForecaster
 from launch import devices
 from objectives.bars import read_bars
 from objectives.evaluation import Evaluator
@@ -29,9 +27,8 @@ from storage.database import RetryingStorage
 from storage.progress import free_counts, study_progress
 from storage.slots import Slot
 from studies import config as configuration
-from studies import space as spaces
+from studies import evaluators, working
 from studies import study as studying
-from studies import working
 from studies.config import Config
 from studies.series import Series
 from studies.study import Run, Study
@@ -240,45 +237,11 @@ class Worker:
         return self.series[symbol]
 
     def _load(self, model: str) -> Evaluator:
-        forecaster = self.forecasters[model] = forecasters.load(
-            model, device=self.device, **checkpoint_of(self.config, model)
-        )
+        forecaster = self.forecasters[model] = evaluators.load_forecaster(self.config, model, device=self.device)
         dtype = self.config.compile.dtype
         log.info("%s on %s, %s, compilation %s", model, self.device, dtype, forecaster.compilation)
-        return Evaluator(
-            forecaster,
-            cache_bytes=cache_bytes(self.config, workers=len(self.job.devices)),
-            chunk_size=self.config.search.rung,
-            max_num_samples=max(spaces.sample_counts(model, self.config)),
-            exact=self.config.search.objective == "exact",
-        )
-
-
-def checkpoint_of(config: Config, model: str) -> dict[str, Any]:
-    """Where the settings say a model's weights are and how it runs, as `forecasters.load` and `inspect` take it."""
-    running = Running(
-        compile_mode=config.compile.mode,
-        compile_backend=config.compile.backend,
-        compile_dir=str(config.compile.dir),
-        dtype=config.compile.dtype,
-        chunk=config.search.rung,
-    )
-    if model == "toto":
-        return {"checkpoint": config.toto.checkpoint, "revision": config.toto.revision or None, "running": running}
-    kronos = config.kronos
-    return {
-        "running": running,
-        "checkpoint": kronos.checkpoint,
-        "revision": kronos.revision or None,
-        "tokenizer": kronos.tokenizer or None,
-        "tokenizer_revision": kronos.tokenizer_revision or None,
-        "network_context": kronos.network_context,
-    }
-
-
-def checkpoint_fingerprint(config: Config, model: str) -> str:
-    """Of the weights that the settings name. Raises CheckpointError."""
-    return forecasters.inspect(model, **checkpoint_of(config, model))
+        size = cache_bytes(self.config, workers=len(self.job.devices))
+        return evaluators.evaluator_of(self.config, forecaster, cache_bytes=size)
 
 
 def cache_bytes(config: Config, *, workers: int, memory: int | None = None) -> int:

@@ -19,11 +19,11 @@ from sqlalchemy import text
 
 import forecasters
 from launch import cli
-from launch.worker import checkpoint_fingerprint
 from storage import database, slots
 from storage.progress import free_counts, stage_results, study_progress
 from studies import config as configuration
 from studies import study as studying
+from studies.evaluators import checkpoint_fingerprint
 from studies.series import demo_bars, read_series
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"

@@ -14,7 +14,7 @@ from forecasters import Bars
 from objectives import windows as w
 from objectives.bars import PRICE_NAMES, DataError, bars_fingerprint, bars_until, read_bars, timestamp_text
 from objectives.windows import Windows, split
-from storage.symbols import check_symbol
+from storage.symbols import SymbolError, check_symbol
 from studies.series import demo_bars, list_symbols
 
 HEADER = "timestamp,open,high,low,close,volume"
@@ -292,7 +292,7 @@ def test_symbols(symbol: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "../x", "btcusd", "BTC/USD", ".A", "-A", "A B", "A\n", "ÄÖ", "A_B"])
 def test_not_symbols(text: str) -> None:
-    with pytest.raises(DataError, match="is not a symbol"):
+    with pytest.raises(SymbolError, match="is not a symbol"):
         check_symbol(text)
 
 

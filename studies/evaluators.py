@@ -1,0 +1,66 @@
+"""From settings to a loaded forecaster and its evaluator: the one way for workers, checks, benchmarks and services.
+
+Loads torch, and that only when a forecaster is asked for. Knows nothing of studies, slots or processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import forecasters
+from forecasters import LoadedForecaster, Running
+from objectives.evaluation import Evaluator
+from studies import space as spaces
+from studies.config import Config
+
+
+def make_evaluator(config: Config, model: str, *, device: str, cache_bytes: int) -> Evaluator:
+    """Load a model as the settings name it and make its evaluator.
+
+    device: "cpu" or "cuda:0". cache_bytes: bound on what the evaluator keeps between measurements.
+    Raises CheckpointError and SettingError.
+    """
+    return evaluator_of(config, load_forecaster(config, model, device=device), cache_bytes=cache_bytes)
+
+
+def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: int) -> Evaluator:
+    """The evaluator of a forecaster that is loaded already."""
+    return Evaluator(
+        forecaster,
+        cache_bytes=cache_bytes,
+        chunk_size=config.search.rung,
+        max_num_samples=max(spaces.sample_counts(forecaster.model, config)),
+        exact=config.search.objective == "exact",
+    )
+
+
+def load_forecaster(config: Config, model: str, *, device: str) -> LoadedForecaster:
+    """Load a model onto a device. Raises CheckpointError and SettingError."""
+    return forecasters.load(model, device=device, **loading_options(config, model))
+
+
+def checkpoint_fingerprint(config: Config, model: str) -> str:
+    """What `load_forecaster` would give as its fingerprint, from the files' headers. Raises CheckpointError."""
+    return forecasters.inspect(model, **loading_options(config, model))
+
+
+def loading_options(config: Config, model: str) -> dict[str, Any]:
+    """Where the settings say a model's weights are and how it runs, as `forecasters.load` and `inspect` take it."""
+    running = Running(
+        compile_mode=config.compile.mode,
+        compile_backend=config.compile.backend,
+        compile_dir=str(config.compile.dir),
+        dtype=config.compile.dtype,
+        chunk=config.search.rung,
+    )
+    if model == "toto":
+        return {"checkpoint": config.toto.checkpoint, "revision": config.toto.revision or None, "running": running}
+    kronos = config.kronos
+    return {
+        "running": running,
+        "checkpoint": kronos.checkpoint,
+        "revision": kronos.revision or None,
+        "tokenizer": kronos.tokenizer or None,
+        "tokenizer_revision": kronos.tokenizer_revision or None,
+        "network_context": kronos.network_context,
+    }
