@@ -71,7 +71,7 @@ def job_of(model: str, checkpoint: str, running: Running, device: str, horizon: 
             {**base, "temperature": 0.2, "top_k": 0, "top_p": 0.8, "sample_count": count // 2},
             {**base, "temperature": 0.4, "top_k": 48, "top_p": 1.0, "sample_count": count},
         ]
-    return verify.Job(
+    return verify.VerifyJob(
         model=model,
         checkpoint={"checkpoint": checkpoint, "running": running},
         device=device,
@@ -87,7 +87,7 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def measured(job: verify.Job, mode: str, threads: int) -> tuple[verify.Measured, Extra]:
+def measured(job: verify.VerifyJob, mode: str, threads: int) -> tuple[verify.ModeMeasurement, Extra]:
     torch.set_num_threads(threads)
     loaded: list[Any] = []
 
@@ -135,11 +135,11 @@ def copy_rate(device: str) -> float:
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
 
 
-def rows_of(size: str, job: verify.Job, modes: Sequence[str], threads: int, cache: Path) -> list[dict[str, Any]]:
+def rows_of(size: str, job: verify.VerifyJob, modes: Sequence[str], threads: int, cache: Path) -> list[dict[str, Any]]:
     extras: dict[str, Extra] = {}
     second: dict[str, float] = {}
 
-    def run(job: verify.Job, mode: str) -> verify.Measured:
+    def run(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
         own = replace(job.checkpoint["running"], compile_dir=str(cache / mode))
         job = replace(job, checkpoint={**job.checkpoint, "running": own})
         shutil.rmtree(cache / mode, ignore_errors=True)
@@ -166,7 +166,7 @@ def rows_of(size: str, job: verify.Job, modes: Sequence[str], threads: int, cach
     return rows
 
 
-def worker(job: verify.Job, mode: str, threads: int, barrier: Any, results: Any) -> None:
+def worker(job: verify.VerifyJob, mode: str, threads: int, barrier: Any, results: Any) -> None:
     """One of several that share a device: warm up, wait for the others, answer again and again."""
     torch.set_num_threads(threads)
     forecaster = forecasters.load(job.model, device=job.device, **job.running(mode))
@@ -179,7 +179,7 @@ def worker(job: verify.Job, mode: str, threads: int, barrier: Any, results: Any)
     results.put((time.perf_counter() - began, forecaster.graphs.recompilations, forecaster.compilation))
 
 
-def together(job: verify.Job, mode: str, count: int, threads: int, cache: Path) -> dict[str, Any]:
+def together(job: verify.VerifyJob, mode: str, count: int, threads: int, cache: Path) -> dict[str, Any]:
     """Answers a second of so many workers at once on one device."""
     own = replace(job.checkpoint["running"], compile_dir=str(cache / mode))
     job = replace(job, checkpoint={**job.checkpoint, "running": own})

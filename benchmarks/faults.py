@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 
 from benchmarks import private, recording
-from launch.worker import Job
+from launch.worker import RunPlan
 from objectives.bars import read_bars
 from storage import database, embedded, slots
 from storage.database import RetryingStorage
@@ -311,7 +311,7 @@ def remeasure(storage: RetryingStorage, folder: Path, trials: Mapping[str, list[
     """Measure every finished trial's params here, undisturbed: how many, and how many have another number or report."""
     import torch
 
-    job = Job.read(sorted((folder / "logs").iterdir())[0])
+    job = RunPlan.read(sorted((folder / "logs").iterdir())[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     evaluator = evaluators.make_evaluator(job.config, "toto", device="cpu", cache_bytes=2**30)

@@ -27,7 +27,7 @@ from sqlalchemy import text
 
 from benchmarks import private, recording
 from launch.views import dashboard
-from launch.views.live import Watch
+from launch.views.live import RunWatcher
 from storage import database, slots
 from storage.database import RetryingStorage
 from storage.progress import free_counts, study_progress
@@ -211,7 +211,7 @@ def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
         "create and end a trial": lambda: storage.set_trial_state_values(storage.create_new_trial(10), TrialState.FAIL),
     }
     found = {name: (fastest_ms(work), PICK_MS) for name, work in picks.items()}
-    watch = Watch(storage, {study_id: f"S{study_id}" for study_id in everyone})
+    watch = RunWatcher(storage, {study_id: f"S{study_id}" for study_id in everyone})
     found["a look of the live table at every study"] = (fastest_ms(watch.look), LOOK_MS)
     found["studies list, as a process"] = (fastest_ms(lambda: list_studies(url, folder), times=2), LIST_MS)
     promoting = f"promote --dry-run over {len(PROMOTED)} studies, as a process"

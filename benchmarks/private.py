@@ -34,7 +34,7 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[embedded.Server]:
+def server(folder: Path) -> Iterator[embedded.PrivateServer]:
     """The server that SETTINGS in this folder mean, stopped in the end. PGPASSFILE is set for its URL."""
     found = embedded.start(folder / SERVER)
     try:

@@ -127,7 +127,7 @@ def stock_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
 def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
     storage = database.open_storage(url, create=False)
     study_id = storage.get_study_id_from_name(name)
-    run = studying.Run(
+    run = studying.StudyRun(
         study=studying.Study(study_id=study_id, name=name, symbol="S", model="toto", as_of="", definition={}),
         space=SPACE,
         split=cast(Any, type("NoWindows", (), {"validation": None})),
@@ -142,7 +142,7 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
         ),
     )
     evaluator = cast(Any, Instant())
-    watch = working.Watch(storage, [])
+    watch = working.StageClock(storage, [])
 
     def once() -> None:
         slot = slots.claim(storage, study_id, worker=database.worker_name(), lease_s=60)

@@ -82,7 +82,7 @@ def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
 
         setattr(cls, name, timed)
 
-    only_while_on(notes.Keeper, "__call__")  # the view's looks are made by it too
+    only_while_on(notes.NoteWriter, "__call__")  # the view's looks are made by it too
     only_while_on(live.View, "_draw")
     server = embedded.start(folder / private.SERVER)
     postmaster = int((server.data_dir / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0])

@@ -90,7 +90,7 @@ def launch_workers(
             objective=objective or config.search.objective,
         ),
     )
-    seats = ray_cluster.seats(gpus_total, cpus) if ray else devices.seats(flat(gpus) or None, cpus)
+    device_slots = ray_cluster.device_slots(gpus_total, cpus) if ray else devices.device_slots(flat(gpus) or None, cpus)
     series, notes = read_series(config, symbol_names)
     checkpoints = {model: checkpoint_fingerprint(config, model) for model in model_names}
     cluster = None
@@ -116,7 +116,7 @@ def launch_workers(
     from launch.run import run_workers  # brings Plotly: not waited for where nothing is to do
 
     shown = [item.study.study_id for item in opened]
-    sys.exit(run_workers(config, storage, series, working, seats, shown=shown, cluster=cluster, plain=plain))
+    sys.exit(run_workers(config, storage, series, working, device_slots, shown=shown, cluster=cluster, plain=plain))
 
 
 # --- promote --------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
         raise ConfigError(f"no study {name!r}; see: studies list")
     objective = study.definition["objective"]
     config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
-    seats = devices.seats(flat(gpus) or None, cpus)[:1]  # one unit of work
+    device_slots = devices.device_slots(flat(gpus) or None, cpus)[:1]  # one unit of work
     series, notes = read_series(config, [study.symbol])
     for note in (
         *notes,
@@ -281,7 +281,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
         say(note)
     from launch.run import run_workers
 
-    sys.exit(run_workers(config, storage, series, [study], seats, shown=[study.study_id]))
+    sys.exit(run_workers(config, storage, series, [study], device_slots, shown=[study.study_id]))
 
 
 @studies.command()

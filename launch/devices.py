@@ -17,28 +17,28 @@ class DeviceError(ExpectedError, ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class DeviceSlot:
     """One worker's device, as torch calls it there, and the environment that pins it."""
 
     device: str
     environment: dict[str, str]
 
 
-def seats(gpus: Sequence[int] | None, cpus: int | None) -> list[Seat]:
-    """One seat a worker: the GPUs named, or so many CPU workers; neither given: every GPU, else every core.
+def device_slots(gpus: Sequence[int] | None, cpus: int | None) -> list[DeviceSlot]:
+    """One device_slot a worker: the GPUs named, or so many CPU workers; neither given: every GPU, else every core.
 
     Raises DeviceError.
     """
     if gpus is None and cpus is None:
         gpus = list(range(len(visible_gpus()))) or None
     if gpus is None:
-        return [cpu_seat()] * (cpus or len(os.sched_getaffinity(0)))
+        return [cpu_slot()] * (cpus or len(os.sched_getaffinity(0)))
     visible = visible_gpus()
     for gpu in gpus:
         if gpu >= len(visible):
             there = f"it has {len(visible)}, numbered from 0" if visible else "it has none that its driver shows"
             raise DeviceError(f"--gpus {gpu}: this machine has no such GPU ({there}); use --cpus N to run without")
-    return [Seat(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": visible[gpu]}) for gpu in gpus]
+    return [DeviceSlot(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": visible[gpu]}) for gpu in gpus]
 
 
 def visible_gpus() -> list[str]:
@@ -54,11 +54,11 @@ def visible_gpus() -> list[str]:
     return listed.stdout.split() if listed.returncode == 0 else []
 
 
-def cpu_seat() -> Seat:
+def cpu_slot() -> DeviceSlot:
     """One core of any machine."""
     # One thread a worker: the numbers do not depend on how many workers share the cores.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return Seat(device="cpu", environment={"CUDA_VISIBLE_DEVICES": "", **one_thread})
+    return DeviceSlot(device="cpu", environment={"CUDA_VISIBLE_DEVICES": "", **one_thread})
 
 
 def memory_bytes(physical: int | None = None, *, root: Path = Path("/")) -> int:

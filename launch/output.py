@@ -17,7 +17,7 @@ from launch import streams
 
 def say(line: str) -> None:
     """One line to the user, beside the results."""
-    with streams.whoever_listens():
+    with streams.ignore_broken_pipe():
         click.echo(line, err=True)
 
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import click
 
-from launch.devices import DeviceError, Seat, cpu_seat
+from launch.devices import DeviceError, DeviceSlot, cpu_slot
 from launch.supervisor import POLL_S, Child, Supervisor
-from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, Job
+from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
 from storage import database
 from studies.config import Config
 
@@ -178,9 +178,9 @@ def _only_this_machine(host: str | None) -> bool:
         return False
 
 
-def seats(gpus: int | None, cpus: int | None) -> list[Seat]:
+def device_slots(gpus: int | None, cpus: int | None) -> list[DeviceSlot]:
     """One a worker; which GPU it is, Ray says on the node."""
-    return [Seat(device="cuda:0", environment={})] * gpus if gpus else [cpu_seat()] * (cpus or 0)
+    return [DeviceSlot(device="cuda:0", environment={})] * gpus if gpus else [cpu_slot()] * (cpus or 0)
 
 
 def portable(config: Config) -> Config:
@@ -285,7 +285,9 @@ class RemoteProcess:
 class RaySupervisor(Supervisor):
     """The supervisor of workers in actors: the same restarts, limits, signals and end."""
 
-    def __init__(self, cluster: Cluster, job: Job, *args: Any, environment: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(
+        self, cluster: Cluster, job: RunPlan, *args: Any, environment: Mapping[str, str], **kwargs: Any
+    ) -> None:
         job = replace(job, config=portable(job.config))
         super().__init__(job, *args, environment={}, **kwargs)
         self.cluster = cluster
@@ -294,7 +296,7 @@ class RaySupervisor(Supervisor):
         self.told_pending: set[int] = set()
 
     def _start(self, child: Child) -> None:
-        environment = {**self.environment, **child.seat.environment}
+        environment = {**self.environment, **child.device_slot.environment}
         child.process = RemoteProcess(self.cluster, child.log, self.run_file, environment)
 
     def _how(self, status: int) -> str:

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch import ray_cluster, streams, supervisor
-from launch.devices import Seat
+from launch.devices import DeviceSlot
 from launch.output import counted, say
 from launch.places import artifacts_folder, kept_alive
 from launch.ray_cluster import Cluster
 from launch.views import listing, live, notes
-from launch.worker import Job
+from launch.worker import RunPlan
 from storage import DatabaseUnavailable, database
 from storage.database import RetryingStorage
 from storage.progress import parked_slots, study_progress
@@ -29,7 +29,7 @@ def run_workers(
     storage: RetryingStorage,
     series: Sequence[Series],
     working: Sequence[Study],
-    seats: Sequence[Seat],
+    device_slots: Sequence[DeviceSlot],
     *,
     shown: Sequence[int],
     cluster: Cluster | None = None,
@@ -37,27 +37,27 @@ def run_workers(
 ) -> int:
     """Work on studies until they are finished, then show those of `shown`. Returns the exit status."""
     folder = _log_folder(config)
-    job = Job(
+    job = RunPlan(
         config=_absolute(config),
         series={item.symbol: str(item.path.resolve()) for item in series},
         studies=tuple(study.name for study in working),
-        devices=tuple(seat.device for seat in seats),
+        devices=tuple(device_slot.device for device_slot in device_slots),
     )
     url, secret = database.hand_over(storage.engine.url)
     study_ids = [study.study_id for study in working]
-    kinds = sorted({seat.device.split(":")[0] for seat in seats})
-    say(f"{counted(len(seats), '/'.join(kinds) + ' worker')}; logs in {folder}")
+    kinds = sorted({device_slot.device.split(":")[0] for device_slot in device_slots})
+    say(f"{counted(len(device_slots), '/'.join(kinds) + ' worker')}; logs in {folder}")
     if cluster is None:
         supervise = supervisor.Supervisor
     else:
         supervise = functools.partial(ray_cluster.RaySupervisor, cluster)
         secret = database.password_in_use(storage)  # also where this machine has it from a file
     view = live.View(storage, {study.study_id: study.name for study in working}, plain=plain)
-    keeper = notes.Keeper(storage, artifacts_folder(config), working, report=view, say=view.say)
+    keeper = notes.NoteWriter(storage, artifacts_folder(config), working, report=view, say=view.say)
     supervising = supervise(
         job,
         folder,
-        seats,
+        device_slots,
         storage,
         study_ids,
         environment={"OPTUNA_STORAGE": url, **secret},
@@ -70,12 +70,12 @@ def run_workers(
     if cluster is not None:
         cluster.end()
     if supervising.signals >= 2:
-        with streams.whoever_listens():
+        with streams.ignore_broken_pipe():
             pass
         os._exit(status)  # no table, no taking down of the interpreter: at once
     if status == supervisor.EXIT_INTERRUPTED:
         storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
-    with streams.whoever_listens():
+    with streams.ignore_broken_pipe():
         try:
             keeper.say = say  # the table is closed
             keeper.write()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 
-def let_go(stream: IO[str] | None) -> None:
+def discard_output(stream: IO[str] | None) -> None:
     """Have what is written to a stream from now on go nowhere: its terminal or reader is gone."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -19,7 +19,7 @@ def let_go(stream: IO[str] | None) -> None:
 
 
 @contextlib.contextmanager
-def whoever_listens() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """Write to stdout and stderr, and go on where one of them cannot be written to any more."""
     with contextlib.suppress(OSError):
         yield
@@ -28,7 +28,7 @@ def whoever_listens() -> Iterator[None]:
             if stream is not None:
                 stream.flush()
         except OSError:
-            let_go(stream)
+            discard_output(stream)
 
 
 class Stderr(io.TextIOBase):
@@ -62,7 +62,7 @@ class Stderr(io.TextIOBase):
             do()
         except (OSError, ValueError):
             self.gone = True
-            let_go(self._stream)
+            discard_output(self._stream)
 
     def size(self) -> tuple[int, int]:
         """Columns and lines; a terminal that does not know says 0."""

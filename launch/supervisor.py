@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
-from launch.devices import Seat
-from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, Job
+from launch.devices import DeviceSlot
+from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
 from storage import DatabaseUnavailable, slots
 from storage.database import RetryingStorage
 
@@ -27,7 +27,7 @@ POLL_S = 0.2
 MAX_CRASHES = 3  # of one device
 CRASH_WINDOW_S = 600.0
 SECOND_SIGNAL_GRACE_S = 0.5  # a worker inside a long network call cannot hear a signal
-CLERK_GRACE_S = 0.3  # after a second signal, for what it has yet to write
+REPORTER_GRACE_S = 0.3  # after a second signal, for what it has yet to write
 
 
 class Process(Protocol):
@@ -42,10 +42,10 @@ class Process(Protocol):
 
 @dataclass
 class Child:
-    """The worker of one seat, through its restarts."""
+    """The worker of one device_slot, through its restarts."""
 
     number: int
-    seat: Seat
+    device_slot: DeviceSlot
     log: Path
     process: Process | None = None
     name: str = ""  # HOST:PID of its process
@@ -54,7 +54,7 @@ class Child:
     start_at: float = 0.0
 
 
-class Clerk(threading.Thread):
+class DatabaseReporter(threading.Thread):
     """Talks to the database, so that the supervisor hears signals and starts workers while no server answers."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Clerk(threading.Thread):
         say: Callable[[str], None],
         report: Callable[[], None],
     ) -> None:
-        super().__init__(name="clerk", daemon=True)
+        super().__init__(name="database-reporter", daemon=True)
         self._storage, self._study_ids, self._say, self._report = storage, study_ids, say, report
         self._dead: deque[str] = deque()
         self._ended = threading.Event()
@@ -101,9 +101,9 @@ class Supervisor:
 
     def __init__(
         self,
-        job: Job,
+        job: RunPlan,
         folder: Path,
-        seats: Sequence[Seat],
+        device_slots: Sequence[DeviceSlot],
         storage: RetryingStorage,
         study_ids: Sequence[int],
         *,
@@ -113,16 +113,19 @@ class Supervisor:
     ) -> None:
         self.folder = folder
         self.say = say
-        self.clerk = Clerk(storage, study_ids, say=say, report=report)
+        self.reporter = DatabaseReporter(storage, study_ids, say=say, report=report)
         self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
-        self.children = [Child(number=n, seat=seat, log=folder / f"worker-{n}.log") for n, seat in enumerate(seats)]
+        self.children = [
+            Child(number=n, device_slot=device_slot, log=folder / f"worker-{n}.log")
+            for n, device_slot in enumerate(device_slots)
+        ]
         self.signals = 0
         self.second_signal_at = 0.0
         job.write(folder)
 
     def run(self) -> int:
         """Returns the exit status: 0 done, 1 a worker gave up, 130 interrupted."""
-        self.clerk.start()
+        self.reporter.start()
         heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             heard.remove(signal.SIGHUP)  # nohup: the run outlives its terminal
@@ -131,11 +134,11 @@ class Supervisor:
             while any(child.status is None for child in self.children):
                 for child in self.children:
                     self._look_after(child)
-                self._kill_the_deaf()
+                self._kill_unresponsive()
                 time.sleep(POLL_S)
         finally:
             self._end_all()
-            self._end_clerk()
+            self._end_database_reporter()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.signals:
@@ -158,9 +161,9 @@ class Supervisor:
         if status in (EXIT_DONE, EXIT_INTERRUPTED):
             child.status = status
             return
-        self.clerk.free_slots_of(child.name)
+        self.reporter.free_slots_of(child.name)
         if status == EXIT_ERROR:
-            self.say(f"worker {child.number} ({child.seat.device}): {last_line(child.log)}")
+            self.say(f"worker {child.number} ({child.device_slot.device}): {last_line(child.log)}")
             child.status = status
             return
         self._crashed(child, status)
@@ -168,7 +171,7 @@ class Supervisor:
     def _crashed(self, child: Child, status: int) -> None:
         now = time.monotonic()
         child.crashes = [at for at in child.crashes if now - at < CRASH_WINDOW_S] + [now]
-        what = f"worker {child.number} ({child.seat.device}) {self._how(status)}"
+        what = f"worker {child.number} ({child.device_slot.device}) {self._how(status)}"
         if self.signals:
             child.status = EXIT_INTERRUPTED
         elif len(child.crashes) >= MAX_CRASHES:
@@ -186,7 +189,7 @@ class Supervisor:
         with child.log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "launch.worker", str(self.folder), str(child.number)],
-                env={**self.environment, **child.seat.environment},
+                env={**self.environment, **child.device_slot.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -205,7 +208,7 @@ class Supervisor:
         if self.signals == 1:
             self.say("stopping after the trials at hand; once more to stop at once")
 
-    def _kill_the_deaf(self) -> None:
+    def _kill_unresponsive(self) -> None:
         if not self._is_late(SECOND_SIGNAL_GRACE_S):
             return
         for child in self.children:
@@ -216,10 +219,10 @@ class Supervisor:
         """Whether a second signal came so long ago."""
         return self.signals >= 2 and time.monotonic() - self.second_signal_at >= seconds
 
-    def _end_clerk(self) -> None:
-        self.clerk.end()
-        while self.clerk.is_alive() and not self._is_late(SECOND_SIGNAL_GRACE_S + CLERK_GRACE_S):
-            self.clerk.join(POLL_S / 2)
+    def _end_database_reporter(self) -> None:
+        self.reporter.end()
+        while self.reporter.is_alive() and not self._is_late(SECOND_SIGNAL_GRACE_S + REPORTER_GRACE_S):
+            self.reporter.join(POLL_S / 2)
 
     def _end_all(self) -> None:
         """Whatever ended the loop, no worker outlives it."""

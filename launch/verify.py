@@ -36,7 +36,7 @@ DEVIATION_BARS = 128  # of which a window's standard deviation is taken
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class VerifyJob:
     """One model, as one mode is to run it."""
 
     model: str
@@ -52,7 +52,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
+class ModeMeasurement:
     """What one mode answered and what it took."""
 
     compilation: str
@@ -68,7 +68,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ModeRow:
     """One mode beside eager. Differences are in units of a window's standard deviation of closes."""
 
     model: str
@@ -104,7 +104,7 @@ def checked_modes(modes: Sequence[str], device: str) -> Sequence[str]:
 
 def jobs(
     config: Config, series: Iterable[Series], models: Sequence[str], *, device: str, trials: int, repeats: int
-) -> Iterator[Job]:
+) -> Iterator[VerifyJob]:
     """Every symbol with every model, on the windows of a search. Raises DataError where there are too few bars."""
     # Late: these bring Optuna, which the process of a mode need not load.
     from studies import space as spaces
@@ -114,7 +114,7 @@ def jobs(
     for each in series:
         windows = split_windows(config, each.symbol, each.bars).validation
         for model in models:
-            yield Job(
+            yield VerifyJob(
                 model=model,
                 checkpoint=loading_options(config, model),
                 device=device,
@@ -124,14 +124,16 @@ def jobs(
             )
 
 
-def compare(job: Job, modes: Sequence[str], *, run: Callable[[Job, str], Measured] | None = None) -> list[Row]:
+def compare(
+    job: VerifyJob, modes: Sequence[str], *, run: Callable[[VerifyJob, str], ModeMeasurement] | None = None
+) -> list[ModeRow]:
     """Eager and then each of these modes; `run` is where a mode is measured, by default a process of its own."""
     run = run or in_process
     eager = run(job, EAGER)
     return [row(job, mode, eager if mode == EAGER else run(job, mode), eager) for mode in (EAGER, *modes)]
 
 
-def in_process(job: Job, mode: str) -> Measured:
+def in_process(job: VerifyJob, mode: str) -> ModeMeasurement:
     """`measure` in a fresh process. Raises ForecastError where it dies."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -141,7 +143,7 @@ def in_process(job: Job, mode: str) -> Measured:
             raise ForecastError(what) from None
 
 
-def _child(job: Job, mode: str) -> Measured:
+def _child(job: VerifyJob, mode: str) -> ModeMeasurement:
     import forecasters
 
     for name in ("COMPILE", "DISABLE_COMPILE", "COMPILE_MODE"):  # the mode is the one asked for
@@ -149,7 +151,7 @@ def _child(job: Job, mode: str) -> Measured:
     return measure(job, lambda: forecasters.load(job.model, device=job.device, **job.running(mode)))
 
 
-def measure(job: Job, make: Callable[[], LoadedForecaster]) -> Measured:
+def measure(job: VerifyJob, make: Callable[[], LoadedForecaster]) -> ModeMeasurement:
     """Warm up with every trial, time the first one, then answer all again, which must need no graph more."""
     from forecasters import compilation
 
@@ -164,7 +166,7 @@ def measure(job: Job, make: Callable[[], LoadedForecaster]) -> Measured:
         answer(forecaster, job.windows, job.trials[0], chunk)
         seconds.append(time.perf_counter() - began)
     drawn = [answer(forecaster, job.windows, params, chunk) for params in job.trials]
-    return Measured(
+    return ModeMeasurement(
         compilation=forecaster.compilation,
         samples=drawn[0],
         points=[
@@ -191,7 +193,7 @@ def answer(forecaster: LoadedForecaster, windows: Windows, params: Mapping[str, 
     return np.stack([parts[i] for i in range(len(windows))])
 
 
-def row(job: Job, mode: str, measured: Measured, eager: Measured) -> Row:
+def row(job: VerifyJob, mode: str, measured: ModeMeasurement, eager: ModeMeasurement) -> ModeRow:
     contexts = job.windows.contexts(range(len(job.windows)))
     deviation = np.array([context.close[-DEVIATION_BARS:].std() for context in contexts])[:, None]  # [W, 1]
     pairs = list(zip(measured.points, eager.points, strict=True))
@@ -200,7 +202,7 @@ def row(job: Job, mode: str, measured: Measured, eager: Measured) -> Row:
     failed = measured.compilation != mode
     bad = failed or max(changes) > MAE_TOLERANCE or measured.recompilations + measured.breaks + measured.skips > 0
     running: Running = job.checkpoint["running"]
-    return Row(
+    return ModeRow(
         model=job.model,
         symbol=job.windows.symbol,
         mode=mode,
@@ -258,7 +260,7 @@ FORMATS = {
 NARROWEST_REASON = 20  # "ran as" also says why a mode failed, in a sentence or two
 
 
-def table(rows: Sequence[Row], width: int) -> Table:
+def table(rows: Sequence[ModeRow], width: int) -> Table:
     """The rows in lines of at most `width` cells; a narrow one leaves out least what a row fails by."""
 
     def column(name: str) -> Column:

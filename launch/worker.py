@@ -31,7 +31,7 @@ from studies import evaluators, working
 from studies import study as studying
 from studies.config import Config
 from studies.series import Series
-from studies.study import Run, Study
+from studies.study import Study, StudyRun
 
 log = logging.getLogger("worker")
 
@@ -46,7 +46,7 @@ class Interrupted(BaseException):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class RunPlan:
     """What the supervisor wrote for its workers: `run.json` in the run folder. Holds no password."""
 
     config: Config
@@ -64,9 +64,9 @@ class Job:
         (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n")
 
     @staticmethod
-    def read(folder: Path) -> Job:
+    def read(folder: Path) -> RunPlan:
         values = json.loads((folder / "run.json").read_text())
-        return Job(
+        return RunPlan(
             config=configuration.from_json(values["config"]),
             series=values["series"],
             studies=tuple(values["studies"]),
@@ -91,7 +91,7 @@ class Stopping:
         self.asked = True
 
 
-class Keeper(threading.Thread):
+class LeaseKeeper(threading.Thread):
     """Renews the lease of the slot at hand, and frees those whose worker fell silent."""
 
     def __init__(self, storage: RetryingStorage, study_ids: Sequence[int], lease_s: float) -> None:
@@ -120,7 +120,7 @@ class Keeper(threading.Thread):
 class Worker:
     """One device's share of a run."""
 
-    def __init__(self, job: Job, storage: RetryingStorage, device: str, stopping: Stopping) -> None:
+    def __init__(self, job: RunPlan, storage: RetryingStorage, device: str, stopping: Stopping) -> None:
         self.job, self.storage, self.device, self.stopping = job, storage, device, stopping
         self.config = job.config
         self.name = database.worker_name()
@@ -129,17 +129,17 @@ class Worker:
         self.forecasters: dict[str, LoadedForecaster] = {}
         self.evaluators: dict[str, Evaluator] = {}
         self.series: dict[str, Series] = {}
-        self.runs: dict[int, Run] = {}
+        self.runs: dict[int, StudyRun] = {}
         self.failures: dict[int, int] = {}
-        self.seats = slots.Seats(storage)
+        self.presence = slots.StudyPresence(storage)
         self.last: Slot | None = None  # that it finished
-        self.keeper = Keeper(storage, list(self.studies), self.config.workers.lease_s)
+        self.keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
 
     def work(self) -> int:
         """Until every study is done, or a signal came. Returns the exit status."""
         for model in sorted({study.model for study in self.studies.values()}):
             self.evaluators[model] = self._load(model)  # warm before the first claim
-        watch = working.Watch(self.storage, self.evaluators.values())
+        watch = working.StageClock(self.storage, self.evaluators.values())
         self.keeper.start()
         try:
             study_id: int | None = None
@@ -150,7 +150,7 @@ class Worker:
                 if run is not None and slot is not None:
                     self._do(run, slot, watch)
                     continue
-                self.seats.leave()
+                self.presence.leave()
                 study_id = self._choose()
                 if study_id is None:
                     if self._all_done():
@@ -171,7 +171,7 @@ class Worker:
         free = free_counts(self.storage, list(self.studies))
         by_most_left = sorted(free, key=lambda study_id: (-free[study_id], study_id))
         for study_id in by_most_left:
-            if self.seats.take(study_id):
+            if self.presence.take(study_id):
                 return study_id
         return by_most_left[0] if by_most_left else None
 
@@ -179,7 +179,7 @@ class Worker:
         progress = study_progress(self.storage)
         return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
-    def _do(self, run: Run, slot: Slot, watch: working.Watch) -> None:
+    def _do(self, run: StudyRun, slot: Slot, watch: working.StageClock) -> None:
         study = run.study
         self.keeper.hold(slot)
         began = time.monotonic()
@@ -220,7 +220,7 @@ class Worker:
             slots.park_study(self.storage, study.study_id, reason)
             log.error("%s parked: %s", study.name, reason)
 
-    def _run(self, study_id: int) -> Run:
+    def _run(self, study_id: int) -> StudyRun:
         if study_id not in self.runs:
             study = self.studies[study_id]
             evaluator = self.evaluators[study.model]
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     database.quiet_optuna()
     try:
-        job = Job.read(folder)
+        job = RunPlan.read(folder)
         # Patient: the supervisor has used this URL, and may start a worker again while the server is away.
         storage = database.open_storage(
             os.environ["OPTUNA_STORAGE"], wait_s=job.config.storage.wait_s, create=False, patient=True

@@ -46,7 +46,7 @@ _log = logging.getLogger("storage")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
+class PrivateServer:
     """A server that answered. The URL carries no password: give libpq `passfile` as PGPASSFILE."""
 
     url: str
@@ -68,7 +68,7 @@ class _Place:
         return self.home / "cluster"
 
 
-def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 200) -> Server:
+def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 200) -> PrivateServer:
     """Make the cluster if there is none, start its server unless it runs, and return it once it answers.
 
     Safe to call from any number of processes at once. The server outlives the caller. `listen` is one more address
@@ -95,7 +95,7 @@ def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 2
         return _server(place)
 
 
-def running(data_dir: Path) -> Server | None:
+def running(data_dir: Path) -> PrivateServer | None:
     """The server of this folder if it answers now. Starts nothing. Raises DatabaseUnavailable."""
     folder = data_dir.expanduser().resolve()
     with _plain_errors(folder):
@@ -246,8 +246,8 @@ def _root_home(owner: pwd.struct_passwd) -> Path:
     return home
 
 
-def _server(place: _Place) -> Server:
-    return Server(
+def _server(place: _Place) -> PrivateServer:
+    return PrivateServer(
         url=f"postgresql+psycopg2://{_NAME}@127.0.0.1:{place.port}/{_NAME}",
         passfile=place.folder / "pgpass",
         data_dir=place.folder,

@@ -274,7 +274,7 @@ def add_seconds(storage: RetryingStorage, slot: Slot, seconds: Mapping[str, floa
     storage.transaction(add_up)
 
 
-class Seats:
+class StudyPresence:
     """Which study this worker sits on: a session's advisory lock, a hint that others read, gone with the session."""
 
     def __init__(self, storage: RetryingStorage) -> None:

@@ -17,14 +17,14 @@ from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import Measurement, measure_no_change, no_change_errors
 from objectives.windows import Windows
-from studies.study import SEARCH_PASSES, Run, describe_windows
+from studies.study import SEARCH_PASSES, StudyRun, describe_windows
 
 FRESH_FROM = 1  # first of the passes that a confirmation measures with: seeds that no trial was chosen by
 CANDIDATES = 5  # trials that are confirmed
 BAND = {"low": "quantile_0.10", "high": "quantile_0.90"}  # of a shown forecast
 
 
-def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def confirm(run: StudyRun, evaluator: Evaluator, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Measure the best trials and the baselines with fresh seeds, on the confirmation windows and once on test.
 
     baselines: params by label. One that cannot be measured says why under "error".
@@ -94,7 +94,7 @@ def confirm(run: Run, evaluator: Evaluator, baselines: Mapping[str, Mapping[str,
     }
 
 
-def best_trials(run: Run, count: int) -> list[tuple[int, dict[str, Any]]]:
+def best_trials(run: StudyRun, count: int) -> list[tuple[int, dict[str, Any]]]:
     """Number and params of the complete trials with the smallest MAE, no params twice; of equal ones the first."""
     trials = run.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     found: list[tuple[int, dict[str, Any]]] = []
@@ -107,7 +107,7 @@ def best_trials(run: Run, count: int) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
-def _passes_needed(run: Run, measured: Measurement) -> int:
+def _passes_needed(run: StudyRun, measured: Measurement) -> int:
     """The standard error falls with the root of the number of passes; this was measured with two, or is exact."""
     if not measured.sampling_error:
         return 1

@@ -41,7 +41,7 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ModelOutcome:
     """What became of one model of a symbol."""
 
     symbol: str
@@ -55,7 +55,7 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SymbolDecision:
     """One symbol's decision, as shown and as --json prints it. MAEs are of the windows that the rule reads."""
 
     symbol: str
@@ -79,7 +79,7 @@ class Row:
     next: str | None  # the command that would change a "kept" of this reason
     path: str | None  # the file of the decision, where there is one
     written: Sequence[str]  # every file written, or that a dry run would write
-    pairs: Sequence[Pair]
+    pairs: Sequence[ModelOutcome]
 
 
 class NothingToPromote(ExpectedError, ValueError):
@@ -137,7 +137,7 @@ def promote(
     symbols: Sequence[str],
     models: Sequence[str],
     dry_run: bool,
-) -> list[Row]:
+) -> list[SymbolDecision]:
     """Decide for every symbol that has a study, and write what is promoted unless `dry_run`.
 
     Every promoted file is read, and every decision made, before the first is written.
@@ -172,7 +172,7 @@ def promote(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class SymbolCase:
     """Everything decided about one symbol."""
 
     verdict: Verdict  # on `best`
@@ -181,7 +181,7 @@ class Case:
     left_out: Sequence[Finding]  # asked for, but not on the same windows and metric
 
 
-def _judge(config: Config, rule: Rule, everyone: Sequence[Finding], models: Sequence[str]) -> Case:
+def _judge(config: Config, rule: Rule, everyone: Sequence[Finding], models: Sequence[str]) -> SymbolCase:
     asked = [finding for finding in everyone if finding.study.model in models]
     # The newest bars that something is confirmed on decide what the others must compare to.
     reference = max(asked, key=lambda finding: (finding.confirmation is not None, finding.study.as_of))
@@ -198,7 +198,7 @@ def _judge(config: Config, rule: Rule, everyone: Sequence[Finding], models: Sequ
         if finding.study.model != holder and finding.confirmation is not None
     ]
     left_out = [finding for finding in asked if finding not in competing]
-    return Case(verdict=verdict, own=own, competing=competing, left_out=left_out)
+    return SymbolCase(verdict=verdict, own=own, competing=competing, left_out=left_out)
 
 
 def _comparable(one: Finding, other: Finding) -> bool:
@@ -259,7 +259,7 @@ def _incumbent(record: Record | None, findings: Sequence[Finding], found: Mappin
     return Measured(model=record.model, config=params or record.config, errors=None, validation_mae=None, test_mae=None)
 
 
-def _carry_out(config: Config, rule: Rule, case: Case, *, dry_run: bool) -> Row:
+def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -> SymbolDecision:
     verdict, root = case.verdict, config.hyperparams.dir
     decision, record, candidate = verdict.decision, verdict.record, verdict.candidate
     study, evidence = verdict.finding.study, decision.evidence
@@ -272,7 +272,7 @@ def _carry_out(config: Config, rule: Rule, case: Case, *, dry_run: bool) -> Row:
         verdict.incumbent if decision.reason != "unchanged" and "confirmation" in (verdict.incumbent or {}) else None
     )
     low, high = evidence.interval or (None, None)
-    return Row(
+    return SymbolDecision(
         symbol=study.symbol,
         study=study.name,
         model=study.model,
@@ -309,7 +309,7 @@ def _next(verdict: Verdict) -> str | None:
     return None
 
 
-def _pairs(rule: Rule, case: Case, written: Sequence[Verdict]) -> list[Pair]:
+def _pairs(rule: Rule, case: SymbolCase, written: Sequence[Verdict]) -> list[ModelOutcome]:
     """The status of every model asked for, by name."""
     pairs = []
     for finding in (*case.competing, *case.left_out):
@@ -327,7 +327,7 @@ def _pairs(rule: Rule, case: Case, written: Sequence[Verdict]) -> list[Pair]:
         else:
             status, reason = "no_improvement", own.decision.reason if own else "not better"
         pairs.append(
-            Pair(
+            ModelOutcome(
                 symbol=study.symbol,
                 model=study.model,
                 study=study.name,

@@ -17,12 +17,12 @@ from storage.configs import ConfigFileError
 from storage.database import RetryingStorage
 from storage.progress import study_progress
 from studies import study as studying
-from studies.promoting import Pair, Row
+from studies.promoting import ModelOutcome, SymbolDecision
 
 PATTERN = "compiled_optimization_*.json"
 
 
-def write(storage: RetryingStorage, folder: Path, rows: Sequence[Row]) -> Path | None:
+def write(storage: RetryingStorage, folder: Path, rows: Sequence[SymbolDecision]) -> Path | None:
     """Write the summary of a promotion; None where the newest one in the folder says the same already.
 
     Raises ConfigFileError where it cannot be written.
@@ -46,7 +46,7 @@ def write(storage: RetryingStorage, folder: Path, rows: Sequence[Row]) -> Path |
     return path
 
 
-def summary(storage: RetryingStorage, pairs: Sequence[Pair]) -> dict[str, Any]:
+def summary(storage: RetryingStorage, pairs: Sequence[ModelOutcome]) -> dict[str, Any]:
     """What the file says. Seconds are those that workers spent in trials; their total is from first to last trial."""
     ids = {study.name: study.study_id for study in studying.list_studies(storage)}
     efforts = database.efforts(storage)

@@ -305,7 +305,7 @@ def retire(storage: RetryingStorage, name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class StudyRun:
     """A study as one worker works on it."""
 
     study: Study
@@ -317,13 +317,13 @@ class Run:
     tolerance: float  # relative standard error of a confirmed MAE that sampling alone may leave
 
 
-def start(storage: RetryingStorage, config: Config, study: Study, series: Series, checkpoint: str) -> Run:
+def start(storage: RetryingStorage, config: Config, study: Study, series: Series, checkpoint: str) -> StudyRun:
     """Make ready to work on a study. Raises DataError, StudyMismatch."""
     definition = define(config, series, study.model, study.as_of, checkpoint)
     check_definition(study, definition)
     space = spaces.make(study.model, config)
     bars = bars_until(series.bars, study.as_of)
-    return Run(
+    return StudyRun(
         study=study,
         space=space,
         split=split_windows(config, study.symbol, bars),

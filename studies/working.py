@@ -21,7 +21,7 @@ from storage import DatabaseUnavailable, database, slots
 from storage.database import ClaimLost, RetryingStorage
 from storage.slots import Slot
 from studies import confirmation
-from studies.study import SEARCH_PASSES, Run
+from studies.study import SEARCH_PASSES, StudyRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Outcome:
     text: str
 
 
-class Watch:
+class StageClock:
     """Where a worker's time goes, from the end of one slot to that of the next.
 
     Stages of the evaluation, "sample" (the sampler), "storage" (waiting for the database), "idle" (nothing to claim)
@@ -69,7 +69,13 @@ class Watch:
 
 
 def work(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, attrs: Mapping[str, str], watch: Watch
+    storage: RetryingStorage,
+    run: StudyRun,
+    slot: Slot,
+    evaluator: Evaluator,
+    *,
+    attrs: Mapping[str, str],
+    watch: StageClock,
 ) -> Outcome:
     """Do what a claimed slot asks for and finish it.
 
@@ -91,7 +97,13 @@ def work(
 
 
 def _run_trial(
-    storage: RetryingStorage, run: Run, slot: Slot, evaluator: Evaluator, *, attrs: Mapping[str, str], watch: Watch
+    storage: RetryingStorage,
+    run: StudyRun,
+    slot: Slot,
+    evaluator: Evaluator,
+    *,
+    attrs: Mapping[str, str],
+    watch: StageClock,
 ) -> Outcome:
     try:
         trial = _new_trial(storage, run, slot, attrs=attrs)
@@ -139,7 +151,7 @@ def _label(trial: optuna.Trial) -> str:
     return " ".join(f"{name}={value}" for name, value in trial.params.items())
 
 
-def _new_trial(storage: RetryingStorage, run: Run, slot: Slot, *, attrs: Mapping[str, str]) -> optuna.Trial:
+def _new_trial(storage: RetryingStorage, run: StudyRun, slot: Slot, *, attrs: Mapping[str, str]) -> optuna.Trial:
     """A RUNNING trial that carries its claim from its first moment, so that a crash leaves no unowned one."""
     system_attrs: dict[str, Any] = {database.CLAIM_ATTR: slot.claim}
     if slot.params is not None:

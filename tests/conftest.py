@@ -53,7 +53,7 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def database_server(scratch: Path) -> Iterator[embedded.Server]:
+def database_server(scratch: Path) -> Iterator[embedded.PrivateServer]:
     """A private server with an empty schema in the database `template_studies`. PGPASSFILE is set for its URLs."""
     environment = pytest.MonkeyPatch()
     try:
@@ -70,7 +70,7 @@ def database_server(scratch: Path) -> Iterator[embedded.Server]:
 
 
 @pytest.fixture
-def database_url(database_server: embedded.Server) -> Iterator[str]:
+def database_url(database_server: embedded.PrivateServer) -> Iterator[str]:
     """The URL, without a password, of a database with the schema and nothing else; dropped after the test."""
     name = f"t_{uuid.uuid4().hex}"
     execute(database_server.url, f"create database {name} template template_studies")

@@ -31,7 +31,7 @@ from storage.progress import study_progress
 from studies import sampler, working
 from studies import study as studying
 from studies.space import Space
-from studies.study import Run
+from studies.study import StudyRun
 
 DISTRIBUTIONS = {
     "x": FloatDistribution(-1e9, 1e9),
@@ -304,13 +304,13 @@ class Evaluator:
 
 
 @pytest.fixture
-def run(ours: RetryingStorage) -> Run:
+def run(ours: RetryingStorage) -> StudyRun:
     def fill(connection: Any, study_id: int) -> None:
         slots.add(connection, study_id, slots.TRIAL, 0, label="incumbent", params={"a": 3, "b": "y", "c": 8})
         slots.raise_budget(connection, study_id, 30)
 
     study_id = database.create_study(ours, "s", {"definition": {}}, "mae", fill)
-    return Run(
+    return StudyRun(
         study=studying.Study(study_id=study_id, name="s", symbol="S", model="toto", as_of="", definition={}),
         space=SPACE,
         split=cast(Any, SimpleNamespace(validation=None)),
@@ -326,14 +326,14 @@ def run(ours: RetryingStorage) -> Run:
     )
 
 
-def work(ours: RetryingStorage, run: Run, evaluator: Evaluator) -> working.Outcome:
+def work(ours: RetryingStorage, run: StudyRun, evaluator: Evaluator) -> working.Outcome:
     slot = slots.claim(ours, run.study.study_id, worker="w:1", lease_s=60)
     assert slot is not None
-    watch = working.Watch(ours, [])
+    watch = working.StageClock(ours, [])
     return working.work(ours, run, slot, cast(Any, evaluator), attrs={"worker": "w:1", "device": "cpu"}, watch=watch)
 
 
-def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage, run: Run) -> None:
+def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage, run: StudyRun) -> None:
     for _ in range(12):
         assert work(ours, run, Evaluator()).state == "complete"
     found: Counter[str] = Counter()
@@ -358,20 +358,20 @@ def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage
     assert complete.user_attrs["mae"] == complete.value
 
 
-def stock_trials(run: Run) -> list[FrozenTrial]:
+def stock_trials(run: StudyRun) -> list[FrozenTrial]:
     """As plain Optuna reads them."""
     url = run.optuna_study._storage._backend.engine.url  # type: ignore[attr-defined]
     study = optuna.load_study(study_name="s", storage=url.render_as_string(hide_password=False))
     return study.get_trials(deepcopy=False)
 
 
-def test_others_see_the_params_of_a_trial_at_work(ours: RetryingStorage, run: Run) -> None:
+def test_others_see_the_params_of_a_trial_at_work(ours: RetryingStorage, run: StudyRun) -> None:
     seen: list[FrozenTrial] = []
     work(ours, run, Evaluator(at_end=lambda: seen.extend(stock_trials(run))))
     assert (seen[0].state, seen[0].params) == (TrialState.RUNNING, {"a": 3, "b": "y", "c": 8})
 
 
-def test_an_error_fails_the_trial_with_what_it_reported(ours: RetryingStorage, run: Run) -> None:
+def test_an_error_fails_the_trial_with_what_it_reported(ours: RetryingStorage, run: StudyRun) -> None:
     for error in (ForecastError("NaN"), KeyboardInterrupt()):
 
         def fail(error: BaseException = error) -> None:
@@ -383,7 +383,7 @@ def test_an_error_fails_the_trial_with_what_it_reported(ours: RetryingStorage, r
         assert (trial.state, len(trial.intermediate_values)) == (TrialState.FAIL, 10)
 
 
-def test_a_trial_that_another_ended_is_lost_and_left_alone(ours: RetryingStorage, run: Run) -> None:
+def test_a_trial_that_another_ended_is_lost_and_left_alone(ours: RetryingStorage, run: StudyRun) -> None:
     def reap() -> None:
         slots.expire(ours, "w:1")
         assert slots.reap(ours, [run.study.study_id]) == 1
@@ -394,7 +394,7 @@ def test_a_trial_that_another_ended_is_lost_and_left_alone(ours: RetryingStorage
     assert study_progress(ours)[run.study.study_id].done == 0
 
 
-def test_the_dashboard_reads_our_trials(ours: RetryingStorage, run: Run) -> None:
+def test_the_dashboard_reads_our_trials(ours: RetryingStorage, run: StudyRun) -> None:
     for _ in range(3):
         work(ours, run, Evaluator())
     url = ours.engine.url.render_as_string(hide_password=False)

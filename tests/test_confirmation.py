@@ -77,7 +77,7 @@ class Place:
         checkpoints = {"toto": self.forecaster.fingerprint}
         return studying.open_studies(self.storage, config, [self.series()], ["toto"], checkpoints)[0]
 
-    def run(self, study: Study, **searching: Any) -> studying.Run:
+    def run(self, study: Study, **searching: Any) -> studying.StudyRun:
         return studying.start(self.storage, self.config(**searching), study, self.series(), self.forecaster.fingerprint)
 
     def evaluator(self, **options: Any) -> Evaluator:
@@ -87,7 +87,7 @@ class Place:
         """Do every slot of a study, as a worker does. Returns what its confirmation says."""
         run = self.run(study, **searching)
         evaluator = evaluator or self.evaluator(exact=searching.get("objective") == "exact")
-        watch = working.Watch(self.storage, [evaluator])
+        watch = working.StageClock(self.storage, [evaluator])
         while slot := slots.claim(self.storage, study.study_id, worker="host:1", lease_s=60):
             working.work(self.storage, run, slot, evaluator, attrs={"worker": "host:1", "device": "cpu"}, watch=watch)
         return self.result(study)

@@ -89,7 +89,7 @@ def test_a_study_says_how_it_stands_as_it_goes(place: Place, folder: Path) -> No
     place.put("best", INCUMBENT)
     study = place.open().study
     run, evaluator = place.run(study), place.evaluator()
-    watch = working.Watch(place.storage, [evaluator])
+    watch = working.StageClock(place.storage, [evaluator])
     for _ in range(3):
         slot = slots.claim(place.storage, study.study_id, worker="host:1", lease_s=60)
         assert slot is not None
@@ -224,7 +224,7 @@ def test_a_folder_that_takes_no_image_costs_the_image_only(place: Place, study: 
     blocked = place.folder / "file"
     blocked.write_text("")
     said: list[str] = []
-    keeper = notes.Keeper(place.storage, blocked / "artifacts", [study], report=lambda: None, say=said.append)
+    keeper = notes.NoteWriter(place.storage, blocked / "artifacts", [study], report=lambda: None, say=said.append)
     keeper.write()
     keeper.write()
     assert len(said) == 1
@@ -250,7 +250,7 @@ def test_only_what_moved_is_written_during_a_run(
     written: list[list[str]] = []
     monkeypatch.setattr(notes, "update", lambda storage, folder, studies: written.append([s.name for s in studies]))
     reports: list[int] = []
-    keeper = notes.Keeper(place.storage, folder, [study], report=lambda: reports.append(1), say=print)
+    keeper = notes.NoteWriter(place.storage, folder, [study], report=lambda: reports.append(1), say=print)
     keeper()
     assert (len(reports), written) == (1, [])  # a run's first seconds are its own
     keeper.write()

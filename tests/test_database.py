@@ -23,7 +23,7 @@ from storage.progress import worker_seconds
 
 
 @pytest.fixture
-def own_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.Server]:
+def own_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.PrivateServer]:
     """A server that the test may stop."""
     folder = scratch / uuid.uuid4().hex
     server = embedded.start(folder)
@@ -39,7 +39,7 @@ def crash(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["fast stop", "crash"])
-def test_trials_go_on_over_a_restart(own_server: embedded.Server, how: str) -> None:
+def test_trials_go_on_over_a_restart(own_server: embedded.PrivateServer, how: str) -> None:
     storage = database.open_storage(own_server.url, wait_s=60)
     study = optuna.create_study(storage=storage, study_name="s")
     told: dict[int, float] = {}
@@ -81,7 +81,7 @@ def test_trials_go_on_over_a_restart(own_server: embedded.Server, how: str) -> N
     assert {number: complete[number] for number in told} == told  # nothing that was acknowledged is lost
 
 
-def test_a_server_that_stays_away_is_one_line(own_server: embedded.Server) -> None:
+def test_a_server_that_stays_away_is_one_line(own_server: embedded.PrivateServer) -> None:
     storage = database.open_storage(own_server.url, wait_s=0.5)
     study = optuna.create_study(storage=storage, study_name="s")
     embedded.stop(own_server.data_dir)
@@ -122,7 +122,7 @@ def test_tell_repeated_after_its_commit_is_success_and_only_then(database_url: s
         storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
-def test_eight_at_once_on_an_empty_database(own_server: embedded.Server) -> None:
+def test_eight_at_once_on_an_empty_database(own_server: embedded.PrivateServer) -> None:
     errors: list[BaseException] = []
 
     def create() -> None:
@@ -169,7 +169,9 @@ def test_bad_urls_are_one_line_without_the_password(url: str, words: str) -> Non
     assert "\n" not in message
 
 
-def test_a_wrong_password_is_said_and_not_shown(own_server: embedded.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_password_is_said_and_not_shown(
+    own_server: embedded.PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PGPASSWORD", "hunter2")
     with pytest.raises(DatabaseUnavailable, match=r"password authentication failed.*PGPASSWORD") as caught:
         database.open_storage(own_server.url)
@@ -185,7 +187,7 @@ def test_hand_over_splits_the_password_off() -> None:
 
 
 def test_a_password_with_braces_and_at_signs_reaches_the_server(
-    own_server: embedded.Server, monkeypatch: pytest.MonkeyPatch
+    own_server: embedded.PrivateServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = database.open_storage(own_server.url)
     with storage.engine.begin() as connection:
@@ -195,7 +197,7 @@ def test_a_password_with_braces_and_at_signs_reaches_the_server(
     assert database.open_storage(url).get_all_studies() == []
 
 
-def test_a_patient_opener_waits_for_the_server(own_server: embedded.Server) -> None:
+def test_a_patient_opener_waits_for_the_server(own_server: embedded.PrivateServer) -> None:
     database.create_schema(own_server.url)
     embedded.stop(own_server.data_dir)
     with pytest.raises(DatabaseUnavailable):

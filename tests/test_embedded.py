@@ -78,7 +78,7 @@ def _home(data_dir: Path) -> Path | None:
     return place.home if place else None
 
 
-def _query(server: embedded.Server, sql: str) -> list[tuple[object, ...]]:
+def _query(server: embedded.PrivateServer, sql: str) -> list[tuple[object, ...]]:
     with closing(psycopg2.connect(_dsn(server), passfile=str(server.passfile))) as connection:
         connection.autocommit = True
         with connection.cursor() as cursor:
@@ -86,11 +86,11 @@ def _query(server: embedded.Server, sql: str) -> list[tuple[object, ...]]:
             return cursor.fetchall() if cursor.description else []
 
 
-def _dsn(server: embedded.Server) -> str:
+def _dsn(server: embedded.PrivateServer) -> str:
     return server.url.replace("+psycopg2", "")
 
 
-def _port(server: embedded.Server) -> int:
+def _port(server: embedded.PrivateServer) -> int:
     return int(server.url.rsplit(":", 1)[1].split("/")[0])
 
 

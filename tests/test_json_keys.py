@@ -64,7 +64,7 @@ def test_these_commands_have_json() -> None:
 
 def test_keys_of_verify_compile() -> None:
     """It compiles for minutes: tests/test_verify.py runs the command and reads its JSON, here are the keys."""
-    assert {field.name for field in fields(verify.Row)} == VERIFY
+    assert {field.name for field in fields(verify.ModeRow)} == VERIFY
 
 
 def test_keys(place: Place) -> None:  # noqa: F811

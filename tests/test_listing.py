@@ -9,12 +9,12 @@ from typing import Any
 
 import optuna
 import pytest
-from launch.views.decisions import table
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from launch.views import listing, tables
-from launch.views.listing import Row
+from launch.views.decisions import table
+from launch.views.listing import StudyRow
 from launch.views.tables import Column, fitted
 from storage import database, slots
 from storage.database import RetryingStorage
@@ -186,7 +186,7 @@ def test_a_name_that_is_none(storage: RetryingStorage) -> None:
     assert listing.details(storage, NAME) is None
 
 
-def row(number: int, **changes: Any) -> Row:
+def row(number: int, **changes: Any) -> StudyRow:
     values: dict[str, Any] = {
         "study": f"SYMBOL{number}/kronos@2026-03-19T00:00:00Z", "symbol": f"SYMBOL{number}", "model": "kronos",
         "as_of": "2026-03-19T00:00:00Z", "state": "finished", "done": 100, "budget": 100, "parked": 0,
@@ -194,7 +194,7 @@ def row(number: int, **changes: Any) -> Row:
         "confirmed_incumbent_mae": 0.0131, "confirmed_mae": 0.0129, "confirmed_improvement": 0.0153,
         "confirmed_skill": -0.01,
     }  # fmt: skip
-    return Row(**(values | changes))
+    return StudyRow(**(values | changes))
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 120, 240])
@@ -231,7 +231,7 @@ def test_columns_that_say_nothing_are_left_out() -> None:
     assert len(fitted(columns, 3, blanks=True).columns) == 1
 
 
-DECIDED = promote.Row(
+DECIDED = promote.StudyRow(
     symbol="BTCUSD", study="BTCUSD/kronos@2026-03-19", model="kronos", incumbent_model="toto", incumbent_mae=0.012345,
     best_mae=0.0119, improvement=0.0361, improvement_low=0.012, improvement_high=0.0843, p_value=0.0213,
     improvement_validation=0.05, improvement_test=-0.01, skill=0.0123, test_mae=0.013, incumbent_test_mae=0.0131,

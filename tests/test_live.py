@@ -25,10 +25,10 @@ from rich.console import Console
 from test_ray import Nodes, nodes, with_ray  # noqa: F401 - one is a fixture
 from test_run import SETTINGS, Place, bars, incumbent, place, wait_until_gone, workers_of  # noqa: F401 - two are fixtures
 
-from launch.devices import Seat, cpu_seat
+from launch.devices import DeviceSlot, cpu_slot
 from launch.supervisor import Child
 from launch.views import live
-from launch.views.live import GpuMemory, Rates, State, StudyLine, Watch, WorkerLine, view
+from launch.views.live import GpuMemory, Rates, RunWatcher, State, StudyLine, WorkerLine, view
 from storage import database, embedded, slots
 
 HIDE_CURSOR = b"\x1b[?25l"
@@ -383,17 +383,17 @@ def test_what_workers_and_studies_are_at(place: Place) -> None:  # noqa: F811
 
     names = ("A/toto@2026-03-19", "B/toto@2026-03-19")
     first, second = (database.create_study(storage, name, {}, "mae", fill) for name in names)
-    gpu = Seat(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": "1"})
+    gpu = DeviceSlot(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": "1"})
     process: Any = SimpleNamespace()
     host = os.uname().nodename
     children = [
-        Child(number=0, seat=cpu_seat(), log=place.folder, process=process, name=f"{host}:1"),
-        Child(number=1, seat=gpu, log=place.folder, process=process, name="node7:2"),
-        Child(number=2, seat=cpu_seat(), log=place.folder, status=1),
-        Child(number=3, seat=cpu_seat(), log=place.folder, crashes=[0.0], start_at=time.monotonic() + 3.0),
-        Child(number=4, seat=cpu_seat(), log=place.folder, status=0, name=f"{host}:5"),
+        Child(number=0, device_slot=cpu_slot(), log=place.folder, process=process, name=f"{host}:1"),
+        Child(number=1, device_slot=gpu, log=place.folder, process=process, name="node7:2"),
+        Child(number=2, device_slot=cpu_slot(), log=place.folder, status=1),
+        Child(number=3, device_slot=cpu_slot(), log=place.folder, crashes=[0.0], start_at=time.monotonic() + 3.0),
+        Child(number=4, device_slot=cpu_slot(), log=place.folder, status=0, name=f"{host}:5"),
     ]
-    watch = Watch(storage, {first: names[0], second: names[1]})
+    watch = RunWatcher(storage, {first: names[0], second: names[1]})
     watch.children = children
     claimed = slots.claim(storage, first, worker=f"{host}:1", lease_s=60)
     assert claimed is not None

@@ -30,9 +30,9 @@ def bars(count: int = 300) -> Bars:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> verify.Job:
+def job(tmp_path: Path) -> verify.VerifyJob:
     compilation.forget()
-    return verify.Job(
+    return verify.VerifyJob(
         model="toto",
         checkpoint={"checkpoint": "toto-tiny", "running": replace(RUNNING, compile_dir=str(tmp_path / "compiled"))},
         device="cpu",
@@ -42,12 +42,12 @@ def job(tmp_path: Path) -> verify.Job:
     )
 
 
-def here(job: verify.Job, mode: str) -> verify.Measured:
+def here(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
     """In this process, which is quicker."""
     return verify.measure(job, lambda: forecasters.load(job.model, device=job.device, **job.running(mode)))
 
 
-def test_a_mode_stands_beside_eager(job: verify.Job):
+def test_a_mode_stands_beside_eager(job: verify.VerifyJob):
     eager, compiled = verify.compare(job, ["default"], run=here)
     assert (eager.mode, eager.graphs, eager.speedup, eager.passed) == ("off", 0, 1.0, True)
     assert (compiled.mode, compiled.compilation, compiled.graphs) == ("default", "default", 1)
@@ -70,8 +70,8 @@ def test_a_mode_stands_beside_eager(job: verify.Job):
         ({"samples": 1.001}, {"moved": 1.0, "passed": True}),
     ],
 )
-def test_what_is_not_the_same_does_not_pass(job: verify.Job, change: dict[str, Any], seen: dict[str, Any]):
-    def run(job: verify.Job, mode: str) -> verify.Measured:
+def test_what_is_not_the_same_does_not_pass(job: verify.VerifyJob, change: dict[str, Any], seen: dict[str, Any]):
+    def run(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
         measured = here(job, mode)
         if mode == "off":
             return measured
@@ -84,8 +84,8 @@ def test_what_is_not_the_same_does_not_pass(job: verify.Job, change: dict[str, A
     assert {"passed": False} | seen == {name: getattr(rows[1], name) for name in ({"passed": False} | seen)}
 
 
-def test_the_largest_difference_is_that_of_any_trial(job: verify.Job):
-    def run(job: verify.Job, mode: str) -> verify.Measured:
+def test_the_largest_difference_is_that_of_any_trial(job: verify.VerifyJob):
+    def run(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
         measured = here(job, "off")
         first, second = measured.points
         return measured if mode == "off" else replace(measured, points=[first, second + 1])
@@ -94,7 +94,7 @@ def test_the_largest_difference_is_that_of_any_trial(job: verify.Job):
     assert verify.compare(job, ["default"], run=run)[1].difference == pytest.approx(1 / min(deviations))
 
 
-def test_a_narrow_table_says_what_a_row_fails_by(job: verify.Job):
+def test_a_narrow_table_says_what_a_row_fails_by(job: verify.VerifyJob):
     eager = verify.compare(job, [], run=here)[0]
     why = "default failed: InductorError: there is no compiler of C++ on this machine, neither g++ nor clang"
     rows = [eager, replace(eager, mode="default", compilation=why, breaks=3, passed=False)]
@@ -109,7 +109,7 @@ def test_a_narrow_table_says_what_a_row_fails_by(job: verify.Job):
     assert reason == why  # to its end, in lines
 
 
-def test_a_graph_that_the_trials_did_not_warm_up_counts_as_made_again(job: verify.Job):
+def test_a_graph_that_the_trials_did_not_warm_up_counts_as_made_again(job: verify.VerifyJob):
     real, calls = verify.answer, []
 
     def grown(forecaster: Any, windows: Any, params: Any, chunk: int) -> np.ndarray:

@@ -23,7 +23,7 @@ class PortTaken(ExpectedError, ValueError):
     """The address to serve on cannot be had."""
 
 
-class Server(ThreadingMixIn, WSGIServer):
+class DashboardServer(ThreadingMixIn, WSGIServer):
     """A thread a request, as optuna-dashboard's own command has it: a slow page must not hold up the others."""
 
     daemon_threads = True  # Ctrl-C waits for no page
@@ -42,15 +42,15 @@ class Handler(WSGIRequestHandler):
             self.close_connection = True
 
 
-class ServerV6(Server):
+class ServerV6(DashboardServer):
     address_family = socket.AF_INET6
 
 
-def bind(storage: RetryingStorage, folder: Path, host: str, port: int) -> Server:
+def bind(storage: RetryingStorage, folder: Path, host: str, port: int) -> DashboardServer:
     """A server that answers once `serve_forever` runs. Port 0: any free one. Raises PortTaken."""
     storage.wait_s = min(storage.wait_s, PAGE_WAIT_S)
     logging.getLogger("optuna_dashboard._bottle_util").addFilter(_in_one_line)
-    kind = ServerV6 if ":" in host else Server
+    kind = ServerV6 if ":" in host else DashboardServer
     try:
         return make_server(host, port, board.application(storage, folder), server_class=kind, handler_class=Handler)
     except OSError as error:
@@ -65,7 +65,7 @@ def _in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def serve(server: Server, host: str, *, say: Callable[[str], None]) -> None:
+def serve(server: DashboardServer, host: str, *, say: Callable[[str], None]) -> None:
     """Answer until KeyboardInterrupt, which is passed on."""
     port = server.server_port
     if not is_loopback(host):

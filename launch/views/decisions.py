@@ -9,10 +9,10 @@ from rich.table import Table
 from launch.output import say
 from launch.views.tables import NOTHING, Column, fitted, number, share
 from storage.configs import Restored
-from studies.promoting import Row
+from studies.promoting import SymbolDecision
 
 
-def table(rows: Sequence[Row], width: int) -> Table:
+def table(rows: Sequence[SymbolDecision], width: int) -> Table:
     """The rows in lines of at most `width` cells; a narrow one leaves evidence out, never a decision."""
 
     def column(heading: str, cells: Sequence[str], values: Sequence[float | None], keep: int) -> Column:
@@ -46,7 +46,7 @@ def table(rows: Sequence[Row], width: int) -> Table:
     )
 
 
-def _interval(row: Row) -> str:
+def _interval(row: SymbolDecision) -> str:
     low, high = row.improvement_low, row.improvement_high
     return NOTHING if low is None or high is None else f"{100 * low:+.1f} .. {100 * high:+.1f}%"
 

@@ -115,7 +115,7 @@ def _small(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Path:
+class ForecastSegment:
     """A stretch of bars that one set of windows forecast, joined where the horizon is one bar."""
 
     part: str  # "validation" or "test"
@@ -129,7 +129,7 @@ class Shown:
     """What both pictures of a forecast draw."""
 
     times: Sequence[str]  # of every place on the axis
-    paths: Sequence[Path]
+    paths: Sequence[ForecastSegment]
     test_from: int  # place of the first bar of test
     labels: Mapping[str, str]  # of the series
 
@@ -139,7 +139,7 @@ def forecast_shown(result: Mapping[str, Any] | None) -> Shown | None:
     if not result or not result.get("forecasts", {}).get("validation", {}).get("series"):
         return None
     times: list[str] = []
-    paths: list[Path] = []
+    paths: list[ForecastSegment] = []
     labels = {"incumbent": "incumbent"}
     test_from = 0
     for part in ("validation", "test"):
@@ -151,7 +151,7 @@ def forecast_shown(result: Mapping[str, Any] | None) -> Shown | None:
         cuts = [0] if len(starts) == count else starts
         for begin, end in zip(cuts, [*cuts[1:], count], strict=True):
             paths.append(
-                Path(
+                ForecastSegment(
                     part=part,
                     places=np.arange(len(times) + begin, len(times) + end),
                     actual=np.array(found["actual"][begin:end]),

@@ -37,7 +37,7 @@ CONFIRMED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class StudyRow:
     """A study at a glance. Improvements, over the incumbent, and skills are shares.
 
     Plain numbers are of the search's windows, confirmed ones of the confirmation's; a best is never compared with an
@@ -63,7 +63,7 @@ class Row:
     confirmed_skill: float | None
 
 
-def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[Row]:
+def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[StudyRow]:
     """Every study, or those named by id, sorted by name."""
     progress = study_progress(storage)
     best = database.best_values(storage, study_ids)
@@ -86,7 +86,7 @@ def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> li
         confirmed_incumbent = _first(confirmed["incumbent"])
         parked = reasons.get(study.study_id)
         found.append(
-            Row(
+            StudyRow(
                 study=study.name,
                 symbol=study.symbol,
                 model=study.model,
@@ -117,10 +117,10 @@ def _improvement(incumbent: float | None, mae: float | None) -> float | None:
     return (incumbent - mae) / incumbent if incumbent and mae is not None else None
 
 
-def table(rows: Sequence[Row], width: int) -> Table:
+def table(rows: Sequence[StudyRow], width: int) -> Table:
     """The rows in lines of at most `width` cells; a narrow one leaves columns out, never a study."""
 
-    def state(row: Row) -> str:
+    def state(row: StudyRow) -> str:
         return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
 
     return fitted(
@@ -144,7 +144,7 @@ def table(rows: Sequence[Row], width: int) -> Table:
     )
 
 
-def _newest_only(rows: Sequence[Row]) -> bool:
+def _newest_only(rows: Sequence[StudyRow]) -> bool:
     """Whether symbol and model tell the studies apart."""
     return len({(row.symbol, row.model) for row in rows}) == len(rows)
 

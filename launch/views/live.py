@@ -1,6 +1,6 @@
 """What a person sees of a run: a live table on a terminal, else a line of progress now and then; and what is said.
 
-A thread of its own writes, so that neither a signal handler, the supervisor nor its clerk ever waits for a terminal;
+A thread of its own writes, so that neither a signal handler nor a thread of the supervisor ever waits for a terminal;
 once the terminal is gone nothing is written and the run goes on. The cursor is never hidden: whatever ends the
 process, kill -9 too, leaves the terminal as it was. Knows the supervisor's children and the slots.
 """
@@ -315,7 +315,7 @@ class GpuMemory:
             self._asking = None
 
 
-class Watch:
+class RunWatcher:
     """Looks at the database and at the children, and says how the run stands."""
 
     def __init__(self, storage: RetryingStorage, studies: Mapping[int, str]) -> None:
@@ -372,9 +372,9 @@ class Watch:
             del self._since[key], self._last[key]
 
     def _worker(self, now: float, child: Child) -> WorkerLine:
-        gpu = child.seat.environment.get("CUDA_VISIBLE_DEVICES", "")
+        gpu = child.device_slot.environment.get("CUDA_VISIBLE_DEVICES", "")
         host = child.name.rpartition(":")[0]
-        device = f"gpu {gpu[:8]}" if gpu else child.seat.device.partition(":")[0].replace("cuda", "gpu")
+        device = f"gpu {gpu[:8]}" if gpu else child.device_slot.device.partition(":")[0].replace("cuda", "gpu")
         study, at = self._at.get(child.name, ("", "starts"))
         if child.status is not None:
             ends = {EXIT_DONE: "done", EXIT_INTERRUPTED: "stopped"}
@@ -425,7 +425,7 @@ class View:
     def __init__(self, storage: RetryingStorage, studies: Mapping[int, str], *, plain: bool = False) -> None:
         """studies: names by id. plain: lines of progress also on a terminal."""
         self._writer = threading.Thread(target=self._write, name="view", daemon=True)
-        self._watch = Watch(storage, studies)
+        self._watch = RunWatcher(storage, studies)
         self._stderr = Stderr()
         dumb = os.environ.get("TERM", "") in ("", "dumb", "unknown")
         self._is_live = self._stderr.isatty() and not plain and not dumb

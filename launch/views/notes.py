@@ -29,7 +29,7 @@ from storage.progress import (
     study_progress,
     worker_seconds,
 )
-from studies.promoting import Row
+from studies.promoting import SymbolDecision
 from studies.study import Study, list_studies
 
 EVERY_S = 30.0  # between two rewritings during a run; the first brings plotly and matplotlib, a second of CPU
@@ -61,7 +61,7 @@ class Facts:
         return min(self.values, key=lambda number: (self.values[number], number), default=None)
 
 
-class Keeper:
+class NoteWriter:
     """Reports how far a run is, and now and then rewrites the notes of the studies that moved.
 
     report: what else is called each time. say: one line for the user, when images cannot be kept.
@@ -107,7 +107,9 @@ class Keeper:
         self._written |= {study.study_id: progress[study.study_id] for study in moved}
 
 
-def decided(storage: RetryingStorage, folder: Path, rows: Sequence[Row], *, say: Callable[[str], None]) -> None:
+def decided(
+    storage: RetryingStorage, folder: Path, rows: Sequence[SymbolDecision], *, say: Callable[[str], None]
+) -> None:
     """Put what a promotion decided into the notes of the studies that it looked at."""
     names = {pair.study for row in rows for pair in row.pairs}
     try:
@@ -125,7 +127,7 @@ def _has_begun(progress: Progress) -> bool:
 
 
 def update(
-    storage: RetryingStorage, folder: Path, studies: Iterable[Study], *, rows: Sequence[Row] | None = None
+    storage: RetryingStorage, folder: Path, studies: Iterable[Study], *, rows: Sequence[SymbolDecision] | None = None
 ) -> None:
     """Rewrite what the dashboard shows of studies.
 
@@ -356,7 +358,7 @@ def _given_up(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _decisions(rows: Sequence[Row]) -> dict[str, str]:
+def _decisions(rows: Sequence[SymbolDecision]) -> dict[str, str]:
     """What a promotion decided, by study."""
     day = time.strftime("%Y-%m-%d", time.gmtime())
     found = {}
@@ -371,7 +373,7 @@ def _decisions(rows: Sequence[Row]) -> dict[str, str]:
     return found
 
 
-def evidence(row: Row) -> str:
+def evidence(row: SymbolDecision) -> str:
     """The numbers behind a decision, in brackets; nothing where there is no incumbent to compare with."""
     if row.improvement is None:
         return ""
@@ -383,7 +385,7 @@ def evidence(row: Row) -> str:
     return f" ({', '.join(parts)})"
 
 
-def interval_text(row: Row) -> str:
+def interval_text(row: SymbolDecision) -> str:
     """The 95 % interval of the improvement; nothing where there is none."""
     if row.improvement_low is None or row.improvement_high is None:
         return ""

@@ -27,7 +27,7 @@ from storage.progress import study_progress
 from studies import importance, promoting
 from studies import study as studying
 from studies.config import Config, ConfigError
-from studies.promoting import Row, Rule
+from studies.promoting import Rule, SymbolDecision
 
 EXPLANATIONS = (
     "error: mean |forecast - close| in per cent of the last close before the window. improvement: over the incumbent, "
@@ -107,7 +107,7 @@ def make(
     )
 
 
-def _decisions(rows: Sequence[Row]) -> Table:
+def _decisions(rows: Sequence[SymbolDecision]) -> Table:
     head = ("symbol", "study", "incumbent", "best", "improvement", "interval", "p", "on search", "on test", "skill",
             "decision", "reason")  # fmt: skip
     cells = [
