@@ -231,7 +231,7 @@ def test_columns_that_say_nothing_are_left_out() -> None:
     assert len(fitted(columns, 3, blanks=True).columns) == 1
 
 
-DECIDED = promote.StudyRow(
+DECIDED = promote.SymbolDecision(
     symbol="BTCUSD", study="BTCUSD/kronos@2026-03-19", model="kronos", incumbent_model="toto", incumbent_mae=0.012345,
     best_mae=0.0119, improvement=0.0361, improvement_low=0.012, improvement_high=0.0843, p_value=0.0213,
     improvement_validation=0.05, improvement_test=-0.01, skill=0.0123, test_mae=0.013, incumbent_test_mae=0.0131,
