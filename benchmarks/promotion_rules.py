@@ -24,6 +24,7 @@ for which the unmoved gains 1, 2, 5 or 10 % over all windows.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -40,8 +41,10 @@ from forecasters import Bars
 from objectives import windows as windowing
 from objectives.aggregation import Draw
 from objectives.bars import DataError, read_bars
+from objectives.metrics import Measurement
 from objectives.windows import Windows
-from studies.promotion import Decision, Measured, decide
+from studies.evidence import MeasuredConfiguration
+from studies.promotion import Decision, decide
 from studies.series import demo_bars, list_symbols
 
 AGGREGATES = (
@@ -66,7 +69,7 @@ MOST_USELESS, LEAST_FOUND = 0.05, 0.90  # what the default rule is to keep to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
+class ForecastSymbol:
     """One symbol's windows, and what every aggregate would have said at each."""
 
     windows: Windows
@@ -78,7 +81,7 @@ class Series:
         return np.abs(points - self.windows.actuals[:, 0]) / self.windows.last_closes
 
 
-def forecast(symbol: str, bars: Bars) -> Series:
+def forecast(symbol: str, bars: Bars) -> ForecastSymbol:
     """Every aggregate of the plain distribution at every origin; at each from the bars before it alone."""
     everything = windowing.recent_origins(bars, len(bars), symbol=symbol, at_least=1)
     returns = np.diff(bars.close) / bars.close[:-1]  # [T - 1]; number i is of bar i + 1
@@ -95,7 +98,7 @@ def forecast(symbol: str, bars: Bars) -> Series:
     seen = scaled[now[:, None] + np.arange(-RETURNS, 0)]  # [W, RETURNS]
     volatility = known[now] * everything.last_closes
     draw = Draw(everything.last_closes[:, None, None] + (volatility[:, None] * seen)[:, :, None])
-    return Series(
+    return ForecastSymbol(
         windows=everything,
         points={name: draw.aggregate(name)[:, 0] for name in AGGREGATES},
         volatility=volatility,
@@ -106,7 +109,7 @@ def forecast(symbol: str, bars: Bars) -> Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class PlayedSearch:
     """Where in a symbol's windows one search looks; each a slice of the window axis."""
 
     validation: slice
@@ -115,18 +118,35 @@ class Search:
     test: slice
     realised: slice
 
-    def measured(self, name: str, errors: np.ndarray, *, on: slice | None = None, of: slice | None = None) -> Measured:
-        """As a confirmation has it. on: the windows of the errors kept; of: those of `validation_mae`."""
-        return Measured(
+    def measured(
+        self, name: str, errors: np.ndarray, *, on: slice | None = None, of: slice | None = None
+    ) -> MeasuredConfiguration:
+        """As a confirmation has it. on: the confirmation windows, if any; of: those of the search."""
+        return MeasuredConfiguration(
             model="toto",
-            config={"aggregate": name},
-            errors=tuple(errors[on].tolist()) if on else None,
-            validation_mae=float(errors[of or self.validation].mean()),
-            test_mae=float(errors[self.test].mean()),
+            params={"aggregate": name},
+            confirmation=_measurement(errors[on]) if on else None,
+            validation=_measurement(errors[of or self.validation]),
+            test=_measurement(errors[self.test]),
         )
 
 
-def searches(series: Series, *, every: int, confirmation: int) -> list[Search]:
+def _measurement(errors: np.ndarray) -> Measurement:
+    """As much of a measurement as the rule looks at."""
+    return Measurement(
+        mae=float(errors.mean()),
+        price_mae=math.nan,
+        mae_percent=math.nan,
+        no_change_mae=math.nan,
+        skill=math.nan,
+        errors=tuple(errors.tolist()),
+        sampling_error=None,
+        windows=len(errors),
+        seconds={},
+    )
+
+
+def searches(series: ForecastSymbol, *, every: int, confirmation: int) -> list[PlayedSearch]:
     """Every search that has all its windows, the newest first."""
     bars, symbol, first = series.windows.bars, series.windows.symbol, series.windows.origins[0]
 
@@ -143,7 +163,7 @@ def searches(series: Series, *, every: int, confirmation: int) -> list[Search]:
             break
         validation, confirmed = places(split.validation), places(confirming)
         found.append(
-            Search(
+            PlayedSearch(
                 validation=validation,
                 earlier=slice(confirmed.start, validation.start),
                 confirmation=confirmed,
@@ -161,7 +181,7 @@ def searches(series: Series, *, every: int, confirmation: int) -> list[Search]:
 class Case:
     """One search and the incumbent it meets."""
 
-    search: Search
+    search: PlayedSearch
     errors: dict[str, np.ndarray]  # by aggregate, [W]
     incumbent: np.ndarray  # errors, [W]
     label: str  # the incumbent's name; an aggregate's where it is one
@@ -174,7 +194,7 @@ class Case:
         of: slice | None = None,
         **gate: Any,
     ) -> tuple[Decision, str]:
-        """The project's rule over these aggregates, and the one it chose. on, of: as `Search.measured`."""
+        """The project's rule over these aggregates, and the one it chose. on, of: as `PlayedSearch.measured`."""
         decision = decide(
             [self.search.measured(name, self.errors[name], on=on, of=of) for name in names],
             self.search.measured(self.label, self.incumbent, on=on, of=of),
@@ -242,7 +262,7 @@ def above(least: float) -> Rule:
 
 def interval_above_0(case: Case) -> tuple[bool, str]:
     decision, name = case.default
-    interval = decision.evidence.interval
+    interval = decision.comparison.interval
     return decision.promote and interval is not None and interval[0] > 0, name
 
 
@@ -284,7 +304,7 @@ def judge(rule: Rule, cases: Sequence[Case]) -> dict[str, float | None]:
     }
 
 
-def moved_to(series: Series, base: str, gap: float, way: int) -> np.ndarray:
+def moved_to(series: ForecastSymbol, base: str, gap: float, way: int) -> np.ndarray:
     """Errors [W] of `base` moved up (1) or down (-1) by that multiple of the volatility where `base` gains `gap`."""
     right = series.errors(series.points[base])
 
@@ -301,7 +321,7 @@ def moved_to(series: Series, base: str, gap: float, way: int) -> np.ndarray:
     return moved(high)
 
 
-def measure(all_series: Sequence[Series], *, every: int, confirmation: int) -> dict[str, Any]:
+def measure(all_series: Sequence[ForecastSymbol], *, every: int, confirmation: int) -> dict[str, Any]:
     """All figures."""
     worlds: dict[str, list[Case]] = {"best elsewhere": [], "best of others": [], "best overall": [], WORSE: []}
     power: dict[float, list[Case]] = {gap: [] for gap in GAPS}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from sqlalchemy import text
@@ -210,6 +211,24 @@ def first_parked_slots(storage: RetryingStorage, study_ids: Iterable[int] | None
     values = {"study_ids": None if study_ids is None else list(study_ids)}
     rows = storage.transaction(lambda c: c.execute(statement, values).all())
     return {study_id: Parked(stage=stage, number=number, error=error) for study_id, stage, number, error in rows}
+
+
+def most_workers_at_once(storage: RetryingStorage, study_ids: Iterable[int]) -> int:
+    """The largest number of workers that had trials of these studies under way in one stretch of time.
+
+    A worker counts from the begin of its first trial to the end of its last one. Raises DatabaseUnavailable.
+    """
+    rows = storage.transaction(lambda c: c.execute(text(WORKER_SPANS), {"study_ids": list(study_ids)}).all())
+    ends = sorted([(row.first, 1) for row in rows] + [(row.last, -1) for row in rows])  # an end before a begin
+    return max(accumulate(step for _, step in ends), default=0)
+
+
+WORKER_SPANS = """
+select a.value_json, min(t.datetime_start) as first, max(t.datetime_complete) as last
+from trials t join trial_user_attributes a on a.trial_id = t.trial_id and a.key = 'worker'
+where t.study_id = any(:study_ids) and t.datetime_start is not null and t.datetime_complete is not null
+group by a.value_json
+"""
 
 
 def parked_slots(storage: RetryingStorage, study_id: int) -> list[Parked]:

@@ -141,6 +141,11 @@ def relative_gain(old: float | None, new: float | None) -> float | None:
     return None if old is None or new is None or not old else (old - new) / old
 
 
+def params_text(params: Mapping[str, Any]) -> str:
+    """Params in one line, numbers as people write them: "aggregate=mean clip=2.4 num_samples=64"."""
+    return " ".join(f"{name}={f'{one:.6g}' if isinstance(one, float) else one}" for name, one in params.items())
+
+
 # --- JSON ---------------------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,13 @@ Reads the confirmations and the promoted files; loads no model. The rule itself 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
 from forecasters import ExpectedError
+from objectives.metrics import Measurement
 from storage import configs
 from storage.configs import Record
 from storage.database import RetryingStorage
@@ -20,7 +20,8 @@ from storage.progress import read_confirmations, study_progress
 from studies import promotion, space
 from studies import study as studying
 from studies.config import Config
-from studies.promotion import Decision, Measured
+from studies.evidence import PARTS, MeasuredConfiguration, StudyEvidence, from_json
+from studies.promotion import Decision
 from studies.space import Space
 from studies.study import Study
 
@@ -50,6 +51,7 @@ class ModelOutcome:
     status: str  # "success": a file was written; "no_improvement"; "failed": nothing to decide on
     reason: str
     mae: float | None  # its best configuration's, on the windows of the rule
+    validation_mae: float | None  # the same configuration's on the windows of the search
     test_mae: float | None
     passes: int | None  # that the confirmed numbers are averaged over
 
@@ -93,12 +95,12 @@ class Finding:
     study: Study
     space: Space
     open: bool  # it has budget left
-    confirmation: Mapping[str, Any] | None
+    evidence: StudyEvidence | None
 
-    @cached_property
-    def candidates(self) -> Sequence[Mapping[str, Any]]:
+    @property
+    def candidates(self) -> Sequence[MeasuredConfiguration]:
         """The best trials, measured; best of the search first."""
-        return self.confirmation["candidates"] if self.confirmation else ()
+        return self.evidence.candidates if self.evidence else ()
 
     def params_of(self, record: Record) -> dict[str, Any] | None:
         """A promoted file's configuration as this study's params; None where it is another model's or unreadable."""
@@ -109,13 +111,10 @@ class Finding:
         except ValueError:
             return None
 
-    def measured(self, record: Record) -> Mapping[str, Any] | None:
+    def measured(self, record: Record) -> MeasuredConfiguration | None:
         """How a promoted file's configuration did here."""
         params = self.params_of(record)
-        if params is None or self.confirmation is None:
-            return None
-        known = (*self.confirmation["baselines"].values(), *self.candidates)
-        return next((one for one in known if one["params"] == params), None)
+        return None if params is None or self.evidence is None else self.evidence.find(params)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +122,10 @@ class Verdict:
     """What is to become of one file."""
 
     record: Record | None
-    incumbent: Mapping[str, Any] | None  # how the record's configuration did on the same windows
+    incumbent: MeasuredConfiguration | None  # how the record's configuration did on the same windows
     decision: Decision
     finding: Finding  # the study of the chosen candidate, or one that has none
-    candidate: Mapping[str, Any] | None
+    candidate: MeasuredConfiguration | None
 
 
 def promote(
@@ -159,11 +158,12 @@ def promote(
 
     def find(study: Study) -> Finding:
         is_open = progress[study.study_id].open > 0
+        result = None if is_open else confirmations[study.study_id].result
         return Finding(
             study=study,
             space=Space.from_json(study.model, study.definition["space"]),
             open=is_open,
-            confirmation=None if is_open else confirmations[study.study_id].result,
+            evidence=from_json(study.model, result) if result else None,
         )
 
     # A model that is not asked for may still have measured the incumbent.
@@ -184,7 +184,7 @@ class SymbolCase:
 def _judge(config: Config, rule: Rule, everyone: Sequence[Finding], models: Sequence[str]) -> SymbolCase:
     asked = [finding for finding in everyone if finding.study.model in models]
     # The newest bars that something is confirmed on decide what the others must compare to.
-    reference = max(asked, key=lambda finding: (finding.confirmation is not None, finding.study.as_of))
+    reference = max(asked, key=lambda finding: (finding.evidence is not None, finding.study.as_of))
     competing = [finding for finding in asked if _comparable(finding, reference)]
     beside = [finding for finding in everyone if _comparable(finding, reference)]
     symbol, root = reference.study.symbol, config.hyperparams.dir
@@ -195,7 +195,7 @@ def _judge(config: Config, rule: Rule, everyone: Sequence[Finding], models: Sequ
     own = [
         _decide(rule, finding, [finding], beside, configs.read(root, finding.study.model, symbol))
         for finding in competing
-        if finding.study.model != holder and finding.confirmation is not None
+        if finding.study.model != holder and finding.evidence is not None
     ]
     left_out = [finding for finding in asked if finding not in competing]
     return SymbolCase(verdict=verdict, own=own, competing=competing, left_out=left_out)
@@ -205,13 +205,13 @@ def _comparable(one: Finding, other: Finding) -> bool:
     """Whether numbers of two studies are of the same windows and metric."""
     if one is other:
         return True
-    if one.confirmation is None or other.confirmation is None:
+    if one.evidence is None or other.evidence is None:
         return False
     mine, theirs = one.study.definition, other.study.definition
     return (
         all(mine[part] == theirs[part] for part in SAME)
         and all(mine["windows"][part] == theirs["windows"][part] for part in SAME_WINDOWS)
-        and one.confirmation["windows"] == other.confirmation["windows"]
+        and one.evidence.windows == other.evidence.windows
     )
 
 
@@ -223,11 +223,11 @@ def _decide(
     if record is not None:
         incumbent = next((found for finding in beside if (found := finding.measured(record))), None)
         # Its model was searched on these windows, and could have measured it: then the file is a newer one.
-        stale = incumbent is None and any(finding.params_of(record) for finding in beside if finding.confirmation)
+        stale = incumbent is None and any(finding.params_of(record) for finding in beside if finding.evidence)
     decision = promotion.decide(
-        [_as_measured(finding.study.model, candidate) for finding, candidate in pool],
+        [candidate for _, candidate in pool],
         _incumbent(record, beside, incumbent),
-        confirmed=reference.confirmation is not None,
+        confirmed=reference.evidence is not None,
         stale=bool(stale),
         min_improvement=rule.min_improvement,
         force=rule.force,
@@ -239,62 +239,50 @@ def _decide(
     return Verdict(record=record, incumbent=incumbent, decision=decision, finding=finding, candidate=candidate)
 
 
-def _as_measured(model: str, one: Mapping[str, Any]) -> Measured:
-    measured = "confirmation" in one  # else it says why not under "error"
-    return Measured(
-        model=model,
-        config=one["params"],
-        errors=tuple(one["confirmation"]["errors"]) if measured else None,
-        validation_mae=one["validation"]["mae"] if measured else None,
-        test_mae=one["test"]["mae"] if measured else None,
-    )
-
-
-def _incumbent(record: Record | None, findings: Sequence[Finding], found: Mapping[str, Any] | None) -> Measured | None:
-    if record is None:
-        return None
-    if found is not None:
-        return _as_measured(record.model, found)
+def _incumbent(
+    record: Record | None, findings: Sequence[Finding], found: MeasuredConfiguration | None
+) -> MeasuredConfiguration | None:
+    if record is None or found is not None:
+        return found
     params = next((params for finding in findings if (params := finding.params_of(record))), None)
-    return Measured(model=record.model, config=params or record.config, errors=None, validation_mae=None, test_mae=None)
+    return MeasuredConfiguration(model=record.model, params=params or record.config, error="not measured")
 
 
 def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -> SymbolDecision:
     verdict, root = case.verdict, config.hyperparams.dir
     decision, record, candidate = verdict.decision, verdict.record, verdict.candidate
-    study, evidence = verdict.finding.study, decision.evidence
+    study, comparison = verdict.finding.study, decision.comparison
     writes = [(verdict, (study.model, *FOLDERS))] if decision.promote else []
     writes += [(other, (other.finding.study.model,)) for other in case.own if other.decision.promote]
     for each, folders in writes if not dry_run else []:
         digest = {"expected_digest": record.digest if record else None} if each is verdict else {}
         configs.write(root, study.symbol, payload(config, rule, each), folders=folders, **digest)
-    known = (
-        verdict.incumbent if decision.reason != "unchanged" and "confirmation" in (verdict.incumbent or {}) else None
-    )
-    low, high = evidence.interval or (None, None)
+    known = verdict.incumbent if decision.reason != "unchanged" else None
+    low, high = comparison.interval or (None, None)
+    best = candidate.on(rule.on) if candidate else None
     return SymbolDecision(
         symbol=study.symbol,
         study=study.name,
         model=study.model,
         incumbent_model=record.model if record else None,
-        incumbent_mae=known[rule.on]["mae"] if known else None,
-        best_mae=candidate[rule.on]["mae"] if candidate else None,
+        incumbent_mae=known.mae(rule.on) if known else None,
+        best_mae=best.mae if best else None,
         improvement=decision.improvement,
         improvement_low=low,
         improvement_high=high,
-        p_value=evidence.p_value,
-        improvement_validation=evidence.improvement_validation,
-        improvement_test=evidence.improvement_test,
-        skill=candidate[rule.on]["skill"] if candidate else None,
-        test_mae=candidate["test"]["mae"] if candidate else None,
-        incumbent_test_mae=known["test"]["mae"] if known else None,
-        windows=candidate[rule.on]["windows"] if candidate else None,
+        p_value=comparison.p_value,
+        improvement_validation=comparison.improvement_validation,
+        improvement_test=comparison.improvement_test,
+        skill=best.skill if best else None,
+        test_mae=candidate.mae("test") if candidate else None,
+        incumbent_test_mae=known.mae("test") if known else None,
+        windows=best.windows if best else None,
         decision="promoted" if decision.promote else "kept",
         reason=decision.reason,
         next=_next(verdict),
         path=str(root / "best" / f"{study.symbol}.json") if decision.promote or record else None,
         written=[str(root / folder / f"{study.symbol}.json") for _, folders in writes for folder in folders],
-        pairs=_pairs(rule, case, [each for each, _ in writes]),
+        pairs=_outcomes(rule, case, [each for each, _ in writes]),
     )
 
 
@@ -309,16 +297,16 @@ def _next(verdict: Verdict) -> str | None:
     return None
 
 
-def _pairs(rule: Rule, case: SymbolCase, written: Sequence[Verdict]) -> list[ModelOutcome]:
+def _outcomes(rule: Rule, case: SymbolCase, written: Sequence[Verdict]) -> list[ModelOutcome]:
     """The status of every model asked for, by name."""
-    pairs = []
+    outcomes = []
     for finding in (*case.competing, *case.left_out):
-        study = finding.study
-        best = min(finding.candidates, key=lambda one: one[rule.on]["mae"], default=None)
+        study, evidence = finding.study, finding.evidence
+        best = evidence.best_on(rule.on) if evidence else None
         own = next((each for each in (case.verdict, *case.own) if each.finding is finding), None)
         if any(each.finding is finding for each in written):
             status, reason = "success", next(each.decision.reason for each in written if each.finding is finding)
-        elif finding.confirmation is None:
+        elif evidence is None:
             status, reason = "failed", "not confirmed"
         elif finding in case.left_out:
             status, reason = "failed", "not comparable"
@@ -326,39 +314,40 @@ def _pairs(rule: Rule, case: SymbolCase, written: Sequence[Verdict]) -> list[Mod
             status, reason = "failed", "no candidate"
         else:
             status, reason = "no_improvement", own.decision.reason if own else "not better"
-        pairs.append(
+        outcomes.append(
             ModelOutcome(
                 symbol=study.symbol,
                 model=study.model,
                 study=study.name,
                 status=status,
                 reason=reason,
-                mae=best[rule.on]["mae"] if best else None,
-                test_mae=best["test"]["mae"] if best else None,
-                passes=finding.confirmation["passes"] if finding.confirmation else None,
+                mae=best.mae(rule.on) if best else None,
+                validation_mae=best.mae("validation") if best else None,
+                test_mae=best.mae("test") if best else None,
+                passes=evidence.passes if evidence else None,
             )
         )
-    return sorted(pairs, key=lambda pair: pair.model)
+    return sorted(outcomes, key=lambda outcome: outcome.model)
 
 
 def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
     """What a promoted file says: the keys that the predecessor's readers expect, and where the numbers come from."""
     finding, decision, candidate = verdict.finding, verdict.decision, verdict.candidate
-    study, definition, confirmation = finding.study, finding.study.definition, finding.confirmation
-    assert confirmation is not None
+    study, definition, evidence = finding.study, finding.study.definition, finding.evidence
+    assert evidence is not None
     assert candidate is not None
+    chosen = candidate.on(rule.on)
+    assert chosen is not None
     incumbent = verdict.incumbent if decision.improvement is not None else None
-    counts = definition["windows"]
+    counts, comparison = definition["windows"], decision.comparison
     return {
         "symbol": study.symbol,
         "model": study.model,
-        "config": space.to_promoted(study.model, candidate["params"], finding.space),
-        "validation": _metrics(candidate["validation"]),
-        "confirmation": _metrics(candidate["confirmation"]),
-        "test": _metrics(candidate["test"]),
+        "config": space.to_promoted(study.model, candidate.params, finding.space),
+        **{part: _metrics(measured) for part in PARTS if (measured := candidate.on(part))},
         "windows": {
             "val_window": counts["validation"],
-            "confirmation_window": confirmation["windows"]["confirmation"]["count"],
+            "confirmation_window": evidence.windows["confirmation"].count,
             "test_window": counts["test"],
             "forecast_horizon": counts["horizon"],
         },
@@ -366,25 +355,25 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
         "metadata": {
             "source": "forecast-studies",
             "study": study.name,
-            "trial": candidate["trial"],
+            "trial": candidate.trial,
             "as_of": study.as_of,
             "promoted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "objective": definition["objective"],
             "selection_metric": f"{rule.on}.{definition['metric']}",
-            "selection_value": candidate[rule.on]["mae"],
-            "previous_mae": incumbent[rule.on]["mae"] if incumbent else None,
+            "selection_value": chosen.mae,
+            "previous_mae": incumbent.mae(rule.on) if incumbent else None,
             "previous_model": verdict.record.model if verdict.record else None,
             "previous_config": dict(verdict.record.config) if verdict.record else None,
             "improvement": decision.improvement,
-            "improvement_interval": decision.evidence.interval,
-            "improvement_validation": decision.evidence.improvement_validation,
-            "improvement_test": decision.evidence.improvement_test,
-            "p_value": decision.evidence.p_value,
+            "improvement_interval": comparison.interval,
+            "improvement_validation": comparison.improvement_validation,
+            "improvement_test": comparison.improvement_test,
+            "p_value": comparison.p_value,
             "reason": decision.reason,
-            "skill": candidate[rule.on]["skill"],
-            "no_change_mae": confirmation["no_change"][rule.on]["mae"],
-            "passes": confirmation["passes"],
-            "sampling_error": confirmation["sampling_error"],
+            "skill": chosen.skill,
+            "no_change_mae": evidence.no_change[rule.on].mae,
+            "passes": evidence.passes,
+            "sampling_error": evidence.sampling_error,
             "fixed": dict(finding.space.fixed),
             "fingerprint": studying.fingerprint(definition),
             "checkpoint": definition["checkpoint"],
@@ -395,12 +384,12 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
+def _metrics(measured: Measurement) -> dict[str, Any]:
     return {
-        "price_mae": measured["price_mae"],
-        "pct_return_mae": measured["mae"],
-        "mae_percent": measured["mae_percent"],
-        "skill": measured["skill"],
-        "latency_s": sum(measured["seconds"].values()),
-        "num_predictions": measured["windows"],
+        "price_mae": measured.price_mae,
+        "pct_return_mae": measured.mae,
+        "mae_percent": measured.mae_percent,
+        "skill": measured.skill,
+        "latency_s": sum(measured.seconds.values()),
+        "num_predictions": measured.windows,
     }

@@ -7,12 +7,14 @@ order, so that a difference is taken window by window.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from studies.evidence import MeasuredConfiguration
 
 Reason = Literal[
     "first",
@@ -37,18 +39,7 @@ SEED = 20_181_231  # any: the same errors always give the same evidence
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A configuration and how it did."""
-
-    model: str
-    config: Mapping[str, Any]  # params
-    errors: tuple[float, ...] | None  # [W] on the confirmation windows in origin order; None: not measurable there
-    validation_mae: float | None  # on the search's own windows alone, with its seeds
-    test_mae: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
+class Comparison:
     """What else is known of the chosen candidate against the incumbent; None where it cannot be computed."""
 
     improvement_validation: float | None = None  # relative
@@ -63,12 +54,12 @@ class Decision:
     reason: Reason
     candidate: int | None = None  # which of the candidates was chosen
     improvement: float | None = None  # relative, (incumbent - candidate) / incumbent, where the rule looks
-    evidence: Evidence = Evidence()
+    comparison: Comparison = Comparison()
 
 
 def decide(
-    candidates: Sequence[Measured],
-    incumbent: Measured | None,
+    candidates: Sequence[MeasuredConfiguration],
+    incumbent: MeasuredConfiguration | None,
     *,
     confirmed: bool,
     stale: bool,
@@ -80,8 +71,8 @@ def decide(
 ) -> Decision:
     """Whether the best candidate replaces the incumbent.
 
-    The best has the lowest mean error on the confirmation windows, the first of equal ones; `on` "validation" looks at
-    `validation_mae` alone. A candidate with a NaN, an infinity or a negative number anywhere is left out.
+    The best has the lowest mean error on the confirmation windows, the first of equal ones; with `on` "validation" on
+    the windows of the search. A candidate with a NaN, an infinity or a negative number anywhere is left out.
 
     Promotes where there is no incumbent, where the mean error is lower by strictly more than `min_improvement`
     (relative), or with `force`, which overrides everything but "not confirmed", "no candidate" and "unchanged".
@@ -93,7 +84,7 @@ def decide(
     Raises ValueError if errors are of different numbers of windows.
     """
     everyone = [*candidates, *([incumbent] if incumbent else [])]
-    if len(counts := {len(each.errors) for each in everyone if each.errors is not None}) > 1:
+    if len(counts := {len(each.confirmation.errors) for each in everyone if each.confirmation}) > 1:
         raise ValueError(f"errors on different windows cannot be compared: {sorted(counts)} of them")
     if not confirmed:
         return Decision(promote=False, reason="not confirmed")
@@ -105,7 +96,7 @@ def decide(
     chosen = candidates[best]
     if incumbent is None:
         return Decision(promote=True, reason="first", candidate=best)
-    if incumbent.model == chosen.model and dict(incumbent.config) == dict(chosen.config):
+    if incumbent.model == chosen.model and dict(incumbent.params) == dict(chosen.params):
         return Decision(promote=False, reason="unchanged", candidate=best)
     if stale:  # the numbers are of another configuration
         return Decision(promote=force, reason="forced" if force else "stale", candidate=best)
@@ -113,7 +104,7 @@ def decide(
     old = _mae(incumbent, on)
     improvement = _improvement(old, mae)
     usable = [candidate for candidate in candidates if _sane(candidate)]
-    evidence = _evidence(chosen, incumbent, usable) if _sane(incumbent) else Evidence()
+    comparison = _compare(chosen, incumbent, usable) if _sane(incumbent) else Comparison()
     reason: Reason
     if force:
         reason = "forced"
@@ -123,7 +114,7 @@ def decide(
         reason = "not better"
     elif require_test and not _no_worse_on_test(chosen, incumbent):
         reason = "worse on test"
-    elif max_p is not None and not (evidence.p_value is not None and evidence.p_value <= max_p):
+    elif max_p is not None and not (comparison.p_value is not None and comparison.p_value <= max_p):
         reason = "not significant"
     else:
         reason = "improved"
@@ -132,7 +123,7 @@ def decide(
         reason=reason,
         candidate=best,
         improvement=improvement,
-        evidence=evidence,
+        comparison=comparison,
     )
 
 
@@ -146,19 +137,19 @@ def _decimal(number: float) -> Decimal:
     return Decimal(repr(float(number)))
 
 
-def _sane(measured: Measured) -> bool:
-    numbers = [*(measured.errors or ()), measured.validation_mae, measured.test_mae]
+def _sane(measured: MeasuredConfiguration) -> bool:
+    numbers = [*_errors(measured), measured.mae("validation"), measured.mae("test")]
     return all(number is None or (math.isfinite(number) and number >= 0) for number in numbers)
 
 
-def _mae(measured: Measured, on: On) -> float | None:
+def _mae(measured: MeasuredConfiguration, on: On) -> float | None:
     """What the rule compares; None where it was not measured or is no number."""
     if not _sane(measured):
         return None
-    return measured.validation_mae if on == "validation" else _mean(measured.errors)
+    return measured.mae("validation") if on == "validation" else _mean(_errors(measured))
 
 
-def _mean(errors: Sequence[float] | None) -> float | None:
+def _mean(errors: Sequence[float]) -> float | None:
     """In decimals, as `exceeds`: the mean of equal errors is that error, and exactly the threshold stays exactly it."""
     return float(sum(map(_decimal, errors), Decimal(0)) / len(errors)) if errors else None
 
@@ -171,31 +162,38 @@ def _improvement(old: float | None, new: float | None) -> float | None:
     return improvement if math.isfinite(improvement) else None
 
 
-def _no_worse_on_test(chosen: Measured, incumbent: Measured) -> bool:
-    if chosen.test_mae is None or incumbent.test_mae is None:
-        return False
-    return chosen.test_mae <= incumbent.test_mae
+def _no_worse_on_test(chosen: MeasuredConfiguration, incumbent: MeasuredConfiguration) -> bool:
+    new, old = chosen.mae("test"), incumbent.mae("test")
+    return new is not None and old is not None and new <= old
 
 
-# --- evidence ----------------------------------------------------------------------------------------------
+def _errors(measured: MeasuredConfiguration) -> tuple[float, ...]:
+    """[W], empty where it was not measured."""
+    return measured.confirmation.errors if measured.confirmation else ()
 
 
-def _evidence(chosen: Measured, incumbent: Measured, candidates: Sequence[Measured]) -> Evidence:
+# --- the comparison ----------------------------------------------------------------------------------------------
+
+
+def _compare(
+    chosen: MeasuredConfiguration, incumbent: MeasuredConfiguration, candidates: Sequence[MeasuredConfiguration]
+) -> Comparison:
     """All of it, each part None where it cannot be computed. The measurements given are sane."""
     interval = p_value = None
-    old = _mean(incumbent.errors)
-    if old and incumbent.errors and chosen.errors and len(chosen.errors) >= MIN_WINDOWS:
+    ours, theirs = _errors(chosen), _errors(incumbent)
+    old = _mean(theirs)
+    if old and len(ours) >= MIN_WINDOWS:
         # Sane but absurd errors overflow; what comes of it is not finite and so not shown.
         with np.errstate(all="ignore"):
-            scale = np.array(incumbent.errors) / old  # [W], of mean 1: what follows is free of units
-            new = np.array(chosen.errors) / old
-            tried = [np.array(candidate.errors) / old for candidate in candidates if candidate.errors]  # each [W]
+            scale = np.array(theirs) / old  # [W], of mean 1: what follows is free of units
+            new = np.array(ours) / old
+            tried = [np.array(errors) / old for candidate in candidates if (errors := _errors(candidate))]  # each [W]
             if (block := _block_length(scale - new)) is not None:
                 interval = _interval(scale, new, block)
                 p_value = _superior_predictive_ability(scale, tried, block)
-    return Evidence(
-        improvement_validation=_improvement(incumbent.validation_mae, chosen.validation_mae),
-        improvement_test=_improvement(incumbent.test_mae, chosen.test_mae),
+    return Comparison(
+        improvement_validation=_improvement(incumbent.mae("validation"), chosen.mae("validation")),
+        improvement_test=_improvement(incumbent.mae("test"), chosen.mae("test")),
         interval=interval,
         p_value=p_value,
     )

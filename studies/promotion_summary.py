@@ -1,6 +1,6 @@
 """The summary of a promotion as a file, in the form that readers of the predecessor's summaries know.
 
-`{results}/compiled_optimization_{TIMESTAMP}.json`, an entry for every symbol and model.
+`{results}/compiled_optimization_{TIMESTAMP}.json`: an entry a symbol, with one for each of its models under "models".
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import Any
 
 from storage import database
 from storage.configs import ConfigFileError
-from storage.database import RetryingStorage
-from storage.progress import study_progress
+from storage.database import Effort, RetryingStorage
+from storage.files import replace_file
+from storage.progress import most_workers_at_once, study_progress
 from studies import study as studying
 from studies.promoting import ModelOutcome, SymbolDecision
 
 PATTERN = "compiled_optimization_*.json"
 
 
-def write(storage: RetryingStorage, folder: Path, rows: Sequence[SymbolDecision]) -> Path | None:
+def write(storage: RetryingStorage, folder: Path, decisions: Sequence[SymbolDecision]) -> Path | None:
     """Write the summary of a promotion; None where the newest one in the folder says the same already.
 
     Raises ConfigFileError where it cannot be written.
     """
-    content = summary(storage, [pair for row in rows for pair in row.pairs])
+    content = summary(storage, decisions)
     before = max(folder.glob(PATTERN), default=None)
     if before is not None:
         with contextlib.suppress(OSError, ValueError):
@@ -38,45 +39,58 @@ def write(storage: RetryingStorage, folder: Path, rows: Sequence[SymbolDecision]
     path = next(path for name in names if not (path := folder / name).exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
+        replace_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror}; set [promotion] results_dir") from error
     return path
 
 
-def summary(storage: RetryingStorage, pairs: Sequence[ModelOutcome]) -> dict[str, Any]:
-    """What the file says. Seconds are those that workers spent in trials; their total is from first to last trial."""
+def summary(storage: RetryingStorage, decisions: Sequence[SymbolDecision]) -> dict[str, Any]:
+    """What the file says. Errors are fractions; seconds are those that workers spent in trials.
+
+    `total_time_s` is from the first trial to the end of the last one. `workers` is the largest number of workers that
+    were at these studies at the same time: those of a run, whatever was restarted.
+    """
     ids = {study.name: study.study_id for study in studying.list_studies(storage)}
     efforts = database.efforts(storage)
-    found = [efforts[ids[pair.study]] for pair in pairs if ids[pair.study] in efforts]
-    progress, models = study_progress(storage), sorted({pair.model for pair in pairs})
-    results = []
-    for pair in pairs:
-        effort = efforts.get(ids[pair.study])
-        results.append(
-            {
-                "symbol": pair.symbol,
-                "status": pair.status,
-                "model": pair.model,
-                "val_mae": pair.mae,
-                "test_mae": pair.test_mae,
-                "improved": pair.status == "success" and pair.reason == "improved",
-                "elapsed_s": round(effort.seconds, 3) if effort else 0.0,
-                "error": pair.reason if pair.status == "failed" else None,
-                "reason": pair.reason,
-                "study": pair.study,
-            }
-        )
+    outcomes = [outcome for decision in decisions for outcome in decision.pairs]
+    of_studies = [ids[outcome.study] for outcome in outcomes]
+    found = [efforts[study_id] for study_id in of_studies if study_id in efforts]
+    progress, models = study_progress(storage), sorted({outcome.model for outcome in outcomes})
+
+    def entry(outcome: ModelOutcome) -> dict[str, Any]:
+        return _entry(outcome, efforts.get(ids[outcome.study]))
+
     return {
-        "results": results,
+        "results": [
+            # The model that the decision is about speaks for its symbol.
+            {
+                **entry(next(one for one in decision.pairs if one.study == decision.study)),
+                "models": {outcome.model: entry(outcome) for outcome in decision.pairs},
+            }
+            for decision in decisions
+        ],
         "total_time_s": round(max(e.last for e in found) - min(e.first for e in found), 3) if found else 0.0,
         "config": {
-            "symbols": sorted({pair.symbol for pair in pairs}),
-            "trials": max((progress[ids[pair.study]].budget for pair in pairs), default=0),
-            "workers": len({worker for effort in found for worker in effort.workers}),
+            "symbols": sorted({outcome.symbol for outcome in outcomes}),
+            "trials": max((progress[study_id].budget for study_id in of_studies), default=0),
+            "workers": most_workers_at_once(storage, of_studies),
             "model": "both" if len(models) > 1 else models[0],
-            "eval_runs": max((pair.passes or 0 for pair in pairs), default=0),
+            "eval_runs": max((outcome.passes or 0 for outcome in outcomes), default=0),
         },
+    }
+
+
+def _entry(outcome: ModelOutcome, effort: Effort | None) -> dict[str, Any]:
+    return {
+        "symbol": outcome.symbol,
+        "status": outcome.status,
+        "model": outcome.model,
+        "val_mae": outcome.validation_mae,
+        "test_mae": outcome.test_mae,
+        "improved": outcome.status == "success" and outcome.reason == "improved",
+        "elapsed_s": round(effort.seconds, 3) if effort else 0.0,
+        "error": outcome.reason if outcome.status == "failed" else None,
+        "reason": outcome.reason,
+        "study": outcome.study,
     }

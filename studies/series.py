@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -19,6 +18,7 @@ from objectives.windows import split as split_bars
 from storage.files import replace_file
 from storage.symbols import check_symbol, is_symbol
 from studies.config import Config
+from studies.evidence import WindowSpan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +116,10 @@ def confirmation_windows(config: Config, symbol: str, bars: Bars) -> Windows:
     )
 
 
-def describe_windows(found: Windows) -> dict[str, Any]:
-    """How many, and the times of the first and the last target bar: what tells two sets of one study apart."""
+def window_span(found: Windows) -> WindowSpan:
+    """What tells two sets of windows of one study apart."""
     first, last = (timestamp_text(found.timestamps[end]) for end in (0, -1))
-    return {"count": len(found), "first": first, "last": last}
+    return WindowSpan(count=len(found), first=first, last=last)
 
 
 # --- the demonstration's bars --------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from storage.progress import Confirmation, read_confirmations, study_progress
 from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
-from studies.series import Series, confirmation_windows, describe_windows, split_windows
+from studies.evidence import INCUMBENT, STORED, from_json
+from studies.series import Series, confirmation_windows, split_windows, window_span
 from studies.space import Space
 
 METRIC = "pct_return_mae"
@@ -113,7 +114,7 @@ def check_definition(study: Study, now: Mapping[str, Any]) -> None:
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:
-    """Of a whole definition."""
+    """SHA-256 of the definition, in hexadecimal."""
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
@@ -164,7 +165,7 @@ def open_studies(
             if study:
                 check_definition(study, definition)
                 confirmation = confirmations[study.study_id]
-                outdated = not _confirms(confirmation, baselines, asked)
+                outdated = not _confirms(confirmation, model, baselines, asked)
                 # What another machine found in use stays in the comparison.
                 baselines = {**(confirmation.params or {}), **baselines}
                 plans.append(_resume_later(storage, config, study, baselines, outdated=outdated))
@@ -177,14 +178,15 @@ def open_studies(
     return [plan() for plan in plans]
 
 
-def _confirms(found: Confirmation, baselines: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
+def _confirms(found: Confirmation, model: str, in_use: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
     """Whether a confirmation, done or to be done, is of these windows and knows these configurations in use."""
     known = list((found.params or {}).values())
     if found.result is not None:
-        known += [one["params"] for one in found.result["candidates"]]
-        if found.result["windows"]["confirmation"] != describe_windows(asked):
+        evidence = from_json(model, found.result)
+        known += [one.params for one in evidence.candidates]
+        if evidence.windows["confirmation"] != window_span(asked):
             return False
-    return all(params in known for params in baselines.values())
+    return all(params in known for params in in_use.values())
 
 
 def _resume_later(
@@ -276,7 +278,7 @@ def _baselines(
     """The configurations in use that this model can measure: the incumbent and the model's stored one."""
     found: dict[str, dict[str, Any]] = {}
     notes = []
-    for label, folder in (("incumbent", "best"), ("stored", model)):
+    for label, folder in ((INCUMBENT, "best"), (STORED, model)):
         record = configs.read(config.hyperparams.dir, folder, symbol)
         if record is None or record.model != model:
             continue

@@ -21,6 +21,7 @@ from storage import DatabaseUnavailable, database, slots
 from storage.database import ClaimLost, RetryingStorage
 from storage.slots import Slot
 from studies import confirmation
+from studies.evidence import measurement_json, params_text, to_json
 from studies.study import SEARCH_PASSES, StudyRun
 
 
@@ -87,13 +88,13 @@ def work(
     if slot.stage == slots.BASELINE:
         assert slot.params is not None
         measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
-        result = {"params": dict(slot.params), "validation": confirmation.describe(measured)}
+        result = {"params": dict(slot.params), "validation": measurement_json(measured, errors=False)}
         kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
         text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
         return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
-    result = confirmation.confirm(run, evaluator, slot.params or {})
-    kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
-    return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=confirmation.summary(result))
+    evidence = confirmation.confirm(run, evaluator, slot.params or {})
+    kept = slots.finish(storage, slot, result=to_json(evidence), seconds=watch.lap())
+    return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=confirmation.summary(evidence))
 
 
 def _run_trial(
@@ -132,7 +133,9 @@ def _run_trial(
         except optuna.TrialPruned:
             end(TrialState.PRUNED, reported[-1])
             slots.finish(storage, slot, seconds=watch.lap())
-            return Outcome(state="pruned", number=trial.number, text=f"{_label(trial)} mae={reported[-1]:.6g}")
+            return Outcome(
+                state="pruned", number=trial.number, text=f"{params_text(trial.params)} mae={reported[-1]:.6g}"
+            )
         except DatabaseUnavailable:  # it was waited for: whoever reaps the lease fails the trial
             raise
         except BaseException:  # an error or a second signal: nothing may stay RUNNING
@@ -142,13 +145,9 @@ def _run_trial(
         end(TrialState.COMPLETE, measured.mae)
         slots.finish(storage, slot, seconds=watch.lap())
     except UpdateFinishedTrialError:  # the lease was lost, and with it the trial
-        return Outcome(state="lost", number=trial.number, text=_label(trial))
-    text = f"{_label(trial)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
+        return Outcome(state="lost", number=trial.number, text=params_text(trial.params))
+    text = f"{params_text(trial.params)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
     return Outcome(state="complete", number=trial.number, text=text)
-
-
-def _label(trial: optuna.Trial) -> str:
-    return " ".join(f"{name}={value}" for name, value in trial.params.items())
 
 
 def _new_trial(storage: RetryingStorage, run: StudyRun, slot: Slot, *, attrs: Mapping[str, str]) -> optuna.Trial:

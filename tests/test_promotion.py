@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from arch.bootstrap import SPA
+from evidence_builder import measurement
 
 from studies import promotion
-from studies.promotion import Decision, Evidence, Measured, decide, exceeds
+from studies.evidence import MeasuredConfiguration
+from studies.promotion import Comparison, Decision, decide, exceeds
 
 OLD = {"aggregate": "mean", "num_samples": 64}
 NEW = {"aggregate": "median", "num_samples": 128}
@@ -26,11 +28,18 @@ def no_warning_is_good() -> Any:
         yield
 
 
-def measured(mae: float | None, config: dict[str, Any] = NEW, *, windows: int = 40, **fields: Any) -> Measured:
-    """The same error on every window; `validation_mae` and `test_mae` as that, unless given."""
-    errors = None if mae is None else (mae,) * windows
-    return Measured(
-        **{"model": "toto", "config": config, "errors": errors, "validation_mae": mae, "test_mae": mae} | fields
+def measured(
+    mae: float | None, params: dict[str, Any] = NEW, *, windows: int = 40, model: str = "toto", **given: Any
+) -> MeasuredConfiguration:
+    """The same error on every window of every part, unless given: `errors`, `validation_mae`, `test_mae`, or None."""
+    errors = given.get("errors", None if mae is None else (mae,) * windows)
+    validation, test = given.get("validation_mae", mae), given.get("test_mae", mae)
+    return MeasuredConfiguration(
+        model=model,
+        params=params,
+        confirmation=None if errors is None else measurement(errors),
+        validation=None if validation is None else measurement((), mae=validation),
+        test=None if test is None else measurement((), mae=test),
     )
 
 
@@ -41,7 +50,7 @@ def rule(new: float | None, old: float | None, **options: Any) -> Decision:
 
 def noisy(
     gain: float = 0.0, *, seed: int = 0, windows: int = WINDOWS, number: int = 5
-) -> tuple[list[Measured], Measured]:
+) -> tuple[list[MeasuredConfiguration], MeasuredConfiguration]:
     """Candidates of one true gain over an incumbent, errors of fat tails and a volatility that comes in clusters."""
     rng = np.random.default_rng(seed)
     logs = np.zeros(windows)
@@ -56,7 +65,7 @@ def noisy(
     return candidates, measured(0.01, OLD, errors=errors(1.0))
 
 
-def told(candidates: list[Measured], incumbent: Measured, **options: Any) -> Decision:
+def told(candidates: list[MeasuredConfiguration], incumbent: MeasuredConfiguration, **options: Any) -> Decision:
     return decide(candidates, incumbent, **{"confirmed": True, "stale": False, "min_improvement": 0.01} | options)
 
 
@@ -85,10 +94,6 @@ def test_strictly_more_than_one_per_cent(old: float, new: float, promoted: bool,
     assert decision.promote is promoted
     assert decision.reason == ("improved" if promoted else "not better")
     assert decision.improvement == pytest.approx((old - new) / old)
-
-
-def test_binary_arithmetic_would_have_promoted_exactly_one_per_cent() -> None:
-    assert (0.07 - 0.0693) / 0.07 > 0.01
 
 
 @pytest.mark.parametrize("windows", [3, 7, 30, 250])
@@ -158,7 +163,7 @@ def test_no_incumbent_is_first(force: bool) -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("incumbent", [None, measured(0.01, OLD)])
-def test_nothing_is_promoted_unconfirmed(incumbent: Measured | None, force: bool) -> None:
+def test_nothing_is_promoted_unconfirmed(incumbent: MeasuredConfiguration | None, force: bool) -> None:
     candidates = [measured(0.005)]
     decision = decide(candidates, incumbent, confirmed=False, stale=False, min_improvement=0.01, force=force)
     assert decision == Decision(promote=False, reason="not confirmed")
@@ -237,7 +242,7 @@ def test_errors_too_large_to_add_up_are_survived() -> None:
 def test_nothing_is_better_than_an_incumbent_without_error(new: float) -> None:
     decision = rule(new, 0.0)
     assert (decision.promote, decision.reason, decision.improvement) == (False, "not better", None)
-    assert decision.evidence == Evidence()
+    assert decision.comparison == Comparison()
 
 
 def test_errors_of_different_windows_are_an_error_of_the_caller() -> None:
@@ -298,7 +303,7 @@ def test_evidence_is_of_the_chosen_candidate() -> None:
     assert decision.candidate is not None
     chosen = candidates[decision.candidate].errors
     assert decision.improvement == pytest.approx(1 - np.mean(chosen or 0) / np.mean(incumbent.errors or 0), rel=1e-12)
-    low, high = decision.evidence.interval or (0, 0)
+    low, high = decision.comparison.interval or (0, 0)
     assert decision.improvement is not None
     assert low < decision.improvement < high
     assert 0.01 < high - low < 0.2
@@ -307,12 +312,12 @@ def test_evidence_is_of_the_chosen_candidate() -> None:
 def test_the_same_errors_give_the_same_evidence_and_units_do_not_matter() -> None:
     candidates, incumbent = noisy(0.03)
 
-    def scaled(one: Measured) -> Measured:
+    def scaled(one: MeasuredConfiguration) -> MeasuredConfiguration:
         return measured(0.01, dict(one.config), errors=tuple(1024 * error for error in one.errors or ()))
 
     decision = told(candidates, incumbent)
     assert told(candidates, incumbent) == decision
-    assert told([scaled(one) for one in candidates], scaled(incumbent)).evidence == decision.evidence
+    assert told([scaled(one) for one in candidates], scaled(incumbent)).evidence == decision.comparison
 
 
 def test_the_interval_covers_the_true_gain_as_often_as_it_says() -> None:
@@ -383,8 +388,8 @@ def test_a_candidate_equal_to_the_incumbent_does_not_make_the_test_certain() -> 
     twin = measured(0.01, {"number": 1}, errors=incumbent.errors)
     decision = told([worse, twin], incumbent, on="validation")
     assert decision.candidate == 0
-    assert decision.evidence.p_value is not None
-    assert decision.evidence.p_value > 0.3
+    assert decision.comparison.p_value is not None
+    assert decision.comparison.p_value > 0.3
 
 
 @pytest.mark.parametrize("windows", range(1, promotion.MIN_WINDOWS + 3))
@@ -392,14 +397,14 @@ def test_few_windows_tell_nothing(windows: int) -> None:
     decision = told(*noisy(0.5, windows=windows))
     enough = windows >= promotion.MIN_WINDOWS
     assert decision.reason == "improved"
-    assert (decision.evidence.interval is not None, decision.evidence.p_value is not None) == (enough, enough)
+    assert (decision.comparison.interval is not None, decision.comparison.p_value is not None) == (enough, enough)
 
 
 def test_what_was_not_measured_tells_nothing() -> None:
     candidates = [measured(0.01, {"n": 0}), measured(None, {"n": 1}, validation_mae=0.005)]
     decision = told(candidates, measured(0.01, OLD, test_mae=None), on="validation")
     assert (decision.candidate, decision.reason) == (1, "improved")
-    assert decision.evidence == Evidence(improvement_validation=0.5)
+    assert decision.comparison == Comparison(improvement_validation=0.5)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 5e-324, 1e200, 1e300])
