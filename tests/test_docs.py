@@ -151,7 +151,9 @@ def test_readme_is_short_and_links_every_page_once() -> None:
 
 
 def test_readme_has_every_command_and_its_options() -> None:
-    rows = [cells(line) for line in README.read_text().splitlines() if line.startswith(("| `studies", "| `promote", "| `l"))]
+    rows = [
+        cells(line) for line in README.read_text().splitlines() if line.startswith(("| `studies", "| `promote", "| `l"))
+    ]
     named = {" ".join(spans(row[0])[0].split()[:2]): row[-1] for row in rows if len(row) == 3}
     assert set(named) == set(COMMANDS)
     for name, options in named.items():
