@@ -216,12 +216,12 @@ def test_repeats_bring_the_sampling_error_below_a_tenth_of_the_threshold(place: 
     run, evaluator = place.run(study), place.evaluator()
     few = confirmation.confirm(replace(run, tolerance=0.5), evaluator, {})
     most = confirmation.confirm(replace(run, tolerance=1e-9), evaluator, {})
-    wanted = most["sampling_error"] * np.sqrt(4 / 3.5)  # reached with a little less than four passes
+    wanted = most.sampling_error * np.sqrt(4 / 3.5)  # reached with a little less than four passes
     enough = confirmation.confirm(replace(run, max_passes=50, tolerance=wanted), evaluator, {})
-    assert (few["passes"], most["passes"]) == (2, 4)
-    assert 2 < enough["passes"] < 8
-    assert enough["sampling_error"] <= 1.3 * wanted  # planned from what two passes showed
-    assert few["sampling_error"] > most["sampling_error"] > 0
+    assert (few.passes, most.passes) == (2, 4)
+    assert 2 < enough.passes < 8
+    assert enough.sampling_error <= 1.3 * wanted  # planned from what two passes showed
+    assert few.sampling_error > most.sampling_error > 0
 
 
 def test_the_exact_objective_needs_one_pass(place: Place) -> None:

@@ -280,8 +280,8 @@ def test_rollback_gives_back_what_was_replaced(place: Place) -> None:
     assert "BTCUSD" in last.stderr
 
 
-def test_a_summary_of_every_pair_in_the_predecessors_shape(place: Place) -> None:
-    place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
+def test_a_summary_of_every_symbol_in_the_predecessors_shape(place: Place) -> None:
+    place.study([(NEW, measured(0.0095, search=0.008))], baselines={"incumbent": (OLD, measured(0.01))})
     place.study([(KRONOS, measured(0.02))], model="kronos")
     place.study([], symbol="AAPL")
     place.put(OLD)
@@ -289,15 +289,17 @@ def test_a_summary_of_every_pair_in_the_predecessors_shape(place: Place) -> None
     (summary,) = place.summaries()
     assert {"results", "total_time_s", "config"} == set(summary)
     assert set(summary["config"]) == {"symbols", "trials", "workers", "model", "eval_runs"}
-    found = {(entry["symbol"], entry["model"]): entry for entry in summary["results"]}
+    assert [(entry["symbol"], entry["model"]) for entry in summary["results"]] == [("AAPL", "toto"), ("BTCUSD", "toto")]
+    found = {(entry["symbol"], model): one for entry in summary["results"] for model, one in entry["models"].items()}
     keys = {"symbol", "status", "model", "val_mae", "test_mae", "improved", "elapsed_s", "error"}
-    assert all(keys <= set(entry) for entry in found.values())
+    assert all(keys <= set(entry) for entry in (*found.values(), *summary["results"]))
     statuses = {pair: (entry["status"], entry["improved"], entry["error"]) for pair, entry in found.items()}
     assert statuses == {
         ("AAPL", "toto"): ("failed", False, "no candidate"),
         ("BTCUSD", "toto"): ("success", True, None),
         ("BTCUSD", "kronos"): ("success", False, None),  # its own file, the first
     }
+    assert summary["results"][1]["val_mae"] == pytest.approx(0.008)  # the search's, not the confirmation's
     place.invoke()
     place.invoke()
     assert len(place.summaries()) == 2  # what says the same is not written again

@@ -43,6 +43,10 @@ def measured(
     )
 
 
+def errors_of(one: MeasuredConfiguration) -> tuple[float, ...]:
+    return one.confirmation.errors if one.confirmation else ()
+
+
 def rule(new: float | None, old: float | None, **options: Any) -> Decision:
     settings: dict[str, Any] = {"confirmed": True, "stale": False, "min_improvement": 0.01, **options}
     return decide([measured(new)], measured(old, OLD), **settings)
@@ -133,7 +137,7 @@ def test_the_thirty_alone_choose_another_candidate_only_when_asked() -> None:
     good = measured(0.008, {"number": 1}, validation_mae=0.009)
     confirmed = told([lucky, good], measured(0.01, OLD))
     assert (confirmed.candidate, confirmed.improvement) == (1, pytest.approx(0.2))
-    assert confirmed.evidence.improvement_validation == pytest.approx(0.1)
+    assert confirmed.comparison.improvement_validation == pytest.approx(0.1)
     predecessors = told([lucky, good], measured(0.01, OLD), on="validation")
     assert (predecessors.promote, predecessors.candidate, predecessors.improvement) == (True, 0, pytest.approx(0.5))
 
@@ -275,18 +279,18 @@ def test_test_is_a_gate_when_asked(new: float | None, old: float | None, reason:
 def test_significance_is_a_gate_when_asked() -> None:
     candidates, incumbent = noisy(0.06, seed=3)
     free = told(candidates, incumbent)
-    p = free.evidence.p_value
+    p = free.comparison.p_value
     assert free.reason == "improved"
     assert p is not None
     assert 0 < p < 1
     assert told(candidates, incumbent, max_p=p).reason == "improved"
     refused = told(candidates, incumbent, max_p=math.nextafter(p, 0))
-    assert (refused.promote, refused.reason, refused.evidence) == (False, "not significant", free.evidence)
+    assert (refused.promote, refused.reason, refused.comparison) == (False, "not significant", free.comparison)
 
 
 def test_what_has_no_p_value_is_not_significant() -> None:
     constant = rule(0.005, 0.01, max_p=1.0)
-    assert (constant.reason, constant.evidence.p_value) == ("not significant", None)
+    assert (constant.reason, constant.comparison.p_value) == ("not significant", None)
 
 
 def test_gates_say_nothing_of_what_is_not_better() -> None:
@@ -301,8 +305,8 @@ def test_evidence_is_of_the_chosen_candidate() -> None:
     candidates, incumbent = noisy(0.1)
     decision = told(candidates, incumbent)
     assert decision.candidate is not None
-    chosen = candidates[decision.candidate].errors
-    assert decision.improvement == pytest.approx(1 - np.mean(chosen or 0) / np.mean(incumbent.errors or 0), rel=1e-12)
+    chosen = errors_of(candidates[decision.candidate])
+    assert decision.improvement == pytest.approx(1 - np.mean(chosen) / np.mean(errors_of(incumbent)), rel=1e-12)
     low, high = decision.comparison.interval or (0, 0)
     assert decision.improvement is not None
     assert low < decision.improvement < high
@@ -313,11 +317,11 @@ def test_the_same_errors_give_the_same_evidence_and_units_do_not_matter() -> Non
     candidates, incumbent = noisy(0.03)
 
     def scaled(one: MeasuredConfiguration) -> MeasuredConfiguration:
-        return measured(0.01, dict(one.config), errors=tuple(1024 * error for error in one.errors or ()))
+        return measured(0.01, dict(one.params), errors=tuple(1024 * error for error in errors_of(one)))
 
     decision = told(candidates, incumbent)
     assert told(candidates, incumbent) == decision
-    assert told([scaled(one) for one in candidates], scaled(incumbent)).evidence == decision.comparison
+    assert told([scaled(one) for one in candidates], scaled(incumbent)).comparison == decision.comparison
 
 
 def test_the_interval_covers_the_true_gain_as_often_as_it_says() -> None:
@@ -349,15 +353,15 @@ def test_the_p_value_allows_for_the_number_of_candidates() -> None:
     best = told(candidates, incumbent)
     assert best.candidate is not None
     by_itself = told([candidates[best.candidate]], incumbent)
-    assert by_itself.evidence.interval == best.evidence.interval
-    assert (by_itself.evidence.p_value or 0) < (best.evidence.p_value or 0)
+    assert by_itself.comparison.interval == best.comparison.interval
+    assert (by_itself.comparison.p_value or 0) < (best.comparison.p_value or 0)
     assert 0.3 < alone < 0.7
 
 
 def test_the_p_value_is_that_of_arch() -> None:
     candidates, incumbent = noisy(0.03, seed=3)
-    old = np.array(incumbent.errors)
-    new = np.stack([np.array(candidate.errors) for candidate in candidates], axis=1)
+    old = np.array(errors_of(incumbent))
+    new = np.stack([np.array(errors_of(candidate)) for candidate in candidates], axis=1)
     spa = SPA(old, new, block_size=1, reps=4000, seed=1)
     spa.compute()
     ours = told(candidates, incumbent).evidence.p_value
@@ -373,19 +377,19 @@ def test_a_gain_that_no_repetition_reaches_is_not_called_certain() -> None:
 
 def test_equal_and_evenly_different_errors_tell_nothing_of_chance() -> None:
     candidates, incumbent = noisy(0.0)
-    equal = told([measured(0.01, errors=incumbent.errors)], incumbent, force=True)
-    assert (equal.improvement, equal.evidence.interval, equal.evidence.p_value) == (0.0, None, None)
-    lifted = measured(0.01, OLD, errors=tuple(error + 0.01 for error in candidates[0].errors or ()))
+    equal = told([measured(0.01, errors=errors_of(incumbent))], incumbent, force=True)
+    assert (equal.improvement, equal.comparison.interval, equal.comparison.p_value) == (0.0, None, None)
+    lifted = measured(0.01, OLD, errors=tuple(error + 0.01 for error in errors_of(candidates[0])))
     even = told(candidates[:1], lifted)
     assert even.reason == "improved"
-    assert (even.evidence.interval, even.evidence.p_value) == (None, None)
+    assert (even.comparison.interval, even.comparison.p_value) == (None, None)
 
 
 def test_a_candidate_equal_to_the_incumbent_does_not_make_the_test_certain() -> None:
     """Its difference of 0 is the largest of all, and no repetition exceeds it."""
     [worse], incumbent = noisy(-0.5, number=1)
-    worse = measured(0.01, {"number": 0}, errors=worse.errors, validation_mae=0.005)
-    twin = measured(0.01, {"number": 1}, errors=incumbent.errors)
+    worse = measured(0.01, {"number": 0}, errors=errors_of(worse), validation_mae=0.005)
+    twin = measured(0.01, {"number": 1}, errors=errors_of(incumbent))
     decision = told([worse, twin], incumbent, on="validation")
     assert decision.candidate == 0
     assert decision.comparison.p_value is not None
