@@ -328,27 +328,27 @@ def test_the_interval_covers_the_true_gain_as_often_as_it_says() -> None:
     repeats, covered = 200, 0
     for seed in range(repeats):
         [candidate], incumbent = noisy(0.05, seed=seed, number=1)
-        low, high = told([candidate], incumbent).evidence.interval or (1, 1)
+        low, high = told([candidate], incumbent).comparison.interval or (1, 1)
         covered += low <= 0.05 <= high
     # 95 % of 200 are 190, standard deviation 3.1; percentiles of 250 fat-tailed windows may fall 2 % short.
     assert 176 <= covered <= 198
 
 
 def test_the_p_value_is_small_as_often_as_it_should_be_where_nothing_is_better() -> None:
-    p = np.array([told(*noisy(0.0, seed=seed)).evidence.p_value for seed in range(120)])
+    p = np.array([told(*noisy(0.0, seed=seed)).comparison.p_value for seed in range(120)])
     # 6 of 120 at 5 %, standard deviation 2.4; 60 at 50 %, 5.5.
     assert (p <= 0.05).sum() <= 13
     assert 43 <= (p <= 0.5).sum() <= 77
 
 
 def test_the_p_value_is_small_where_something_is_better() -> None:
-    p = np.array([told(*noisy(0.1, seed=seed)).evidence.p_value for seed in range(50)])
+    p = np.array([told(*noisy(0.1, seed=seed)).comparison.p_value for seed in range(50)])
     assert (p <= 0.05).sum() >= 40
 
 
 def test_the_p_value_allows_for_the_number_of_candidates() -> None:
     """The luckiest of twenty looks better than one does; the test must not be taken in."""
-    alone = np.mean([told(*noisy(0.0, seed=seed, number=1)).evidence.p_value or 0 for seed in range(40)])
+    alone = np.mean([told(*noisy(0.0, seed=seed, number=1)).comparison.p_value or 0 for seed in range(40)])
     candidates, incumbent = noisy(0.0, number=20)
     best = told(candidates, incumbent)
     assert best.candidate is not None
@@ -364,12 +364,12 @@ def test_the_p_value_is_that_of_arch() -> None:
     new = np.stack([np.array(errors_of(candidate)) for candidate in candidates], axis=1)
     spa = SPA(old, new, block_size=1, reps=4000, seed=1)
     spa.compute()
-    ours = told(candidates, incumbent).evidence.p_value
+    ours = told(candidates, incumbent).comparison.p_value
     assert ours == pytest.approx(spa.pvalues["consistent"], abs=0.06)  # blocks of 1 and of 2, 300 repetitions and 4000
 
 
 def test_a_gain_that_no_repetition_reaches_is_not_called_certain() -> None:
-    assert told(*noisy(0.5)).evidence.p_value == 1 / promotion.TEST_REPETITIONS
+    assert told(*noisy(0.5)).comparison.p_value == 1 / promotion.TEST_REPETITIONS
 
 
 # --- what cannot be told -----------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def test_absurd_errors_neither_fail_nor_warn(scale: float) -> None:
     tiny = tuple(rng.random(40).tolist())
     absurd = tuple((scale * rng.random(40)).tolist())
     for candidate, incumbent in ((tiny, absurd), (absurd, tiny), (absurd, absurd[::-1])):
-        evidence = told([measured(0.01, errors=candidate)], measured(0.01, OLD, errors=incumbent)).evidence
+        evidence = told([measured(0.01, errors=candidate)], measured(0.01, OLD, errors=incumbent)).comparison
         numbers = [*(evidence.interval or ()), evidence.p_value or 0.0]
         assert all(math.isfinite(number) for number in numbers)
 
@@ -425,5 +425,5 @@ def test_absurd_errors_neither_fail_nor_warn(scale: float) -> None:
 def test_one_window_with_all_the_error_is_survived() -> None:
     """Resamples without that window have nothing to divide by."""
     incumbent = measured(0.01, OLD, errors=(1.0, *[0.0] * 39))
-    evidence = told([measured(0.01, errors=(0.5, *[0.0] * 39))], incumbent).evidence
+    evidence = told([measured(0.01, errors=(0.5, *[0.0] * 39))], incumbent).comparison
     assert evidence.interval is None
