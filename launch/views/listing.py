@@ -187,8 +187,8 @@ def render(found: StudyDetails, width: int) -> RenderableType:
         *_section(f"search windows, best {BEST_SHOWN} trials", _without_configurations(search_table(facts), width)),
     ]
     if confirmed := facts.evidence:
-        spans = ", ".join(f"{s.count} {part} windows" for part, s in confirmed.windows.items() if part != "validation")
-        heading = f"confirmation: {spans}, {counted(confirmed.passes, 'pass')}"
+        count, test = confirmed.windows["confirmation"].count, confirmed.windows["test"].count
+        heading = f"confirmation: {count} windows, {test} test windows, {counted(confirmed.passes, 'pass')}"
         parts += _section(heading, _without_configurations(confirmation_table(confirmed), width))
     parts += _section("configurations", _configurations(facts))
     parts += _section("worker time by stage", _seconds(facts.seconds, width))

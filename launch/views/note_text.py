@@ -8,10 +8,11 @@ from launch.output import counted
 from launch.views.facts import STAGES, StudyFacts, confirmation_table, search_table
 from launch.views.tables import Column, Table, literal, markdown, percent_share
 from storage.board import Image
+from studies.evidence import Part
 
 PARKED_SHOWN = 5
 FORECAST = "Forecast vs. actual"
-WINDOW_NAMES = {"validation": "search", "confirmation": "confirmation", "test": "test"}
+WINDOW_NAMES: dict[Part, str] = {"validation": "search", "confirmation": "confirmation", "test": "test"}
 
 
 def note(facts: StudyFacts, image: Image | None = None) -> str:
@@ -62,8 +63,9 @@ def _windows(facts: StudyFacts) -> str:
         counts = facts.study.definition["windows"]
         return f"{counts['validation']} search, {counts['test']} test"
     return "; ".join(
-        f"{span.count} {WINDOW_NAMES[part]} ({span.first} to {span.last})"
-        for part, span in facts.evidence.windows.items()
+        f"{span.count} {name} ({span.first} to {span.last})"
+        for part, name in WINDOW_NAMES.items()
+        if (span := facts.evidence.windows[part])
     )
 
 
