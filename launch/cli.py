@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,7 +168,7 @@ def promote(
         if as_json:
             click.echo(json.dumps(asdict(restored), indent=2, default=str))
             return
-        for line in decisions.rollback_lines(symbol, restored, dry_run=dry_run):
+        for line in decisions.rollback_lines(restored, dry_run=dry_run):
             click.echo(line)
         decisions.say_rollback(symbol, restored, dry_run=dry_run)
         return
@@ -192,7 +193,7 @@ def promote(
         models=checked_models(models, config),
         dry_run=dry_run,
     )
-    show(rows, decisions.table, as_json=as_json)
+    show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
     for row in rows:
         if row.next:
             say(f"{row.symbol}: {row.reason}; {row.next}")
@@ -202,7 +203,7 @@ def promote(
     if not dry_run:
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")
-        notes.decided(storage, artifacts_folder(config), rows, say=say)
+        notes.record_decisions(storage, artifacts_folder(config), rows, say=say)
 
 
 # --- studies --------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def studies() -> None:
 @json_option
 @shared
 def list_command(config: Config, as_json: bool) -> None:
-    """Every study: how far it is, its best and its incumbent.
+    """List the studies: progress, the best of the search, the confirmed improvement.
 
     \b
     studies list --json
@@ -232,7 +233,7 @@ def list_command(config: Config, as_json: bool) -> None:
 @json_option
 @shared
 def show_command(config: Config, name: str, as_json: bool) -> None:
-    """One study: its definition, best trials, baselines and what was given up.
+    """Show one study: its best trials, confirmed configurations, parameter importance and parked work.
 
     \b
     studies show BTCUSD/toto@2026-03-19
@@ -243,10 +244,10 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     if found is None:
         raise ConfigError(f"no study {name!r}; see: studies list")
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(found.to_json(), indent=2))
         return
     console = wide_console()
-    console.print(listing.as_text(found, console.width))
+    console.print(listing.render(found, console.width))
 
 
 @studies.command()
@@ -432,7 +433,7 @@ def report_command(
     symbols: Sequence[Sequence[str]],
     models: Sequence[Sequence[str]],
 ) -> None:
-    """Write a page on the newest studies: decisions, forecasts, errors, what mattered. It opens without a network.
+    """Write a page on the newest studies: decisions, forecasts, errors, importances. It opens without a network.
 
     \b
     studies report

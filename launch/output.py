@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from launch import streams
+from launch.views.tables import Table, terminal
 
 
 def say(line: str) -> None:
@@ -21,13 +21,13 @@ def say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def show(rows: Sequence[Any], table: Callable[[Any, int], Table], *, as_json: bool, plain: bool = False) -> None:
-    """Rows as JSON with every key, or as the table that `table` makes of them for so many cells a line."""
+def show(rows: Sequence[Any], table: Callable[[Any], Table], *, as_json: bool, plain: bool = False) -> None:
+    """Print rows as JSON with every key, or as the table that `table` makes of them."""
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
     console = wide_console(plain=plain)
-    console.print(table(rows, console.width))
+    console.print(terminal(table(rows), console.width))
 
 
 def wide_console(*, plain: bool = False) -> Console:

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from rich.table import Table
 
 from forecasters import COMPILE_MODES, ForecastError, LoadedForecaster, Running
-from launch.views.tables import Column, fitted
+from launch.views.tables import Column, Table
 from objectives.aggregation import Draw, parse
 from objectives.windows import Windows
 from studies.config import Config
@@ -260,20 +259,20 @@ FORMATS = {
 NARROWEST_REASON = 20  # "ran as" also says why a mode failed, in a sentence or two
 
 
-def table(rows: Sequence[ModeRow], width: int) -> Table:
-    """The rows in lines of at most `width` cells; a narrow one leaves out least what a row fails by."""
+def table(rows: Sequence[ModeRow]) -> Table:
+    """One row a mode; a narrow terminal keeps longest what a row fails by."""
 
     def column(name: str) -> Column:
-        heading, keep = COLUMNS[name]
+        heading, priority = COLUMNS[name]
         values = [getattr(row, name) for row in rows]
         return Column(
             heading=heading,
             cells=[format(value, FORMATS.get(name, "")) for value in values],
-            keep=FAULTY if name in FAULTS and any(values) else keep,
-            wraps=NARROWEST_REASON if name == "compilation" else 0,
+            priority=FAULTY if name in FAULTS and any(values) else priority,
+            wrap_width=NARROWEST_REASON if name == "compilation" else 0,
         )
 
-    return fitted([column(name) for name in COLUMNS], width)
+    return Table(columns=[column(name) for name in COLUMNS])
 
 
 def _mae(windows: Windows, points: np.ndarray) -> float:

@@ -26,7 +26,7 @@ from browser import Tab, browser, tab  # noqa: F401 - fixtures
 from test_confirmation import INCUMBENT, TRIALS, Place, forecaster, place, study  # noqa: F401 - three are fixtures
 
 from launch import cli
-from launch.views import dashboard, notes
+from launch.views import dashboard, facts, notes
 from storage import board, database, embedded, slots
 from storage.progress import study_progress
 from studies import working
@@ -98,7 +98,7 @@ def test_a_study_says_how_it_stands_as_it_goes(place: Place, folder: Path) -> No
     note = note_of(place, study)
     assert note.startswith(f"# SP500 with toto, bars up to {study.as_of}\n")
     assert "running: 2 of 6 trials" in note
-    assert "Needs the confirmation." in note
+    assert "The confirmation comes first." in note
     assert "`launch-workers --symbols SP500 --models toto`" in note
     best = place.storage.get_best_trial(study.study_id)
     assert f"{100 * (best.value or 0):.4f} %" in note
@@ -114,7 +114,7 @@ def test_a_study_says_how_it_stands_as_it_goes(place: Place, folder: Path) -> No
         assert f"{100 * one['confirmation']['mae']:.4f} %" in note
         assert f"{100 * one['test']['mae']:.4f} %" in note
     confirmed = min(result["candidates"], key=lambda one: one["confirmation"]["mae"])
-    assert f"| **trial {confirmed['trial']}** |" in note
+    assert f"| trial {confirmed['trial']} |" in note
     improvement = 1 - confirmed["confirmation"]["mae"] / result["baselines"]["incumbent"]["confirmation"]["mae"]
     assert f"{100 * improvement:+.2f} %" in note
     assert f"improvement {100 * improvement:+.2f} %" in attributes(place, study)["confirmed"]
@@ -179,8 +179,8 @@ def test_what_people_put_there_stays(place: Place, folder: Path, study: Study) -
     assert "confirmed" not in attributes(place, study)
 
 
-def facts_of(place: Place, study: Study) -> notes.Facts:
-    return notes.gather(place.storage, study, study_progress(place.storage)[study.study_id])
+def facts_of(place: Place, study: Study) -> facts.StudyFacts:
+    return facts.gather(place.storage, study, study_progress(place.storage)[study.study_id])
 
 
 def test_a_decision_stays_while_its_confirmation_does(place: Place, folder: Path, study: Study) -> None:
@@ -201,7 +201,7 @@ def test_a_decision_stays_while_its_confirmation_does(place: Place, folder: Path
     )
     place.finish(study)
     notes.update(place.storage, folder, [study])
-    assert attributes(place, study)["decision"] == notes.UNDECIDED
+    assert attributes(place, study)["decision"] == facts.UNDECIDED
     assert "None yet." in note_of(place, study)
 
 
@@ -209,15 +209,15 @@ def row_params(place: Place, study: Study) -> Mapping[str, Any]:
     return place.trials(study)[0].params | {"context_length": 256}
 
 
-def test_what_was_given_up_is_told_without_meaning_anything(place: Place, folder: Path) -> None:
+def test_what_is_parked_is_told_without_meaning_anything(place: Place, folder: Path) -> None:
     study = place.open().study
     slots.park_study(place.storage, study.study_id, ASIDE)
     notes.update(place.storage, folder, [study])
     note = note_of(place, study)
-    assert "## Given up" in note
+    assert "## Parked work" in note
     assert "`<script>alert(1)</script> / 'rm'`" in note
     assert "and 2 more; see `studies show" in note  # 7 slots: 6 trials and the confirmation
-    assert f"0 of {TRIALS} trials, 7 given up" in attributes(place, study)["progress"]
+    assert f"0 of {TRIALS} trials, 7 parked" in attributes(place, study)["progress"]
 
 
 def test_a_folder_that_takes_no_image_costs_the_image_only(place: Place, study: Study) -> None:
@@ -234,10 +234,10 @@ def test_a_folder_that_takes_no_image_costs_the_image_only(place: Place, study: 
 
 
 def test_a_study_that_is_deleted_meanwhile_is_no_error(place: Place, folder: Path, study: Study) -> None:
-    facts = facts_of(place, study)
+    found = facts_of(place, study)
     place.storage.delete_study(study.study_id)
     notes.update(place.storage, folder, [study])
-    put = {"note": "n", "plots": notes.plots(facts), "attributes": {"a": "b"}, "image": None, "folder": folder}
+    put = {"note": "n", "plots": notes.plots(found), "attributes": {"a": "b"}, "image": None, "folder": folder}
     assert not board.put(place.storage, study.study_id, **put)
 
 
@@ -272,8 +272,8 @@ def test_in_a_browser(place: Place, folder: Path, study: Study, tab: Tab) -> Non
         tab.check()
 
         page = f"{address}/dashboard/studies/{study.study_id}"
-        tab.open(page, "Forecasts against what came")  # its plots
-        for title in ("Error by window", "Best so far"):
+        tab.open(page, "Forecast vs. actual")  # its plots
+        for title in ("Error by window", "Optimization history"):
             tab.page.get_by_text(title).first.wait_for()
         tab.page.get_by_text("6 of 6 trials").first.wait_for()  # its attributes
         picture = tab.page.locator(f"img[src*='{image['artifact_id']}']").first
@@ -286,7 +286,7 @@ def test_in_a_browser(place: Place, folder: Path, study: Study, tab: Tab) -> Non
         tab.open(f"{page}/note", f"SP500 with toto, bars up to {study.as_of}")  # its note
         tab.page.get_by_text("promote --symbols SP500").wait_for()
         assert tab.page.locator("table").count() == 3
-        shown = tab.page.locator("img[alt='Forecasts against what came']")
+        shown = tab.page.locator("img[alt='Forecast vs. actual']")
         assert shown.evaluate("async (img) => { await img.decode(); return img.naturalWidth }") == 1000
         tab.check()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,23 @@ import pytest
 from PIL import Image
 
 from launch.views import figures
+from studies import evidence
+from studies.evidence import StudyEvidence
+from studies.promoting import SymbolDecision
 
 CONFIRMED, TEST = 60, 20
 
 
 def measured(level: float, seed: int) -> dict[str, Any]:
-    """A configuration's numbers on the windows of confirmation and test."""
+    """A configuration's numbers on every part of the windows."""
     random = np.random.default_rng(seed)
 
     def part(count: int) -> dict[str, Any]:
         errors = (level * random.uniform(0.5, 1.5, count)).tolist()
-        return {"mae": float(np.mean(errors)), "errors": errors, "windows": count, "skill": 0.01}
+        rest = {"price_mae": 1.0, "mae_percent": 1.0, "no_change_mae": 0.016, "sampling_error": None, "seconds": {}}
+        return {"mae": float(np.mean(errors)), "errors": errors, "windows": count, "skill": 0.01, **rest}
 
-    return {"confirmation": part(CONFIRMED), "test": part(TEST)}
+    return {"params": {}, "validation": part(30), "confirmation": part(CONFIRMED), "test": part(TEST)}
 
 
 def forecasts(horizon: int, *, band: bool = True) -> dict[str, Any]:
@@ -40,17 +45,20 @@ def forecasts(horizon: int, *, band: bool = True) -> dict[str, Any]:
     return {"validation": part(0), "test": part(2 * horizon)}
 
 
-def result(*, incumbent: bool = True, horizon: int = 1) -> dict[str, Any]:
-    """A study's confirmation: of its two candidates the second is the better one."""
+def result(*, incumbent: bool = True, horizon: int = 1, band: bool = True, **changes: Any) -> StudyEvidence:
+    """A study's confirmation, of whose two candidates the second is the better one."""
     candidates = [{"trial": 3, **measured(0.02, 1)}, {"trial": 7, **measured(0.01, 2)}]
     parts = {"first": "2017-01-01", "last": "2018-12-31", "count": CONFIRMED}
-    return {
+    values = {
         "windows": {"validation": parts, "confirmation": parts, "test": parts},
+        "passes": 2,
+        "sampling_error": 0.0,
         "candidates": candidates,
         "baselines": {"incumbent": measured(0.015, 3)} if incumbent else {},
-        "no_change": measured(0.016, 4),
-        "forecasts": forecasts(horizon),
+        "no_change": {part: measured(0.016, 4)[part] for part in evidence.PARTS},
+        "forecasts": forecasts(horizon, band=band),
     }
+    return evidence.from_json("toto", values | changes)
 
 
 def values(figure: Any, name: str, mode: str) -> np.ndarray:
@@ -62,17 +70,17 @@ def test_errors_of_best_and_incumbent_in_per_cent_and_who_is_ahead() -> None:
     found = result()
     figure: Any = figures.error_by_window(found)
     assert figure is not None
-    best, old = found["candidates"][1], found["baselines"]["incumbent"]
+    named = {"trial 7": found.candidates[1], "incumbent": found.in_use["incumbent"]}
     errors = {
-        name: 100 * np.array([*one["confirmation"]["errors"], *one["test"]["errors"]])
-        for name, one in (("trial 7", best), ("incumbent", old))
+        name: 100 * np.array([error for part in (one.confirmation, one.test) if part for error in part.errors])
+        for name, one in named.items()
     }
     for name, wanted in errors.items():
         assert values(figure, name, "markers") == pytest.approx(wanted, rel=1e-6)
         smooth = values(figure, name, "lines")
-        assert smooth[-1] == pytest.approx(wanted[-figures.SMOOTHED :].mean(), rel=1e-6)
-        assert np.isnan(smooth[: figures.SMOOTHED - 1]).all()
-    lead = values(figure, "lead", "lines")
+        assert smooth[-1] == pytest.approx(wanted[-figures.RECENT :].mean(), rel=1e-6)
+        assert np.isnan(smooth[: figures.RECENT - 1]).all()
+    lead = values(figure, "cumulative lead", "lines")
     assert lead == pytest.approx(np.cumsum(errors["incumbent"] - errors["trial 7"]), rel=1e-5)
     assert lead[-1] > 0
     shades = figure.layout.shapes
@@ -84,26 +92,23 @@ def test_without_an_incumbent_no_change_is_what_best_is_compared_with() -> None:
     found = result(incumbent=False)
     figure: Any = figures.error_by_window(found)
     assert figure is not None
-    assert {one.name for one in figure.data} == {"no change", "trial 7", "lead"}
-    unmeasured = result()
-    unmeasured["baselines"] = {"incumbent": {"params": {}, "error": "NaN"}}
-    assert figures.error_by_window(unmeasured) is not None
-    assert figures.incumbent_of(unmeasured) is None
+    assert {one.name for one in figure.data} == {"no change", "trial 7", "cumulative lead"}
+    unmeasured = result(baselines={"incumbent": {"params": {}, "error": "NaN"}})
+    figure = figures.error_by_window(unmeasured)
+    assert figure is not None
+    assert {one.name for one in figure.data} == {"no change", "trial 7", "cumulative lead"}
 
 
 def test_errors_that_were_not_kept_are_not_compared() -> None:
-    found = result(incumbent=False)
-    found["no_change"] = {part: {**one, "errors": []} for part, one in found["no_change"].items()}
+    found = result(incumbent=False, no_change={part: {"mae": 0.016, "errors": []} for part in evidence.PARTS})
     assert figures.error_by_window(found) is None
 
 
 def test_nothing_is_drawn_of_what_is_not_there() -> None:
-    empty = {**result(), "candidates": []}
-    empty["forecasts"] = {part: {**shown, "series": {}} for part, shown in empty["forecasts"].items()}
-    old = {key: value for key, value in result().items() if key != "forecasts"}  # confirmed before forecasts were kept
+    empty = result(candidates=[], forecasts={part: {**one, "series": {}} for part, one in forecasts(1).items()})
+    old = result(forecasts={})  # confirmed before forecasts were kept
     for found in (None, empty):
         assert figures.error_by_window(found) is None
-        assert figures.best_candidate(found) is None
     for found in (None, empty, old):
         assert figures.forecast(found) is None
         assert figures.forecast_image(found, title="t") is None
@@ -115,28 +120,25 @@ def test_nothing_is_drawn_of_what_is_not_there() -> None:
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_forecasts_join_windows_of_one_bar_and_keep_longer_ones_apart(horizon: int) -> None:
     found = result(horizon=horizon)
-    shown: Any = figures.forecast_shown(found)
-    assert shown is not None
-    assert [len(path.places) for path in shown.paths] == ([2, 2] if horizon == 1 else [3, 3, 3, 3])
-    assert np.concatenate([path.places for path in shown.paths]).tolist() == list(range(4 * horizon))
-    assert shown.test_from == 2 * horizon
+    chart = figures.forecast_chart(found)
+    assert chart is not None
+    assert [len(one.places) for one in chart.segments] == ([2, 2] if horizon == 1 else [3, 3, 3, 3])
+    assert np.concatenate([one.places for one in chart.segments]).tolist() == list(range(4 * horizon))
+    assert chart.test_from == 2 * horizon
     figure: Any = figures.forecast(found)
     assert figure is not None
     assert values(figure, "actual", "lines+markers").tolist() == [100.0 + place for place in range(4 * horizon)]
     bands = [one for one in figure.data if one.fill == "toself"]
-    assert len(bands) == len(shown.paths)
+    assert len(bands) == len(chart.segments)
     assert sum(bool(one.showlegend) for one in figure.data) == 4  # band, best, incumbent, actual: each once
     first = bands[0]
     half = len(first.y) // 2
-    assert list(first.y[:half]) == pytest.approx(
-        [value + 1.5 for value in found["forecasts"]["validation"]["actual"][:half]]
-    )
+    assert list(first.y[:half]) == pytest.approx([value + 1.5 for value in found.forecasts["validation"].actual[:half]])
     assert list(first.x[:half]) == list(first.x[half:])[::-1]  # there and back
 
 
 def test_a_forecast_without_samples_has_no_band() -> None:
-    found = result()
-    found["forecasts"] = forecasts(1, band=False)
+    found = result(band=False)
     figure: Any = figures.forecast(found)
     assert figure is not None
     assert [one for one in figure.data if one.fill] == []
@@ -161,7 +163,7 @@ def test_best_so_far_never_rises_and_leaves_the_worst_out_of_sight() -> None:
     low, high = figure.layout.yaxis.range
     assert low < 1.0
     assert 1.2 < high < 2
-    assert "1 worse above" in figure.layout.title.subtitle.text
+    assert "1 worse trial above" in figure.layout.title.subtitle.text
     assert figures.best_so_far({3: 0.01}) is not None  # one trial
     assert figures.best_so_far({3: float("inf")}) is None
 
@@ -173,10 +175,15 @@ def test_importances_largest_on_top() -> None:
     assert list(figure.data[0].x) == [10.0, 20.0, 70.0]
 
 
+def decision(symbol: str, **known: Any) -> SymbolDecision:
+    values = {"symbol": symbol, "decision": "kept", "reason": "not better", **known}
+    return SymbolDecision(**{field.name: values.get(field.name) for field in fields(SymbolDecision)})
+
+
 def test_improvements_with_and_without_an_interval() -> None:
-    row = {"symbol": "A", "decision": "kept", "improvement": 0.02, "improvement_low": -0.01, "improvement_high": 0.05}
-    alone = {**row, "symbol": "B", "decision": "promoted", "improvement_low": None, "improvement_high": None}
-    unknown = {**row, "symbol": "C", "improvement": None}
+    row = decision("A", improvement=0.02, improvement_low=-0.01, improvement_high=0.05)
+    alone = decision("B", decision="promoted", improvement=0.02)
+    unknown = decision("C")
     figure: Any = figures.improvements([row, alone, unknown])
     assert figure is not None
     lines = {one.name: one for one in figure.data}
@@ -187,11 +194,11 @@ def test_improvements_with_and_without_an_interval() -> None:
 
 
 def test_what_the_database_keeps_of_a_study_is_small() -> None:
-    found = result()
     long = {
-        part: {**one, "errors": one["errors"] * 4} for part, one in found["candidates"][1].items() if part != "trial"
+        part: {**one, "errors": one["errors"] * 4} if part in ("confirmation", "test") else one
+        for part, one in measured(0.01, 2).items()
     }
-    found["candidates"], found["baselines"] = [{"trial": 7, **long}], {"incumbent": long}
+    found = result(candidates=[{"trial": 7, **long}], baselines={"incumbent": long})
     drawn: tuple[Any, ...] = (
         figures.error_by_window(found),
         figures.forecast(found),

@@ -12,10 +12,9 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from launch.views import listing, tables
-from launch.views.decisions import table
+from launch.views import decisions, listing, tables
 from launch.views.listing import StudyRow
-from launch.views.tables import Column, fitted
+from launch.views.tables import Column, Table, terminal
 from storage import database, slots
 from storage.database import RetryingStorage
 from studies import importance
@@ -70,7 +69,8 @@ def claim(storage: RetryingStorage, study_id: int) -> slots.Slot:
 
 
 def measured(mae: float, skill: float) -> dict[str, Any]:
-    return {"mae": mae, "skill": skill, "windows": 250, "errors": [mae] * 250}
+    rest = {"price_mae": 1.0, "mae_percent": 1.0, "no_change_mae": 0.0125, "sampling_error": None, "seconds": {}}
+    return {"mae": mae, "skill": skill, "windows": 250, "errors": [mae] * 250, **rest}
 
 
 def confirmation(incumbent: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +78,14 @@ def confirmation(incumbent: dict[str, Any]) -> dict[str, Any]:
         numbers = {name: measured(mae + more, 1 - mae) for name, more in (("confirmation", 0), ("test", 0.001))}
         return {"trial": trial, "params": {"num_samples": 64}, "validation": measured(0.01, 0.2), **numbers}
 
+    parts = ("validation", "confirmation", "test")
     return {
-        "windows": {name: {"count": 250} for name in ("validation", "confirmation", "test")},
+        "windows": {name: {"count": 250, "first": "2025-01-01", "last": "2025-12-31"} for name in parts},
         "passes": 2,
+        "sampling_error": 0.0,
         "candidates": [one(0, 0.0121), one(7, 0.0119), one(3, 0.0120)],
         "baselines": {"incumbent": incumbent},
+        "no_change": {name: {"mae": 0.0125, "errors": []} for name in parts},
     }
 
 
@@ -137,23 +140,24 @@ def test_parked_slots_and_their_reasons(storage: RetryingStorage) -> None:
     assert (row.best_mae, row.incumbent_mae, row.improvement, row.skill) == (None, None, None, None)
     details = listing.details(storage, NAME)
     assert details is not None
-    assert [(one["stage"], one["slot"], one["error"]) for one in details["parked"]] == [
+    printed = details.to_json()
+    assert [(one["stage"], one["slot"], one["error"]) for one in printed["parked"]] == [
         (slots.TRIAL, 0, row.parked_reason),
         (slots.CONFIRMATION, 0, "5 failures in a row"),
     ]
-    assert details["confirmation"] is None
+    assert printed["confirmation"] is None
     text = shown(storage)
-    assert "parked slot 0: BTCUSD: samples are not finite [/bold]" in text
-    assert "none told yet" in text
+    assert "trial, slot 0: BTCUSD: samples are not finite [/bold]" in text
+    assert "none recorded yet" in text
 
 
 def shown(storage: RetryingStorage, width: int = 80) -> str:
     details = listing.details(storage, NAME)
     assert details is not None
-    json.dumps(details)
+    json.dumps(details.to_json())
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
-        console.print(listing.as_text(details, width))
+        console.print(listing.render(details, width))
     text = captured.get()
     assert all(len(line.rstrip()) <= width for line in text.split("\n"))
     return text
@@ -169,10 +173,10 @@ def test_importances_and_seconds(storage: RetryingStorage) -> None:
     assert sum(found.values()) == pytest.approx(1)
     assert found["temperature"] > 0.8
     text = shown(storage)
-    assert re.search(r"encode +60.000 s +75.0%\n *idle +20.000 s +25.0%", text)
-    assert re.search(r"temperature +\d\d\.\d%", text)
-    assert re.search(r"trial 7 +0.011900 +\+4.80% +\+98.81% +0.012900 +-2.38% ", text)
-    assert re.search(r"trial 0 +0.010000 +\+11.50% +\+20.00%", text)
+    assert re.search(r"encode +1 min +75.0 %\n *idle +20 s +25.0 %", text)
+    assert re.search(r"temperature +\d\d\.\d %", text)
+    assert re.search(r"trial 7 +1.1900 % +\+4.80 % +\+98.81 % +1.2900 % +-2.38 % ", text)
+    assert re.search(r"trial 0 +1.0000 % +\+11.50 % +\+20.00 %", text)
     assert "20/20 trials (20 complete)" in text
 
 
@@ -202,33 +206,57 @@ def test_no_line_is_wider_than_the_terminal_and_every_study_is_there(width: int)
     rows = [row(number) for number in range(20)] + [row(20, state="running", parked=3)]
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
-        console.print(listing.table(rows, width))
+        console.print(terminal(listing.table(rows), width))
     lines = captured.get().rstrip("\n").split("\n")
-    assert len(lines) == 1 + len(rows)
     assert all(len(line.rstrip()) <= width for line in lines)
-    assert [line.split("/")[0] for line in lines[1:]] == [f"SYMBOL{number}" for number in range(21)]
+    head, lines = lines[: -len(rows)], lines[-len(rows) :]
+    assert [line.split("/")[0] for line in lines] == [f"SYMBOL{number}" for number in range(21)]
     if width >= 80:
-        assert all("+1.53%" in line for line in lines[1:])  # what was confirmed is what matters most
+        assert all("+1.53 %" in line for line in lines)  # what was confirmed is what matters most
         assert "running (3 parked)" in lines[-1]
     if width == 240:
-        headings = ("study", "state", "trials", "incumbent", "best", "better by", "skill")
-        assert re.split("  +", lines[0].strip()) == [*headings, "confirmed", "better by", "skill"]
+        (line,) = head
+        searched = ["incumbent MAE", "search best", "search improvement", "search skill"]
+        confirmed = ["confirmed MAE", "confirmed improvement", "confirmed skill"]
+        assert re.split("  +", line.strip()) == ["study", "state", "trials", *searched, *confirmed]
+    if width == 80:
+        assert len(head) == 2  # "confirmed" above "improvement"
 
 
 def test_studies_that_differ_in_their_last_bar_keep_their_names() -> None:
     rows = [row(1), row(1, study="SYMBOL1/kronos@2026-03-20T00:00:00Z")]
     console = Console(width=60, color_system=None)
     with console.capture() as captured:
-        console.print(listing.table(rows, 60))
+        console.print(terminal(listing.table(rows), 60))
     assert "2026-03-19" in captured.get()
     assert "2026-03-20" in captured.get()
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:
     columns = [Column(heading="a", cells=["1"]), Column(heading="b", cells=["-"])]
-    assert len(fitted(columns, 80).columns) == 1
-    assert len(fitted(columns, 4, blanks=True).columns) == 2  # there is room for both
-    assert len(fitted(columns, 3, blanks=True).columns) == 1
+    assert len(terminal(Table(columns=columns), 80).columns) == 1
+    whole = Table(columns=columns, keep_empty=True)
+    assert len(terminal(whole, 4).columns) == 2  # there is room for both
+    assert len(terminal(whole, 3).columns) == 1
+
+
+def test_a_table_in_markdown_says_the_same() -> None:
+    table = Table(
+        columns=[
+            Column(heading="name", cells=["a|b", "<c>"]),
+            Column(heading="MAE", cells=["1.5000 %", "-"], right=True),
+            Column(heading="configuration", cells=["x=`1`|2", "-"], code=True),
+        ]
+    )
+    assert tables.markdown(table).splitlines() == [
+        "| name | MAE | configuration |",
+        "| --- | ---: | --- |",
+        "| a\\|b | 1.5000 % | `x='1'/2` |",
+        "| &lt;c> | - | - |",
+    ]
+    head, _, first, _ = tables.markdown(table, spaced=True).splitlines()
+    assert head == "| name | \u2003MAE | \u2003configuration |"
+    assert first.split(" | ")[1] == "\u20031.5000\u00a0%"
 
 
 DECIDED = promote.SymbolDecision(
@@ -243,20 +271,25 @@ DECIDED = promote.SymbolDecision(
 def test_a_decision_and_its_reason_are_on_one_line_at_any_width(width: int) -> None:
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
-        console.print(table([DECIDED], width))
-    head, line = captured.get().splitlines()
-    assert max(len(head), len(line)) <= width
+        console.print(terminal(decisions.table([DECIDED]), width))
+    *head, line = captured.get().splitlines()
+    assert max(map(len, [*head, line])) <= width
     cells = re.split("  +", line.strip())
     assert (cells[0], *cells[-2:]) == ("BTCUSD", "kept", "below the threshold")
     if width >= 80:
-        assert "+3.61%" in line
+        assert "+3.61 %" in line
     if width == 240:
-        numbers = ("0.012345", "0.011900", "+3.61%", "+1.2 .. +8.4%", "0.021", "+5.00%", "-1.00%", "+1.23%")
+        errors, interval = ("1.2345 %", "1.1900 %", "+3.61 %"), "+1.20 to +8.43 %"
+        numbers = (*errors, interval, "0.021", "+5.00 %", "-1.00 %", "+1.23 %")
         assert cells == ["BTCUSD", DECIDED.study, *numbers, "kept", "below the threshold"]
 
 
 def test_numbers_for_people() -> None:
     assert [tables.rate(x) for x in (None, 0.0, 12.34, 0.5, 0.001)] == ["-", "-", "12.3/s", "30.0/min", "3.6/h"]
-    spans = (None, 0.4, 59.4, 90, 3600 * 3 + 1200, 3600 * 50, float("inf"))
-    assert [tables.duration(x) for x in spans] == ["-", "0 s", "59 s", "2 min", "3 h 20 min", "2 d 2 h", "-"]
-    assert (tables.share(-0.0123), tables.share(None), tables.number(0.0123456)) == ("-1.23%", "-", "0.012346")
+    spans = (None, 0.4, 9.96, 59.4, 59.6, 90, 3600 * 3 + 1200, 3600 * 50, float("inf"))
+    said = ["-", "0.4 s", "10 s", "59 s", "1 min", "2 min", "3 h 20 min", "2 d 2 h", "-"]
+    assert [tables.duration(x) for x in spans] == said
+    assert (tables.percent_gain(-0.0123), tables.percent_gain(None)) == ("-1.23 %", "-")
+    assert (tables.percent_error(0.0123456), tables.percent_interval(0.01, None)) == ("1.2346 %", "-")
+    assert tables.params_text({"temperature": 2.4000000000000004, "top_k": 16}) == "temperature=2.4 top_k=16"
+    assert tables.params_text({}) == "-"

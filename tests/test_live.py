@@ -178,7 +178,7 @@ def test_a_run_on_a_terminal(place: Place, columns: int) -> None:  # noqa: F811
     assert matches(lines, BAR)[0][2] == "800"
     (heading,) = [line for line in lines if line.startswith("study ")]
     assert heading.split("  ")[0] == "study"
-    assert heading.split()[1:] == ["trials", "best", "incumbent", "better", "by", "left"]
+    assert heading.split()[1:] == ["trials", "best", "incumbent", "improvement", "left"]
     assert all(line == "" for line in lines[lines.index(matches(lines, BAR)[0][0]) + 1 :]), text
 
     killed = workers_of(terminal.process.pid)[0]

@@ -47,23 +47,24 @@ def test_tables_say_what_promote_says_and_what_was_measured(place: Place, study:
     (decided,) = table_after(tables, "Decisions")
     assert (decided["symbol"], decided["study"]) == ("SP500", study.name)
     assert decided["improvement"] == f"{100 * row['improvement']:+.2f} %"
-    assert decided["interval"] == f"{100 * row['improvement_low']:+.2f} % to {100 * row['improvement_high']:+.2f} %"
+    interval = f"{100 * row['improvement_low']:+.2f} to {100 * row['improvement_high']:+.2f} %"
+    assert decided["95 % interval"] == interval
     assert decided["p"] == f"{row['p_value']:.3f}"
     assert (decided["decision"], decided["reason"]) == ("to be promoted", "improved")
     (listed,) = table_after(tables, "Studies")
     best = place.storage.get_best_trial(study.study_id)
     assert (listed["study"], listed["state"]) == (study.name, "finished")
-    assert listed["best"] == f"{100 * (best.value or 0):.4f} %"
+    assert listed["search best"] == f"{100 * (best.value or 0):.4f} %"
     result = place.result(study)
     confirmed = [f"{100 * one['confirmation']['mae']:.4f} %" for one in result["candidates"]]
     assert all(mae in tables for mae in confirmed)
-    assert "## Given up" not in tables
+    assert "## Parked work" not in tables
 
     assert place.invoke(cli.promote).exit_code == 0
     _, tables = report(place)
-    (used,) = [one for one in table_after(tables, "In use") if one["symbol"] == "SP500"]
-    assert used["from"] == f"{study.name} trial {row_trial(place)}"
-    assert used["why"].startswith(f"improved, improvement {100 * row['improvement']:+.2f} %")
+    (used,) = [one for one in table_after(tables, "Configuration in use") if one["symbol"] == "SP500"]
+    assert used["study"] == f"{study.name}, trial {row_trial(place)}"
+    assert used["reason"].startswith(f"improved, improvement {100 * row['improvement']:+.2f} %")
     assert table_after(tables, "Decisions")[0]["reason"] == "unchanged"
 
 
@@ -80,7 +81,7 @@ def test_from_disk_in_a_browser(place: Place, study: Study, tab: Tab, monkeypatc
     tab.page.on("request", lambda request: requests.append(request.url))
     path = (place.folder / "report.html").as_uri()
     tab.open(path, "Forecast studies")
-    for text in (study.name, "Forecasts against what came", "Error by window", "Best so far", "What mattered"):
+    for text in (study.name, "Forecast vs. actual", "Error by window", "Optimization history", "Parameter importance"):
         found = tab.page.get_by_text(text).first
         found.scroll_into_view_if_needed()
         found.wait_for()
@@ -92,21 +93,22 @@ def test_from_disk_in_a_browser(place: Place, study: Study, tab: Tab, monkeypatc
     tab.check()
 
 
-def test_what_was_given_up_is_in_the_table(place: Place, study: Study) -> None:
+def test_parked_work_is_in_the_table(place: Place, study: Study) -> None:
     park_two(place, study)
     page, tables = report(place)
-    given_up = table_after(tables, "Given up")
-    assert [row["what"] for row in given_up] == ["trial 6", "trial 7"]
-    assert given_up[0]["why"] == ASIDE.replace("|", "\\|").replace("<", "&lt;")
+    parked = table_after(tables, "Parked work")
+    assert [row["work"] for row in parked] == ["trial 6", "trial 7"]
+    assert parked[0]["error"] == ASIDE.replace("|", "\\|").replace("<", "&lt;")
     assert ASIDE not in page
-    assert "importances: " in page  # says that there are too few trials
+    assert "parameter importance: " in page  # says that there are too few trials
 
 
 def test_before_anything_is_confirmed(place: Place, tab: Tab) -> None:
     study = place.open().study
     _, tables = report(place)
     (row,) = table_after(tables, "Decisions")
-    assert row["reason"] == "not confirmed; launch-workers --symbols SP500 --models toto"
+    assert row["reason"] == "not confirmed"
+    assert row["next step"] == "`launch-workers --symbols SP500 --models toto`"
     assert f"## {study.name}" in tables
     tab.open((place.folder / "report.html").as_uri(), "not confirmed")
     tab.check()

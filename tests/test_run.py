@@ -477,9 +477,9 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     assert len(states) == 3 + 7
     shown = listing.details(place.storage, study.name)
     assert shown is not None
-    assert shown["parked"] == [{"stage": slots.TRIAL, "slot": 0, "error": error}]
-    assert (shown["done"], shown["budget"]) == (7, 8)
-    assert f"parked slot 0: {error}" in place.run("studies", "show", study.name).stdout
+    assert shown.to_json()["parked"] == [{"stage": slots.TRIAL, "slot": 0, "error": error}]
+    assert (shown.row.done, shown.row.budget) == (7, 8)
+    assert f"trial, slot 0: {error}" in place.run("studies", "show", study.name).stdout
 
     place.environment = environment
     place.run(*words)

@@ -1,58 +1,86 @@
-"""What `promote` prints: its decisions as a table, a rollback in lines."""
+"""Decisions of `promote` for people: as a table, as a line for a study's note, and a rollback as lines."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
-from rich.table import Table
-
 from launch.output import say
-from launch.views.tables import NOTHING, Column, fitted, number, share
+from launch.views.tables import (
+    NOTHING,
+    Column,
+    Table,
+    p_value,
+    percent_error,
+    percent_gain,
+    percent_interval,
+)
 from storage.configs import Restored
 from studies.promoting import SymbolDecision
 
+TO_BE_PROMOTED = "to be promoted"
+NEXT = "; next: "  # what leads to another decision, behind the decision in a note
 
-def table(rows: Sequence[SymbolDecision], width: int) -> Table:
-    """The rows in lines of at most `width` cells; a narrow one leaves evidence out, never a decision."""
 
-    def column(heading: str, cells: Sequence[str], values: Sequence[float | None], keep: int) -> Column:
-        right = any(value is not None for value in values)
-        return Column(heading=heading, cells=cells, right=right, keep=keep)
+def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
+    """One row a symbol; a narrow terminal leaves evidence out, never a decision or its reason."""
 
-    def numbers(heading: str, values: Sequence[float | None], keep: int) -> Column:
-        return column(heading, [number(value) for value in values], values, keep)
+    def numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
+        known = any(cell != NOTHING for cell in cells)
+        return Column(heading=heading, cells=cells, right=known, priority=priority)
 
-    def shares(heading: str, values: Sequence[float | None], keep: int) -> Column:
-        return column(heading, [share(value) for value in values], values, keep)
-
-    chances = [row.p_value for row in rows]
-    return fitted(
-        [
+    decisions = [TO_BE_PROMOTED if dry_run and row.decision == "promoted" else row.decision for row in rows]
+    intervals = [percent_interval(row.improvement_low, row.improvement_high) for row in rows]
+    return Table(
+        columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
-            Column(heading="study", cells=[row.study for row in rows], shorter=[row.model for row in rows], keep=6),
-            numbers("incumbent", [row.incumbent_mae for row in rows], 7),
-            numbers("best", [row.best_mae for row in rows], 8),
-            shares("improvement", [row.improvement for row in rows], 9),
-            Column(heading="95 % interval", cells=[_interval(row) for row in rows], keep=4),
-            column("p", [NOTHING if p is None else f"{p:.3f}" for p in chances], chances, 5),
-            shares("on search", [row.improvement_validation for row in rows], 1),
-            shares("on test", [row.improvement_test for row in rows], 3),
-            shares("skill", [row.skill for row in rows], 2),
-            Column(heading="decision", cells=[row.decision for row in rows], keep=11),
-            Column(heading="reason", cells=[row.reason for row in rows], keep=10),
+            Column(
+                heading="study", cells=[row.study for row in rows], short_cells=[row.model for row in rows], priority=6
+            ),
+            numbers("incumbent MAE", [percent_error(row.incumbent_mae) for row in rows], 7),
+            numbers("best MAE", [percent_error(row.best_mae) for row in rows], 8),
+            numbers("improvement", [percent_gain(row.improvement) for row in rows], 9),
+            numbers("95 % interval", intervals, 4),
+            numbers("p", [p_value(row.p_value) for row in rows], 5),
+            numbers("search improvement", [percent_gain(row.improvement_validation) for row in rows], 1),
+            numbers("test improvement", [percent_gain(row.improvement_test) for row in rows], 3),
+            numbers("skill", [percent_gain(row.skill) for row in rows], 2),
+            Column(heading="decision", cells=decisions, priority=11),
+            Column(heading="reason", cells=[row.reason for row in rows], priority=10),
         ],
-        width,
-        blanks=True,
+        keep_empty=True,
     )
 
 
-def _interval(row: SymbolDecision) -> str:
-    low, high = row.improvement_low, row.improvement_high
-    return NOTHING if low is None or high is None else f"{100 * low:+.1f} .. {100 * high:+.1f}%"
+def by_study(rows: Sequence[SymbolDecision]) -> dict[str, str]:
+    """What a promotion decided, as a line for every study that it looked at."""
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    found = {}
+    for row in rows:
+        for pair in row.pairs:
+            if pair.study == row.study:
+                text = f"{row.decision} on {day}: {row.reason}{evidence_text(row)}"
+                found[pair.study] = text + (f"{NEXT}{row.next}" if row.next else "")
+            else:
+                verdict = "promoted to the model's own file" if pair.status == "success" else "not chosen"
+                found[pair.study] = f"{verdict} on {day}: {pair.reason}; see {row.study} for the symbol's decision"
+    return found
 
 
-def rollback_lines(symbol: str, restored: Restored, *, dry_run: bool) -> list[str]:
-    """What a rollback put back, or would, a line a file."""
+def evidence_text(row: SymbolDecision) -> str:
+    """The numbers behind a decision, in brackets; nothing where there is no incumbent to compare with."""
+    if row.improvement is None:
+        return ""
+    parts = [f"improvement {percent_gain(row.improvement)}"]
+    if row.improvement_low is not None:
+        parts.append(f"95 % interval {percent_interval(row.improvement_low, row.improvement_high)}")
+    if row.p_value is not None:
+        parts.append(f"p {p_value(row.p_value)}")
+    return f" ({', '.join(parts)})"
+
+
+def rollback_lines(restored: Restored, *, dry_run: bool) -> list[str]:
+    """What a rollback put back, or would, one line a file."""
     put_back = "would be put back" if dry_run else "put back"
     removed = "would be removed" if dry_run else "removed"
     return [f"{path}: {put_back}" for path in restored.restored] + [
@@ -61,8 +89,8 @@ def rollback_lines(symbol: str, restored: Restored, *, dry_run: bool) -> list[st
 
 
 def say_rollback(symbol: str, restored: Restored, *, dry_run: bool) -> None:
-    """What else there is to know of a rollback."""
+    """Say which promotion is undone, and where the files that are read now disagree."""
     if restored.mismatch:
-        say(f"{restored.mismatch}: is not what best says; readers that take the parameters from there get others")
-    undone = "to be undone" if dry_run else "undone"
-    say(f"{symbol}: the promotion of {restored.promoted_at} is {undone}; {restored.remaining} more can be rolled back")
+        say(f"{restored.mismatch}: differs from the file in best; programs that read it get other parameters")
+    undone = "would be undone" if dry_run else "is undone"
+    say(f"{symbol}: the promotion of {restored.promoted_at} {undone}; {restored.remaining} more can be rolled back")

@@ -1,47 +1,35 @@
-"""What `studies list` and `studies show` print: rows and details read from the database, no model needed."""
+"""What `studies list` and `studies show` print, read from the database; no model is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import rich.table
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from launch.output import counted, say, show
-from launch.views.tables import NOTHING, Column, assigned, fitted, number, share
+from launch.views import tables
+from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
+from launch.views.tables import Column, Table, duration, params_text, percent_error, percent_gain, percent_share
 from storage import database, slots
 from storage.database import RetryingStorage
-from storage.progress import (
-    first_parked_slots,
-    parked_slots,
-    pick_results,
-    read_confirmations,
-    stage_results,
-    study_progress,
-    worker_seconds,
-)
+from storage.progress import first_parked_slots, pick_results, study_progress
 from studies import importance
 from studies import study as studying
+from studies.evidence import ConfirmedSummary, read_summaries, relative_gain
 
-BEST_SHOWN = 5
-# Of a confirmation's result, in which baselines that could not be measured have no numbers.
-CONFIRMED = {
-    "mae": "$.candidates[*].confirmation.mae",
-    "skill": "$.candidates[*].confirmation.skill",
-    "incumbent": "$.baselines.incumbent.confirmation.mae",
-    "incumbent_validation": "$.baselines.incumbent.validation.mae",
-}
+UNCONFIRMED = ConfirmedSummary(mae=None, skill=None, incumbent_mae=None, incumbent_validation_mae=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRow:
-    """A study at a glance. Improvements, over the incumbent, and skills are shares.
+    """One study in a list of them. Improvements, over the incumbent, and skills are fractions.
 
-    Plain numbers are of the search's windows, confirmed ones of the confirmation's; a best is never compared with an
-    incumbent of other windows.
+    Plain numbers are of the search windows, confirmed ones of the confirmation windows; a best is never compared with
+    an incumbent of other windows.
     """
 
     study: str
@@ -64,26 +52,22 @@ class StudyRow:
 
 
 def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[StudyRow]:
-    """Every study, or those named by id, sorted by name."""
+    """Every study, or those named by id, sorted by name. Raises DatabaseUnavailable."""
     progress = study_progress(storage)
     best = database.best_values(storage, study_ids)
     baselines = pick_results(storage, slots.BASELINE, {"mae": "$.validation.mae"}, study_ids, label="incumbent")
-    confirmations = pick_results(storage, slots.CONFIRMATION, CONFIRMED, study_ids)
+    summaries = read_summaries(storage, study_ids)
     reasons = first_parked_slots(storage, study_ids)
     found = []
     for study in studying.list_studies(storage):
         if study_ids is not None and study.study_id not in study_ids:
             continue
         now = progress[study.study_id]
-        confirmed = confirmations.get(study.study_id, dict.fromkeys(CONFIRMED, ()))
-        measured = baselines.get(study.study_id, {"mae": ()})
-        incumbent = _first(confirmed["incumbent_validation"]) or _first(measured["mae"])
+        confirmed = summaries.get(study.study_id, UNCONFIRMED)
+        measured = next(iter(baselines.get(study.study_id, {"mae": ()})["mae"]), None)
+        incumbent = confirmed.incumbent_validation_mae or measured
         mae = best.get(study.study_id)
         no_change = study.definition.get("no_change_mae")
-        confirmed_mae, confirmed_skill = min(
-            zip(confirmed["mae"], confirmed["skill"], strict=True), default=(None, None)
-        )
-        confirmed_incumbent = _first(confirmed["incumbent"])
         parked = reasons.get(study.study_id)
         found.append(
             StudyRow(
@@ -98,49 +82,43 @@ def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> li
                 parked_reason=parked.error if parked else None,
                 incumbent_mae=incumbent,
                 best_mae=mae,
-                improvement=_improvement(incumbent, mae),
+                improvement=relative_gain(incumbent, mae),
                 skill=1 - mae / no_change if mae is not None and no_change else None,
-                confirmed_incumbent_mae=confirmed_incumbent,
-                confirmed_mae=confirmed_mae,
-                confirmed_improvement=_improvement(confirmed_incumbent, confirmed_mae),
-                confirmed_skill=confirmed_skill,
+                confirmed_incumbent_mae=confirmed.incumbent_mae,
+                confirmed_mae=confirmed.mae,
+                confirmed_improvement=relative_gain(confirmed.incumbent_mae, confirmed.mae),
+                confirmed_skill=confirmed.skill,
             )
         )
     return found
 
 
-def _first(values: Sequence[float]) -> float | None:
-    return values[0] if values else None
-
-
-def _improvement(incumbent: float | None, mae: float | None) -> float | None:
-    return (incumbent - mae) / incumbent if incumbent and mae is not None else None
-
-
-def table(rows: Sequence[StudyRow], width: int) -> Table:
-    """The rows in lines of at most `width` cells; a narrow one leaves columns out, never a study."""
+def table(rows: Sequence[StudyRow]) -> Table:
+    """One row a study. Every heading says on which windows; confirmed numbers matter most, as the search flatters."""
 
     def state(row: StudyRow) -> str:
         return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
 
-    return fitted(
-        [
+    def numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
+        return Column(heading=heading, cells=cells, right=True, priority=priority)
+
+    return Table(
+        columns=[
             Column(
                 heading="study",
                 cells=[row.study for row in rows],
-                shorter=[f"{row.symbol}/{row.model}" for row in rows] if _newest_only(rows) else (),
+                short_cells=[f"{row.symbol}/{row.model}" for row in rows] if _newest_only(rows) else (),
             ),
-            Column(heading="state", cells=[state(row) for row in rows], keep=9),
-            Column(heading="trials", cells=[f"{row.done}/{row.budget}" for row in rows], right=True, keep=8),
-            Column(heading="incumbent", cells=[number(row.incumbent_mae) for row in rows], right=True, keep=2),
-            Column(heading="best", cells=[number(row.best_mae) for row in rows], right=True, keep=5),
-            Column(heading="better by", cells=[share(row.improvement) for row in rows], right=True, keep=4),
-            Column(heading="skill", cells=[share(row.skill) for row in rows], right=True, keep=3),
-            Column(heading="confirmed", cells=[number(row.confirmed_mae) for row in rows], right=True, keep=1),
-            Column(heading="better by", cells=[share(row.confirmed_improvement) for row in rows], right=True, keep=7),
-            Column(heading="skill", cells=[share(row.confirmed_skill) for row in rows], right=True, keep=6),
-        ],
-        width,
+            Column(heading="state", cells=[state(row) for row in rows], priority=9),
+            numbers("trials", [f"{row.done}/{row.budget}" for row in rows], 8),
+            numbers("incumbent MAE", [percent_error(row.incumbent_mae) for row in rows], 2),
+            numbers("search best", [percent_error(row.best_mae) for row in rows], 5),
+            numbers("search improvement", [percent_gain(row.improvement) for row in rows], 4),
+            numbers("search skill", [percent_gain(row.skill) for row in rows], 3),
+            numbers("confirmed MAE", [percent_error(row.confirmed_mae) for row in rows], 1),
+            numbers("confirmed improvement", [percent_gain(row.confirmed_improvement) for row in rows], 7),
+            numbers("confirmed skill", [percent_gain(row.confirmed_skill) for row in rows], 6),
+        ]
     )
 
 
@@ -152,67 +130,75 @@ def _newest_only(rows: Sequence[StudyRow]) -> bool:
 def print_rows(
     storage: RetryingStorage, study_ids: Sequence[int] | None = None, *, as_json: bool = False, plain: bool = False
 ) -> None:
-    """Print every study, or those named by id. plain: no control characters, on a terminal neither."""
+    """Print every study, or those named by id. plain: without control characters, on a terminal too."""
     found = rows(storage, study_ids)
     if found or as_json:
         show(found, table, as_json=as_json, plain=plain)
     else:
-        say("no studies yet; make some with launch-workers")
+        say("no studies yet; create some with launch-workers")
 
 
-def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
-    """All there is to say of one study, as JSON; None where there is none of that name."""
-    by_name = {study.name: study for study in studying.list_studies(storage)}
-    study = by_name.get(name)
+# --- one study ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyDetails:
+    """Everything that `studies show` says of a study."""
+
+    row: StudyRow
+    facts: StudyFacts
+    importances: Mapping[str, float] | None  # shares of 1 by parameter
+    importances_missing: str | None  # why there are none
+
+    def to_json(self) -> dict[str, Any]:
+        """The details as JSON values; the confirmation is printed as it is stored."""
+        facts = self.facts
+        return {
+            **asdict(self.row),
+            "trials": dict(facts.states),
+            "best": [{"trial": one.number, "mae": one.mae, "params": one.params} for one in facts.best],
+            "baselines": dict(facts.baselines),
+            "confirmation": facts.result,
+            "parked": [{"stage": one.stage, "slot": one.number, "error": one.error} for one in facts.parked],
+            "seconds": dict(facts.seconds),
+            "importances": self.importances,
+            "importances_missing": self.importances_missing,
+            "definition": dict(facts.study.definition),
+        }
+
+
+def details(storage: RetryingStorage, name: str) -> StudyDetails | None:
+    """Everything about the study of this name; None where there is none. Raises DatabaseUnavailable."""
+    study = next((study for study in studying.list_studies(storage) if study.name == name), None)
     if study is None:
         return None
     (row,) = rows(storage, [study.study_id])
-    seconds = worker_seconds(storage, [study.study_id]).get(study.study_id, {})
-    importances, too_few = importance.importances(storage, name)
-    return {
-        **asdict(row),
-        "trials": database.trial_states(storage, study.study_id),
-        "best": [
-            {"trial": trial.number, "mae": trial.value, "params": trial.params}
-            for trial in database.best_trials(storage, study.study_id, BEST_SHOWN)
-        ],
-        "baselines": stage_results(storage, study.study_id, slots.BASELINE),
-        "confirmation": read_confirmations(storage, [study.study_id])[study.study_id].result,
-        "parked": [
-            {"stage": item.stage, "slot": item.number, "error": item.error}
-            for item in parked_slots(storage, study.study_id)
-        ],
-        "seconds": seconds,
-        "importances": importances,
-        "importances_missing": too_few,
-        "definition": dict(study.definition),
-    }
+    importances, missing = importance.importances(storage, name)
+    facts = gather(storage, study, study_progress(storage)[study.study_id])
+    return StudyDetails(row=row, facts=facts, importances=importances, importances_missing=missing)
 
 
-# --- one study, for a person ----------------------------------------------------------------------------------
-
-
-def as_text(found: Mapping[str, Any], width: int) -> RenderableType:
-    """The details as a person reads them, in lines of at most `width` cells where words allow."""
-    trials = ", ".join(f"{count} {state}" for state, count in found["trials"].items()) or "none"
+def render(found: StudyDetails, width: int) -> RenderableType:
+    """The details for a terminal, in lines of at most `width` cells where words allow."""
+    facts, definition = found.facts, found.facts.study.definition
+    trials = ", ".join(f"{count} {state}" for state, count in facts.states.items()) or "none"
     parts: list[RenderableType] = [
-        Text(f"{found['study']}  {found['state']}  {found['done']}/{found['budget']} trials ({trials})"),
-        *_section("on the windows of the search", _searched(found, width)),
+        Text(f"{found.row.study}  {found.row.state}  {found.row.done}/{found.row.budget} trials ({trials})"),
+        *_section(f"search windows, best {BEST_SHOWN} trials", _without_configurations(search_table(facts), width)),
     ]
-    if found["confirmation"]:
-        confirmed = found["confirmation"]
-        of = ", ".join(f"{part['count']} {name}" for name, part in confirmed["windows"].items() if name != "validation")
-        heading = f"confirmed on {of} windows, {counted(confirmed['passes'], 'pass')}"
-        parts += _section(heading, _confirmed(confirmed, width))
-    parts += _section("configurations", _configurations(found))
-    parts += _section("worker time by stage", _seconds(found["seconds"], width))
-    parts += _section("importance of the knobs (PED-ANOVA)", _importances(found, width))
-    for parked in found["parked"]:
-        parts.append(Text(f"parked slot {parked['slot']}: {parked['error']}"))
-    definition = found["definition"]
+    if confirmed := facts.evidence:
+        count, test = confirmed.windows["confirmation"].count, confirmed.windows["test"].count
+        heading = f"confirmation: {count} windows, {test} test windows, {counted(confirmed.passes, 'pass')}"
+        parts += _section(heading, _without_configurations(confirmation_table(confirmed), width))
+    parts += _section("configurations", _configurations(facts))
+    parts += _section("worker time by stage", _seconds(facts.seconds, width))
+    parts += _section("parameter importance (PED-ANOVA)", _importances(found, width))
+    if facts.parked:
+        lines = [Text(f"{STAGES[one.stage]}, slot {one.number}: {one.error}") for one in facts.parked]
+        parts += _section("parked work", Group(*lines))
     parts.append(Text())
     parts += [Text(f"{key:<10} {definition[key]}") for key in ("bars", "checkpoint")]
-    parts.append(Text(f"{'windows':<10} {assigned(definition['windows']) or NOTHING}"))
+    parts.append(Text(f"{'windows':<10} {params_text(definition['windows'])}"))
     return Group(*parts)
 
 
@@ -220,103 +206,36 @@ def _section(heading: str, body: RenderableType) -> list[RenderableType]:
     return [Text(), Text(heading, style="bold"), body]
 
 
-def _searched(found: Mapping[str, Any], width: int) -> Table:
-    no_change = found["definition"].get("no_change_mae")
-    lines = [("no change", no_change, None)]
-    lines += [(label, one["validation"]["mae"], None) for label, one in found["baselines"].items()]
-    lines += [(f"trial {trial['trial']}", trial["mae"], found["incumbent_mae"]) for trial in found["best"]]
-    return fitted(
-        [
-            Column(heading="", cells=[label for label, _, _ in lines]),
-            Column(heading="mae", cells=[number(mae) for _, mae, _ in lines], right=True, keep=3),
-            Column(
-                heading="better by",
-                cells=[share(_improvement(incumbent, mae)) for _, mae, incumbent in lines],
-                right=True,
-                keep=2,
-            ),
-            Column(
-                heading="skill",
-                cells=[share(_improvement(no_change, mae)) for _, mae, _ in lines],
-                right=True,
-                keep=1,
-            ),
-        ],
-        width,
-    )
+def _without_configurations(table: Table, width: int) -> rich.table.Table:
+    return tables.terminal(replace(table, columns=table.columns[:-1]), width)
 
 
-def _confirmed(confirmed: Mapping[str, Any], width: int) -> Table:
-    measured = sorted(confirmed["candidates"], key=lambda one: one["confirmation"]["mae"])
-    lines = [(f"trial {one['trial']}", one) for one in measured]
-    lines += [(label, one) for label, one in confirmed["baselines"].items() if "error" not in one]
-    incumbent = confirmed["baselines"].get("incumbent", {})
-
-    def numbers(windows: str, key: str) -> list[float]:
-        return [one[windows][key] for _, one in lines]
-
-    def gains(windows: str) -> list[str]:
-        base = incumbent.get(windows, {}).get("mae")
-        return [share(None if one is incumbent else _improvement(base, one[windows]["mae"])) for _, one in lines]
-
-    return fitted(
-        [
-            Column(heading="", cells=[label for label, _ in lines]),
-            Column(heading="mae", cells=[number(mae) for mae in numbers("confirmation", "mae")], right=True, keep=6),
-            Column(heading="better by", cells=gains("confirmation"), right=True, keep=5),
-            Column(heading="skill", cells=[share(one) for one in numbers("confirmation", "skill")], right=True, keep=4),
-            Column(heading="test mae", cells=[number(mae) for mae in numbers("test", "mae")], right=True, keep=3),
-            Column(heading="better by", cells=gains("test"), right=True, keep=2),
-            Column(heading="skill", cells=[share(one) for one in numbers("test", "skill")], right=True, keep=1),
-        ],
-        width,
-    )
-
-
-def _configurations(found: Mapping[str, Any]) -> RenderableType:
-    named = {f"trial {one['trial']}": one["params"] for one in found["best"]}
-    named |= {label: one["params"] for label, one in found["baselines"].items()}
-    confirmed = found["confirmation"] or {"candidates": (), "baselines": {}}
-    named |= {f"trial {one['trial']}": one["params"] for one in confirmed["candidates"]}
-    named |= {label: one["params"] for label, one in confirmed["baselines"].items()}
-    errors = [f"{label}: {one['error']}" for label, one in confirmed["baselines"].items() if "error" in one]
-    width = max((len(name) for name in named), default=0)
-    return Group(
-        *(_hanging(name, assigned(params) or NOTHING, width) for name, params in named.items()), *map(Text, errors)
-    )
-
-
-def _hanging(name: str, words: str, width: int) -> Table:
-    """Words that wrap beside a name."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(width=width)
+def _configurations(facts: StudyFacts) -> RenderableType:
+    """Parameters that wrap beside the name of their configuration, and what could not be measured."""
+    grid = rich.table.Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
     grid.add_column()
-    grid.add_row(Text(name), Text(words))
-    return grid
+    for name, params in facts.configurations.items():
+        grid.add_row(Text(name), Text(params_text(params)))
+    in_use = facts.evidence.in_use if facts.evidence else {}
+    return Group(grid, *(Text(f"{label}: {one.error}") for label, one in in_use.items() if one.error))
 
 
 def _seconds(seconds: Mapping[str, float], width: int) -> RenderableType:
     total = sum(seconds.values())
     if not total:
-        return Text("none told yet")
+        return Text("none recorded yet")
     seconds = dict(sorted(seconds.items(), key=lambda item: -item[1]))
-    return fitted(
-        [
-            Column(heading="", cells=list(seconds)),
-            Column(heading="time", cells=[f"{value:.3f} s" for value in seconds.values()], right=True),
-            Column(heading="share", cells=[f"{100 * value / total:.1f}%" for value in seconds.values()], right=True),
-        ],
-        width,
-    )
+    return _shares({name: value / total for name, value in seconds.items()}, width, times=seconds.values())
 
 
-def _importances(found: Mapping[str, Any], width: int) -> RenderableType:
-    if found["importances"] is None:
-        return Text(found["importances_missing"])
-    return fitted(
-        [
-            Column(heading="", cells=list(found["importances"])),
-            Column(heading="share", cells=[f"{100 * one:.1f}%" for one in found["importances"].values()], right=True),
-        ],
-        width,
-    )
+def _importances(found: StudyDetails, width: int) -> RenderableType:
+    return Text(found.importances_missing or "") if found.importances is None else _shares(found.importances, width)
+
+
+def _shares(shares: Mapping[str, float], width: int, *, times: Iterable[float] = ()) -> rich.table.Table:
+    columns = [Column(heading="", cells=list(shares))]
+    if spent := [duration(seconds) for seconds in times]:
+        columns.append(Column(heading="time", cells=spent, right=True))
+    columns.append(Column(heading="share", cells=[percent_share(one) for one in shares.values()], right=True))
+    return tables.terminal(Table(columns=columns), width)

@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any, cast
 
+import rich.table
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.segment import SegmentLines
-from rich.table import Table
 from rich.text import Text
 
 from launch.output import counted
 from launch.streams import Stderr
 from launch.supervisor import Child
-from launch.views.tables import Column, duration, fitted, number, rate, share
+from launch.views.tables import Column, Table, duration, percent_error, percent_gain, rate, terminal
 from launch.worker import EXIT_DONE, EXIT_INTERRUPTED
 from storage import database, slots
 from storage.database import RetryingStorage
@@ -128,7 +128,7 @@ def view(state: State, width: int, height: int, *, silent_s: float = 0.0) -> Ren
         return bar
     for_workers = min(len(state.workers), max(room // 2, room - len(state.studies) - 1))
     workers, more = _rows(state.workers, for_workers)
-    parts: list[RenderableType] = [_worker_table(workers, width)]
+    parts: list[RenderableType] = [terminal(_worker_table(workers), width)]
     others = [counted(more, "more worker")] if more else []
     others += [f"{counted(state.elsewhere, 'worker')} of other runs"] if state.elsewhere else []
     if others:
@@ -138,7 +138,7 @@ def view(state: State, width: int, height: int, *, silent_s: float = 0.0) -> Ren
     studies: Sequence[StudyLine] = state.studies
     if len(studies) > room:
         studies = [study for study in studies if study.at_work][: max(0, room - 1)]
-    parts += ["", _study_table(studies, width)] if studies else [""]
+    parts += ["", terminal(_study_table(studies), width)] if studies else [""]
     if len(studies) < len(state.studies):
         shown = {study.name for study in studies}
         parts.append(_line(_others([study for study in state.studies if study.name not in shown]), width))
@@ -169,46 +169,48 @@ def _line(words: str, width: int) -> Text:
     return line
 
 
-def _worker_table(workers: Sequence[WorkerLine], width: int) -> Table:
-    return fitted(
-        [
+def _worker_table(workers: Sequence[WorkerLine]) -> Table:
+    return Table(
+        columns=[
             Column(
                 heading="worker",
                 cells=[f"{worker.number} {worker.device}" for worker in workers],
-                shorter=[f"{worker.number}" for worker in workers],
+                short_cells=[f"{worker.number}" for worker in workers],
             ),
             Column(
                 heading="study",
                 cells=[worker.study for worker in workers],
-                shorter=[worker.study.split("@")[0] for worker in workers],
-                keep=3,
+                short_cells=[worker.study.split("@")[0] for worker in workers],
+                priority=3,
             ),
-            Column(heading="at", cells=[worker.at for worker in workers], keep=4),
-            Column(heading="rate", cells=[rate(worker.rate) for worker in workers], right=True, keep=2),
-            Column(heading="GPU memory", cells=[worker.memory for worker in workers], right=True, keep=1),
+            Column(heading="at", cells=[worker.at for worker in workers], priority=4),
+            Column(heading="rate", cells=[rate(worker.rate) for worker in workers], right=True, priority=2),
+            Column(heading="GPU memory", cells=[worker.memory for worker in workers], right=True, priority=1),
         ],
-        width,
     )
 
 
-def _study_table(studies: Sequence[StudyLine], width: int) -> Table:
+def _study_table(studies: Sequence[StudyLine]) -> Table:
     def gain(study: StudyLine) -> float | None:
         return None if not study.incumbent or study.best is None else 1 - study.best / study.incumbent
 
-    return fitted(
-        [
+    return Table(
+        columns=[
             Column(
                 heading="study",
                 cells=[study.name for study in studies],
-                shorter=[study.name.split("@")[0] for study in studies],
+                short_cells=[study.name.split("@")[0] for study in studies],
             ),
-            Column(heading="trials", cells=[f"{s.done}/{s.budget}" for s in studies], right=True, keep=5),
-            Column(heading="best", cells=[number(study.best) for study in studies], right=True, keep=3),
-            Column(heading="incumbent", cells=[number(study.incumbent) for study in studies], right=True, keep=1),
-            Column(heading="better by", cells=[share(gain(study)) for study in studies], right=True, keep=2),
-            Column(heading="left", cells=[study.state for study in studies], right=True, keep=4),
+            Column(heading="trials", cells=[f"{s.done}/{s.budget}" for s in studies], right=True, priority=5),
+            Column(heading="best", cells=[percent_error(study.best) for study in studies], right=True, priority=3),
+            Column(
+                heading="incumbent", cells=[percent_error(study.incumbent) for study in studies], right=True, priority=1
+            ),
+            Column(
+                heading="improvement", cells=[percent_gain(gain(study)) for study in studies], right=True, priority=2
+            ),
+            Column(heading="left", cells=[study.state for study in studies], right=True, priority=4),
         ],
-        width,
     )
 
 
@@ -225,7 +227,7 @@ def _bar(state: State, width: int, silent_s: float) -> RenderableType:
     room = width - text.cell_len - 2
     if room < 5:
         return text
-    grid = Table.grid(padding=(0, 2))
+    grid = rich.table.Table.grid(padding=(0, 2))
     grid.add_row(ProgressBar(total=max(1, state.budget), completed=state.done, width=min(room, 60)), text)
     return grid
 

@@ -1,108 +1,199 @@
-"""Tables of any terminal's width: what does not fit is left out, hardly a cell is wrapped; and how numbers read."""
+"""One table model for terminal, Markdown and HTML, and the one way in which numbers are written for people.
+
+Errors, improvements and skills are fractions in the program and in JSON; people see them in per cent.
+"""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import rich.table
 from rich.cells import cell_len
-from rich.table import Table
 from rich.text import Text
 
-GAP = 2  # between two columns
+GAP = 2  # cells between two columns of a terminal
 NOTHING = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column of cells. The first of a table stays, whole if at all possible; of the others the highest `keep`.
+    """One column of cells, all of them text.
 
-    shorter: what the cells say instead where not all columns have room. wraps: how narrow the cells may be wrapped; 0:
-    they may not.
+    short_cells: what the cells say instead where not all columns have room. right: flush right, as numbers are.
+    priority: of the columns that have no room on a terminal, the lowest is left out first. wrap_width: how narrow the
+    cells may be wrapped; 0: they may not. code: somebody else's words or parameters, to be shown as they are.
     """
 
     heading: str
     cells: Sequence[str]
-    shorter: Sequence[str] = ()
+    short_cells: Sequence[str] = ()
     right: bool = False
-    keep: int = 0
-    wraps: int = 0
+    priority: int = 0
+    wrap_width: int = 0
+    code: bool = False
 
     @property
     def width(self) -> int:
-        return max(cell_len(text) for text in (self.heading, *self.cells))
+        """Cells of a terminal that the widest line takes."""
+        return max(cell_len(line) for line in (*self.heading.split("\n"), *self.cells))
 
     @property
-    def least(self) -> int:
+    def min_width(self) -> int:
         """The width without which the column is left out."""
-        return min(self.width, self.wraps or self.width)
+        return min(self.width, self.wrap_width or self.width)
+
+    @property
+    def is_empty(self) -> bool:
+        return all(cell in ("", NOTHING) for cell in self.cells)
+
+    def with_stacked_heading(self) -> Column:
+        """The same with a heading of several lines, where its cells are narrower than the heading."""
+        longest_word = max(map(len, self.heading.split()), default=1)
+        lines = textwrap.wrap(self.heading, max(longest_word, *map(cell_len, self.cells), 1))
+        return replace(self, heading="\n".join(lines))
+
+    def with_short_cells(self) -> Column:
+        """The same with the short form of its cells, where it has one."""
+        return replace(self, cells=self.short_cells) if self.short_cells else self
 
 
-def fitted(columns: Sequence[Column], width: int, *, blanks: bool = False) -> Table:
-    """A table of at most `width` cells a line, without the columns that have no room.
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Columns of equally many cells. The first names the rows and is never left out.
 
-    blanks: columns that say nothing stay while all have room.
+    keep_empty: a terminal with room for all columns shows those that say nothing too.
     """
 
-    def needed(columns: Sequence[Column]) -> int:
-        return sum(GAP + column.least for column in columns)
+    columns: Sequence[Column]
+    keep_empty: bool = False
 
-    first, *others = columns
-    if not blanks or first.width + needed(others) > width:
-        others = [column for column in others if any(cell not in ("", NOTHING) for cell in column.cells)]
-    if first.width + needed(others) > width:
-        first, *others = (replace(c, cells=c.shorter) if c.shorter else c for c in (first, *others))
-    while others and first.width + needed(others) > width:
-        others.remove(min(reversed(others), key=lambda column: column.keep))
-    room = max(1, width - needed(others))
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        return list(zip(*(column.cells for column in self.columns), strict=True))
+
+
+def terminal(table: Table, width: int) -> rich.table.Table:
+    """The table in lines of at most `width` cells.
+
+    What does not fit is narrowed in this order: empty columns go, headings take several lines, cells their short form,
+    and then the columns of the lowest priority go.
+    """
+    columns = list(table.columns)
+    if not table.keep_empty or _needed(columns) > width:
+        columns = [columns[0], *(column for column in columns[1:] if not column.is_empty)]
+    for narrower in (Column.with_stacked_heading, Column.with_short_cells):
+        if _needed(columns) > width:
+            columns = [narrower(column) for column in columns]
+    while len(columns) > 1 and _needed(columns) > width:
+        columns.remove(min(reversed(columns[1:]), key=lambda column: column.priority))
+    first, others = columns[0], columns[1:]
+    room = max(1, width - sum(GAP + column.min_width for column in others))
     spare = max(0, room - first.width)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP // 2))
-    for column in (first, *others):
-        table.add_column(
-            Text(column.heading),
+    height = max(column.heading.count("\n") for column in columns)
+    shown = rich.table.Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP // 2))
+    for column in columns:
+        shown.add_column(
+            Text("\n" * (height - column.heading.count("\n")) + column.heading),
             justify="right" if column.right else "left",
-            width=min(column.width, room if column is first else column.least + spare),
-            no_wrap=not column.wraps,
-            overflow="fold" if column.wraps else "ellipsis",
+            width=min(column.width, room if column is first else column.min_width + spare),
+            no_wrap=not column.wrap_width,
+            overflow="fold" if column.wrap_width else "ellipsis",
         )
-    for cells in zip(*(column.cells for column in (first, *others)), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        shown.add_row(*map(Text, cells))
+    return shown
 
 
-def number(value: float | None) -> str:
-    """An error, six digits behind the point."""
-    return NOTHING if value is None else f"{value:.6f}"
+def _needed(columns: Sequence[Column]) -> int:
+    return columns[0].width + sum(GAP + column.min_width for column in columns[1:])
 
 
-def share(value: float | None, digits: int = 2) -> str:
-    """A relative gain or a skill, in per cent."""
-    return NOTHING if value is None else f"{100 * value:+.{digits}f}%"
+def markdown(table: Table, *, spaced: bool = False) -> str:
+    """The table in GitHub's form.
+
+    spaced: for optuna-dashboard, whose tables leave no room between columns and break numbers from their units.
+    """
+    rules = ["---:" if column.right else "---" for column in table.columns]
+    head = [column.heading for column in table.columns]
+    rows = [
+        [_markdown_cell(cell, code=column.code) for column, cell in zip(table.columns, row, strict=True)]
+        for row in table.rows
+    ]
+    if spaced:
+        head, *rows = (
+            [line[0], *(f"\u2003{cell.replace(' %', chr(0xA0) + '%')}" for cell in line[1:])] for line in (head, *rows)
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rules, *rows))
 
 
-def assigned(values: Mapping[str, Any]) -> str:
-    """Names and values in one line: "aggregate=mean num_samples=64"."""
-    return " ".join(f"{name}={f'{one:.6g}' if isinstance(one, float) else one}" for name, one in values.items())
+def _markdown_cell(cell: str, *, code: bool) -> str:
+    if code and cell not in ("", NOTHING):
+        return literal(cell)
+    return " ".join(cell.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def rate(a_second: float | None) -> str:
-    """How many in a second, a minute or an hour."""
-    if not a_second:
+def literal(words: str) -> str:
+    """Somebody else's words in one line of Markdown code, where they have no meaning."""
+    return "`" + " ".join(words.replace("`", "'").replace("|", "/").split()) + "`"
+
+
+# --- numbers --------------------------------------------------------------------------------------------------
+
+
+def percent_error(value: float | None) -> str:
+    """An error relative to the last close: "1.5086 %"."""
+    return NOTHING if value is None else f"{100 * value:.4f} %"
+
+
+def percent_gain(value: float | None) -> str:
+    """A relative improvement or a skill: "+5.42 %"."""
+    return NOTHING if value is None else f"{100 * value:+.2f} %"
+
+
+def percent_share(value: float, digits: int = 1) -> str:
+    """A part of a whole: "75.0 %"."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def percent_interval(low: float | None, high: float | None) -> str:
+    """An interval of relative improvements: "+1.20 to +8.43 %"."""
+    return NOTHING if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f} %"
+
+
+def p_value(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def significant(value: Any) -> str:
+    """A value of a parameter as people write it: 2.4, not 2.4000000000000004."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def params_text(params: Mapping[str, Any]) -> str:
+    """Parameters in one line: "aggregate=mean num_samples=64"."""
+    return " ".join(f"{name}={significant(value)}" for name, value in params.items()) or NOTHING
+
+
+def rate(per_second: float | None) -> str:
+    """A rate per second, minute or hour, whichever is the first that reaches one."""
+    if not per_second:
         return NOTHING
     for unit, seconds in (("s", 1), ("min", 60)):
-        if a_second * seconds >= 1:
-            return f"{a_second * seconds:.1f}/{unit}"
-    return f"{a_second * 3600:.1f}/h"
+        if per_second * seconds >= 1:
+            return f"{per_second * seconds:.1f}/{unit}"
+    return f"{per_second * 3600:.1f}/h"
 
 
 def duration(seconds: float | None) -> str:
-    """In the two largest units that matter."""
+    """A duration in its two largest units: "4.2 s", "42 s", "3 h 20 min"."""
     if seconds is None or not math.isfinite(seconds):
         return NOTHING
-    if seconds < 60:
-        return f"{seconds:.0f} s"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"

@@ -1,0 +1,211 @@
+"""What there is to say of one study, read from the database once, and the tables of it that every view shows.
+
+Loads no model. Knows nothing of where it is shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launch.views.decisions import NEXT
+from launch.views.tables import NOTHING, Column, Table, duration, params_text, percent_error, percent_gain
+from storage import board, database, slots
+from storage.database import RetryingStorage
+from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
+from studies import evidence
+from studies.evidence import MeasuredConfiguration, StudyEvidence, relative_gain
+from studies.study import Study
+
+BEST_SHOWN = 5  # trials
+DECISION, CONFIRMATION = "decision", "confirmation"  # user attributes of a study that are read again
+UNDECIDED = "none yet"
+STAGES = {slots.BASELINE: "configuration in use", slots.TRIAL: "trial", slots.CONFIRMATION: "confirmation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTrial:
+    """A complete trial of a search."""
+
+    number: int
+    mae: float | None  # on the search windows
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFacts:
+    """What there is to say of a study. MAEs are relative to the last close."""
+
+    study: Study
+    progress: Progress
+    states: Mapping[str, int]  # number of trials by state
+    values: Mapping[int, float]  # MAE on the search windows by number of the complete trial
+    best: Sequence[SearchTrial]  # the best trials of the search, best first
+    baselines: Mapping[str, Mapping[str, Any]]  # what was in use when the search began, by label, as stored
+    result: Mapping[str, Any] | None  # of the confirmation, as stored; `evidence` is the same, typed
+    evidence: StudyEvidence | None
+    seconds: Mapping[str, float]  # of workers by stage
+    parked: Sequence[Parked]
+    decision: str | None  # what `promote` last decided on this evidence
+
+    @property
+    def no_change_mae(self) -> float | None:
+        return self.study.definition.get("no_change_mae")
+
+    @property
+    def in_use_maes(self) -> dict[str, float]:
+        """MAE on the search windows of what is in use, by label; as confirmed, where it was confirmed."""
+        found = {label: one["validation"]["mae"] for label, one in self.baselines.items()}
+        confirmed = self.evidence.in_use if self.evidence else {}
+        return found | {label: mae for label, one in confirmed.items() if (mae := one.mae("validation")) is not None}
+
+    @property
+    def incumbent_mae(self) -> float | None:
+        return self.in_use_maes.get(evidence.INCUMBENT)
+
+    @property
+    def configurations(self) -> dict[str, Mapping[str, Any]]:
+        """The parameters of every configuration that a table names, by its name there."""
+        found = {trial_name(trial.number): trial.params for trial in self.best}
+        found |= {label: one["params"] for label, one in self.baselines.items()}
+        if self.evidence:
+            found |= {trial_name(one.trial): one.params for one in self.evidence.candidates}
+            found |= {label: one.params for label, one in self.evidence.in_use.items()}
+        return found
+
+    @property
+    def confirmation_id(self) -> str | None:
+        """Tells two results of a confirmation apart."""
+        if not self.result:
+            return None
+        return hashlib.sha256(json.dumps(self.result, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def progress_text(self) -> str:
+        """How far the search is: "98 of 100 trials, 12 pruned, 2 parked"."""
+        text = f"{self.progress.done} of {self.progress.budget} trials"
+        if pruned := self.states.get("pruned"):
+            text += f", {pruned} pruned"
+        return f"{text}, {self.progress.parked} parked" if self.progress.parked else text
+
+    @property
+    def time_text(self) -> str:
+        """What workers spent their time on, longest first."""
+        longest_first = sorted(self.seconds.items(), key=lambda item: -item[1])
+        return ", ".join(f"{stage} {duration(spent)}" for stage, spent in longest_first if spent >= 0.05)
+
+    @property
+    def next_command(self) -> str:
+        """The command that takes the study a step further."""
+        study = self.study
+        if self.progress.state != "finished" or self.result is None:
+            return f"launch-workers --symbols {study.symbol} --models {study.model}"
+        if self.decision and NEXT in self.decision:
+            return self.decision.rsplit(NEXT, 1)[1]
+        if self.decision:
+            return f"launch-workers --symbols {study.symbol}"  # opens a new study where there are newer bars
+        return f"promote --symbols {study.symbol}"
+
+
+def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decision: str | None = None) -> StudyFacts:
+    """Read everything about a study.
+
+    decision: a new one; without it the last one counts, as long as it was made on the same confirmation.
+    Raises DatabaseUnavailable.
+    """
+    study_id = study.study_id
+    result = read_confirmations(storage, [study_id])[study_id].result
+    facts = StudyFacts(
+        study=study,
+        progress=progress,
+        states=database.trial_states(storage, study_id),
+        values=board.trial_values(storage, study_id),
+        best=[
+            SearchTrial(number=trial.number, mae=trial.value, params=trial.params)
+            for trial in database.best_trials(storage, study_id, BEST_SHOWN)
+        ],
+        baselines=stage_results(storage, study_id, slots.BASELINE),
+        result=result,
+        evidence=evidence.from_json(study.model, result) if result else None,
+        seconds=worker_seconds(storage, [study_id]).get(study_id, {}),
+        parked=parked_slots(storage, study_id),
+        decision=decision if result else None,
+    )
+    if result and decision is None:
+        known = storage.get_study_user_attrs(study_id)
+        if known.get(CONFIRMATION) == facts.confirmation_id and known.get(DECISION) != UNDECIDED:
+            return replace(facts, decision=known.get(DECISION))
+    return facts
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+
+def search_table(facts: StudyFacts) -> Table:
+    """The best trials, what is in use and "no change" on the windows of the search."""
+    in_use, no_change = facts.in_use_maes, facts.no_change_mae
+    maes = {trial_name(trial.number): trial.mae for trial in facts.best} | in_use
+    incumbent = facts.incumbent_mae
+    gains = [percent_gain(None if name in in_use else relative_gain(incumbent, mae)) for name, mae in maes.items()]
+    skills = [percent_gain(relative_gain(no_change, mae)) for mae in maes.values()]
+    configurations = facts.configurations
+    return Table(
+        columns=[
+            Column(heading="", cells=[*maes, "no change"]),
+            _numbers("MAE", [percent_error(mae) for mae in (*maes.values(), no_change)], 3),
+            _numbers("improvement", [*gains, NOTHING], 2),
+            _numbers("skill", [*skills, NOTHING], 1),
+            Column(
+                heading="configuration", cells=[*(params_text(configurations[n]) for n in maes), NOTHING], code=True
+            ),
+        ]
+    )
+
+
+def confirmation_table(found: StudyEvidence) -> Table:
+    """What was confirmed, best first, then what is in use; one that could not be measured says why."""
+    named = {trial_name(one.trial): one for one in found.ranked} | dict(found.in_use)
+    measured = list(named.values())
+
+    def maes(part: evidence.Part, heading: str, priority: int) -> Column:
+        values = [*(one.mae(part) for one in measured), found.no_change[part].mae]
+        return _numbers(heading, [percent_error(mae) for mae in values], priority)
+
+    def gains(part: evidence.Part, heading: str, priority: int) -> Column:
+        incumbent = found.incumbent
+        old = incumbent.mae(part) if incumbent else None
+        values = [None if one is incumbent else relative_gain(old, one.mae(part)) for one in measured]
+        return _numbers(heading, [*map(percent_gain, values), NOTHING], priority)
+
+    def skills(part: evidence.Part, heading: str, priority: int) -> Column:
+        values = [one.on(part) for one in measured]
+        return _numbers(heading, [*(percent_gain(one.skill if one else None) for one in values), NOTHING], priority)
+
+    return Table(
+        columns=[
+            Column(heading="", cells=[*named, "no change"]),
+            maes("confirmation", "MAE", 6),
+            gains("confirmation", "improvement", 5),
+            skills("confirmation", "skill", 4),
+            maes("test", "test MAE", 3),
+            gains("test", "test improvement", 2),
+            skills("test", "test skill", 1),
+            Column(heading="configuration", cells=[*map(_configuration_text, measured), NOTHING], code=True),
+        ]
+    )
+
+
+def trial_name(number: int | None) -> str:
+    """How tables and figures name a trial."""
+    return f"trial {number}"
+
+
+def _numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
+    return Column(heading=heading, cells=cells, right=True, priority=priority)
+
+
+def _configuration_text(one: MeasuredConfiguration) -> str:
+    return params_text(one.params) if one.error is None else one.error
