@@ -23,7 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
 from storage import DatabaseUnavailable
-from storage.database import RetryingStorage
+from storage.retrying import RetryingStorage
 
 BOARD_LOCK = 3  # first key of the advisory lock of those who write a study's board
 NOTE, NOTE_VERSION, PLOT, ARTIFACT = "dashboard:note_str:", "dashboard:note_ver", "dashboard:plot_data:", "artifacts:"

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
-from storage.database import RetryingStorage
+from storage.retrying import RetryingStorage
 from storage.slots import CONFIRMATION, TRIAL
 
 

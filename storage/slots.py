@@ -17,7 +17,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.database import CLAIM_ATTR, RetryingStorage, is_transient
+from storage.retrying import CLAIM_ATTR, RetryingStorage, is_transient
 
 BASELINE, TRIAL, CONFIRMATION = 0, 1, 2  # stages, in the order in which they are worked
 

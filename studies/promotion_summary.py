@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from storage import database
+from storage import study_rows
 from storage.configs import ConfigFileError
 from storage.database import RetryingStorage
 from storage.progress import study_progress
@@ -49,7 +49,7 @@ def write(storage: RetryingStorage, folder: Path, rows: Sequence[SymbolDecision]
 def summary(storage: RetryingStorage, pairs: Sequence[ModelOutcome]) -> dict[str, Any]:
     """What the file says. Seconds are those that workers spent in trials; their total is from first to last trial."""
     ids = {study.name: study.study_id for study in studying.list_studies(storage)}
-    efforts = database.efforts(storage)
+    efforts = study_rows.efforts(storage)
     found = [efforts[ids[pair.study]] for pair in pairs if ids[pair.study] in efforts]
     progress, models = study_progress(storage), sorted({pair.model for pair in pairs})
     results = []

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launch.output import counted, say, show
 from launch.views.tables import NOTHING, Column, assigned, fitted, number, share
-from storage import database, slots
+from storage import slots, study_rows
 from storage.database import RetryingStorage
 from storage.progress import (
     first_parked_slots,
@@ -66,7 +66,7 @@ class StudyRow:
 def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[StudyRow]:
     """Every study, or those named by id, sorted by name."""
     progress = study_progress(storage)
-    best = database.best_values(storage, study_ids)
+    best = study_rows.best_values(storage, study_ids)
     baselines = pick_results(storage, slots.BASELINE, {"mae": "$.validation.mae"}, study_ids, label="incumbent")
     confirmations = pick_results(storage, slots.CONFIRMATION, CONFIRMED, study_ids)
     reasons = first_parked_slots(storage, study_ids)
@@ -171,10 +171,10 @@ def details(storage: RetryingStorage, name: str) -> dict[str, Any] | None:
     importances, too_few = importance.importances(storage, name)
     return {
         **asdict(row),
-        "trials": database.trial_states(storage, study.study_id),
+        "trials": study_rows.trial_states(storage, study.study_id),
         "best": [
             {"trial": trial.number, "mae": trial.value, "params": trial.params}
-            for trial in database.best_trials(storage, study.study_id, BEST_SHOWN)
+            for trial in study_rows.best_trials(storage, study.study_id, BEST_SHOWN)
         ],
         "baselines": stage_results(storage, study.study_id, slots.BASELINE),
         "confirmation": read_confirmations(storage, [study.study_id])[study.study_id].result,

@@ -35,7 +35,7 @@ from launch.streams import Stderr
 from launch.supervisor import Child
 from launch.views.tables import Column, duration, fitted, number, rate, share
 from launch.worker import EXIT_DONE, EXIT_INTERRUPTED
-from storage import database, slots
+from storage import slots, study_rows
 from storage.database import RetryingStorage
 from storage.progress import RunSnapshot, run_snapshot
 
@@ -333,7 +333,7 @@ class RunWatcher:
         ours = [child.name for child in self.children if child.name]
         self._ours.update(ours)
         glance = run_snapshot(self._storage, self._studies, ours, **INCUMBENT)
-        best = database.best_values(self._storage, self._studies)
+        best = study_rows.best_values(self._storage, self._studies)
         now = time.monotonic()
         counts: dict[Any, int] = {study_id: one.done for study_id, one in glance.progress.items()}
         self._rates.add(now, {**counts, "all": sum(counts.values()), **dict.fromkeys(ours, 0), **glance.finished})

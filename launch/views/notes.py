@@ -17,7 +17,7 @@ from typing import Any
 from launch.output import counted
 from launch.views import figures
 from launch.views.tables import assigned
-from storage import board, database, slots
+from storage import board, slots, study_rows
 from storage.board import Image
 from storage.database import RetryingStorage
 from storage.progress import (
@@ -169,12 +169,12 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
         known = storage.get_study_user_attrs(study_id)
         decision = known.get(DECISION) if known.get(CONFIRMATION) == confirmation else None
         decision = None if decision == UNDECIDED else decision
-    best = database.best_trials(storage, study_id, 1)
+    best = study_rows.best_trials(storage, study_id, 1)
     incumbent = stage_results(storage, study_id, slots.BASELINE).get("incumbent")
     return Facts(
         study=study,
         progress=progress,
-        states=database.trial_states(storage, study_id),
+        states=study_rows.trial_states(storage, study_id),
         values=board.trial_values(storage, study_id),
         best_params=best[0].params if best else {},
         incumbent_mae=incumbent["validation"]["mae"] if incumbent else None,
