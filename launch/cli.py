@@ -157,13 +157,13 @@ def promote(
     promote --rollback BTCUSD
     """
     from launch.views import decisions, notes
-    from storage import configs
+    from storage import history
     from studies import promoting
     from studies import promotion_summary as summary
 
     if rollback:
         (symbol,) = checked_symbols([[rollback]])
-        restored = configs.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
+        restored = history.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
         if as_json:
             click.echo(json.dumps(asdict(restored), indent=2, default=str))
             return

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from launch.output import say
 from launch.views.tables import NOTHING, Column, fitted, number, share
-from storage.configs import Restored
+from storage.history import Restored
 from studies.promoting import SymbolDecision
 
 
