@@ -158,7 +158,11 @@ def _state(root: Path, symbol: str) -> dict[str, bytes | None]:
 
 def _folders(root: Path) -> list[str]:
     """The folders of promoted files, in the order in which files are replaced."""
-    models = [path.name for path in root.iterdir() if is_model(path.name) and path.is_dir()] if root.is_dir() else []
+    try:
+        with os.scandir(root) as entries:
+            models = [entry.name for entry in entries if is_model(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        models = []
     return _ordered([*FIRST_MODELS, *models, *CHOSEN])
 
 

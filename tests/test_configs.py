@@ -507,3 +507,100 @@ def test_damaged_history_is_named_and_changes_nothing(
         history.rollback(tmp_path, "NVDA")
     assert "\n" not in str(caught.value)
     assert everything(tmp_path) == before
+
+
+# --- folders of other models
+
+
+def naive(version: int) -> dict[str, Any]:
+    return payload(model="naive", config={"season": 24, "version": version})
+
+
+def make_old_history(root: Path) -> list[dict[str, bytes]]:
+    """Two steps and their files, as written when every step named four folders; the states before and after each."""
+    contents = [(json.dumps(toto(version), indent=2) + "\n").encode() for version in (1, 2)]
+    states: list[dict[str, bytes]] = [{}]
+    for number, content in enumerate(contents, 1):
+        step = root / "history" / "NVDA" / f"{number:04d}-2025010{number}T000000Z"
+        step.mkdir(parents=True)
+        before = states[-1]
+        for folder, old in before.items():
+            (step / f"{folder}.json").write_bytes(old)
+        (step / "promoted.json").write_bytes(content)
+        description = {
+            "symbol": "NVDA",
+            "action": "promotion",
+            "time": f"2025-01-0{number}T00:00:00Z",
+            "undoes": [],
+            "before": {f: hashlib.sha256(before[f]).hexdigest() if f in before else None for f in FOLDERS},
+            "after": {f: hashlib.sha256(content).hexdigest() for f in FOLDERS if f != "kronos"},
+        }
+        (step / "step.json").write_text(json.dumps(description, indent=2) + "\n")
+        states.append({f: content for f in FOLDERS if f != "kronos"})
+    for folder, content in states[-1].items():
+        put(root, content, folder)
+    return states
+
+
+def with_naive(root: Path) -> dict[str, bytes]:
+    own = root / "naive" / "NVDA.json"
+    return {**files(root), **({"naive": own.read_bytes()} if own.exists() else {})}
+
+
+def test_third_model_joins_a_history_that_does_not_know_it(tmp_path: Path) -> None:
+    states = make_old_history(tmp_path)[1:]
+    for content in (naive(1), kronos(1), naive(2)):
+        promote(tmp_path, content)
+        states.append(with_naive(tmp_path))
+    newest = sorted((tmp_path / "history" / "NVDA").iterdir())[-1]
+    step = json.loads((newest / "step.json").read_text())
+    assert list(step["before"]) == ["toto", "kronos", "naive", "optimized_compiled", "best"]
+    assert list(step["after"]) == ["naive", "optimized_compiled", "best"]
+    models = ["toto", "toto", "naive", "kronos"]
+    while len(states) > 1:
+        states.pop()
+        restored = history.rollback(tmp_path, "NVDA")
+        assert with_naive(tmp_path) == states[-1]
+        assert (restored.model, restored.remaining) == (models[len(states) - 1], len(states) - 1)
+        assert restored.mismatch is None
+    with pytest.raises(ConfigFileError, match="nothing left"):
+        history.rollback(tmp_path, "NVDA")
+
+
+def test_step_leaves_a_folder_that_it_does_not_mention_alone(tmp_path: Path) -> None:
+    states = make_old_history(tmp_path)
+    promote(tmp_path, naive(1), own=True)
+    own = (tmp_path / "naive" / "NVDA.json").read_bytes()
+    history.rollback(tmp_path, "NVDA")  # the second old step, which knows four folders
+    assert with_naive(tmp_path) == {**states[1], "naive": own}
+
+
+def test_file_in_a_third_models_folder_may_not_name_its_model(tmp_path: Path) -> None:
+    content = {"config": {"season": 24}}
+    put(tmp_path, content, "naive")
+    record = configs.read(tmp_path, "naive", "NVDA")
+    assert record
+    assert record.model == "naive"
+    for folder in ("best", "optimized_compiled"):
+        put(tmp_path, content, folder)
+        with pytest.raises(ConfigFileError, match="it names no model"):
+            configs.read(tmp_path, folder, "NVDA")
+
+
+@pytest.mark.parametrize("folder", ["history", "promoted", "step", ".locks", "Toto", "a-b", "../toto", ""])
+def test_reserved_and_odd_names_are_no_models_folders(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(ValueError, match="is not a folder"):
+        history.write(tmp_path, "NVDA", payload(), [folder, "best"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_step_that_names_a_foreign_path_is_damaged(tmp_path: Path) -> None:
+    make_old_history(tmp_path)
+    description = sorted((tmp_path / "history" / "NVDA").iterdir())[-1] / "step.json"
+    step = json.loads(description.read_text())
+    step["before"]["../x"] = step["after"]["../x"] = None
+    description.write_text(json.dumps(step))
+    before = everything(tmp_path)
+    with pytest.raises(ConfigFileError, match="not a step of the history"):
+        history.rollback(tmp_path, "NVDA", dry_run=True)
+    assert everything(tmp_path) == before
