@@ -32,9 +32,9 @@ from sqlalchemy import text
 from benchmarks import private, recording
 from launch.worker import RunPlan
 from objectives.bars import read_bars
-from storage import database, embedded, slots
-from storage.database import RetryingStorage
+from storage import database, embedded, retrying, slots
 from storage.progress import study_progress
+from storage.retrying import RetryingStorage
 from studies import evaluators
 from studies import study as studying
 from studies.series import Series, demo_bars
@@ -255,7 +255,7 @@ class Run:
 
         statement = text("select state, claim from slots where stage = :stage")
         rows = self.storage.transaction(lambda c: c.execute(statement, {"stage": slots.TRIAL}).all())
-        claims = Counter(trial.system_attrs[database.CLAIM_ATTR] for trial in ended)
+        claims = Counter(trial.system_attrs[retrying.CLAIM_ATTR] for trial in ended)
         result.expect("slots done", sum(row.state == "done" for row in rows), total)
         result.expect("slots done twice", len(ended) - len(claims), 0)
         result.expect("trials without a slot", len(set(claims) - {row.claim for row in rows}), 0)

@@ -29,8 +29,8 @@ from benchmarks import private, recording
 from launch.views import dashboard
 from launch.views.live import RunWatcher
 from storage import database, slots
-from storage.database import RetryingStorage
 from storage.progress import free_counts, study_progress
+from storage.retrying import RetryingStorage
 from studies import config as configuration
 from studies import space
 

@@ -21,8 +21,8 @@ from sqlalchemy import text
 from benchmarks import private, recording
 from benchmarks.random_models import KRONOS_SMALL, random_checkpoints
 from storage import database, slots
-from storage.database import RetryingStorage
 from storage.progress import read_confirmations, study_progress, worker_seconds
+from storage.retrying import RetryingStorage
 from studies.series import demo_bars
 
 BARS = 850  # of a symbol: 512 of context, 250 windows to confirm on, 20 of test, and a few

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import text
 
 from storage import embedded
-from storage.database import RetryingStorage
+from storage.retrying import RetryingStorage
 
 SERVER = "server"
 # Dotted keys, so that a benchmark can set more of the same tables.

@@ -29,8 +29,8 @@ from sqlalchemy.engine import Connection
 
 from benchmarks import private, recording
 from objectives.metrics import Measurement
-from storage import database, slots, trials
-from storage.database import RetryingStorage
+from storage import database, retrying, slots, study_rows, trials
+from storage.retrying import RetryingStorage
 from studies import sampler, working
 from studies import study as studying
 from studies.space import Space
@@ -201,7 +201,7 @@ def fill(storage: RetryingStorage, name: str, count: int, budget: int) -> None:
     def fill_slots(connection: Connection, study_id: int) -> None:
         slots.raise_budget(connection, study_id, budget)
 
-    study_id = database.create_study(storage, name, {}, "mae", fill_slots)
+    study_id = study_rows.create_study(storage, name, {}, "mae", fill_slots)
     rng = random.Random(0)
 
     def finished(number: int) -> optuna.trial.FrozenTrial:
@@ -211,7 +211,7 @@ def fill(storage: RetryingStorage, name: str, count: int, budget: int) -> None:
             params=params,
             distributions=DISTRIBUTIONS,
             user_attrs={"worker": "host:1", "device": "cpu", "measured": {"mae": value(params)}},
-            system_attrs={database.CLAIM_ATTR: f"host:1:{number}"},
+            system_attrs={retrying.CLAIM_ATTR: f"host:1:{number}"},
             intermediate_values=dict.fromkeys(range(REPORTS), 1.0),
         )
 

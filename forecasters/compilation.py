@@ -8,7 +8,6 @@ compiled is run as it is, with one warning, and `Graphs.state` says so. Knows no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -214,16 +214,19 @@ class Graphs:
         if done.exists():
             yield
             return
-        with lock_path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("waiting for another worker that compiles the same")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = FileLock(lock_path, fallback_to_soft=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            log.info("waiting for another worker that compiles the same")
+            lock.acquire()
+        try:
             if not done.exists():
                 yield
                 done.touch()
                 return
+        finally:
+            lock.release()
         yield  # another worker has compiled it while we waited
 
 

@@ -74,7 +74,7 @@ def launch_workers(
     """
     from launch import devices, ray_cluster
     from launch.views import listing
-    from storage import database
+    from storage import urls
     from studies import study as studying
     from studies.evaluators import checkpoint_fingerprint
     from studies.series import read_series
@@ -97,7 +97,7 @@ def launch_workers(
     cluster = None
     if ray:
         cluster = ray_cluster.connect(ray, gpus=gpus_total, cpus=cpus)
-        host = database.parse_url(config.storage.url).host if config.storage.url else "127.0.0.1"
+        host = urls.parse_url(config.storage.url).host if config.storage.url else "127.0.0.1"
         ray_cluster.check_storage(cluster, host)
     # Everything the user can have got wrong is checked; from here on something is made.
     for note in notes:
@@ -158,13 +158,13 @@ def promote(
     promote --rollback BTCUSD
     """
     from launch.views import decisions, notes
-    from storage import configs
+    from storage import history
     from studies import promoting
     from studies import promotion_summary as summary
 
     if rollback:
         (symbol,) = checked_symbols([[rollback]])
-        restored = configs.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
+        restored = history.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
         if as_json:
             click.echo(json.dumps(asdict(restored), indent=2, default=str))
             return

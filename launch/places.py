@@ -95,15 +95,15 @@ def shared_url(config: Config, host: str | None) -> str:
     host: how other hosts call this machine.
     Raises DatabaseUnavailable, and ConfigError where no other host could reach it.
     """
-    from storage import database
+    from storage import urls
 
     listen = ip_address(config.storage.listen)
     if host and config.storage.url:
         raise ConfigError("--host is for the private server's URL; the storage is a server of yours")
     if host and listen.is_loopback:
         raise ConfigError(f"[storage] listen is {listen}, which lets no other host in; set it, then: studies stop")
-    parsed = database.parse_url(storage_url(config, start=True))
+    parsed = urls.parse_url(storage_url(config, start=True))
     if not config.storage.url and not listen.is_loopback:
         # 0.0.0.0 is no address to call: without --host the URL is for this machine.
         parsed = parsed.set(host=host or (parsed.host if listen.is_unspecified else str(listen)))
-    return database.without_password(parsed)
+    return urls.without_password(parsed)

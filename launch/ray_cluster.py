@@ -31,7 +31,7 @@ import click
 from launch.devices import DeviceError, DeviceSlot, cpu_slot
 from launch.supervisor import POLL_S, Child, Supervisor
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
-from storage import database
+from storage import urls
 from studies.config import Config
 
 CONNECT_S = 5.0
@@ -56,7 +56,7 @@ def check_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: 
     # Ray keeps a driver's command line in its list of jobs.
     for word in sys.argv[1:]:
         url = word.removeprefix("--storage=")
-        if "://" in url and database.hand_over(database.parse_url(url))[1]:
+        if "://" in url and urls.hand_over(urls.parse_url(url))[1]:
             raise click.UsageError("--ray shows this command line to the cluster; put the password into PGPASSWORD")
 
 

@@ -16,9 +16,9 @@ from launch.places import artifacts_folder, kept_alive
 from launch.ray_cluster import Cluster
 from launch.views import listing, live, notes
 from launch.worker import RunPlan
-from storage import DatabaseUnavailable, database
-from storage.database import RetryingStorage
+from storage import DatabaseUnavailable, database, urls
 from storage.progress import parked_slots, study_progress
+from storage.retrying import RetryingStorage
 from studies.config import Config, ConfigError
 from studies.series import Series
 from studies.study import Study
@@ -43,7 +43,7 @@ def run_workers(
         studies=tuple(study.name for study in working),
         devices=tuple(device_slot.device for device_slot in device_slots),
     )
-    url, secret = database.hand_over(storage.engine.url)
+    url, secret = urls.hand_over(storage.engine.url)
     study_ids = [study.study_id for study in working]
     kinds = sorted({device_slot.device.split(":")[0] for device_slot in device_slots})
     say(f"{counted(len(device_slots), '/'.join(kinds) + ' worker')}; logs in {folder}")

@@ -21,7 +21,7 @@ from typing import IO, Protocol
 from launch.devices import DeviceSlot
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
 from storage import DatabaseUnavailable, slots
-from storage.database import RetryingStorage
+from storage.retrying import RetryingStorage
 
 POLL_S = 0.2
 MAX_CRASHES = 3  # of one device

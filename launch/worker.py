@@ -23,8 +23,8 @@ from launch import devices
 from objectives.bars import read_bars
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
-from storage.database import RetryingStorage
 from storage.progress import free_counts, study_progress
+from storage.retrying import RetryingStorage
 from storage.slots import Slot
 from studies import config as configuration
 from studies import evaluators, working

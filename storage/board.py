@@ -7,7 +7,6 @@ Knows how optuna-dashboard keeps these things. Knows nothing of what they say.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +22,8 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
 from storage import DatabaseUnavailable
-from storage.database import RetryingStorage
+from storage.files import replace_file
+from storage.retrying import RetryingStorage
 
 BOARD_LOCK = 3  # first key of the advisory lock of those who write a study's board
 NOTE, NOTE_VERSION, PLOT, ARTIFACT = "dashboard:note_str:", "dashboard:note_ver", "dashboard:plot_data:", "artifacts:"
@@ -51,9 +51,7 @@ def keep_image(folder: Path, name: str, key: str, draw: Callable[[], bytes]) -> 
     path = folder / image.id
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{image.id}.{os.getpid()}"
-        temporary.write_bytes(draw())
-        temporary.replace(path)  # a reader sees none or all of it
+        replace_file(path, draw())
     return image
 
 

@@ -1,50 +1,33 @@
-"""The promoted files: `{root}/{folder}/{SYMBOL}.json`, read in every form they were ever written, written whole.
+"""The promoted files: `{root}/{folder}/{SYMBOL}.json`, read in every form they were ever written.
 
-Owns their form, their history and their locks. Knows nothing of what the numbers mean or which is better.
+Owns their form. Knows nothing of what the numbers mean or which is better; history.py writes them.
 Readers take no lock: a file is only ever replaced by a rename. `root` is the folder `hyperparams`.
-
-Each write and each rollback is a step: its folder `history/{SYMBOL}/{number}-{time}/`, complete and on the disk before
-the first file is replaced, holds `step.json` (what it replaces, as digests), `{folder}.json` (what each folder holds
-before it) and `promoted.json` (what is written). The last file replaced, `best` where it is among them, decides whether
-the step has happened. One whose writer was killed before that is taken back by the next writer, and named `-void`.
+A folder is a model's, whatever its name, or one of the two that hold the model chosen for a symbol.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
 from forecasters import ExpectedError
-from storage.files import sync_folder
+from storage.symbols import check_symbol
 
-SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9.-]*")
-FOLDERS = ("toto", "kronos", "optimized_compiled", "best")  # in the order they are replaced: readers trust `best`
-MODELS = ("toto", "kronos")
+CHOSEN = ("optimized_compiled", "best")  # in the order they are replaced: readers trust `best`
+RESERVED = (*CHOSEN, "history", "promoted", "step")  # no models: folders, and files of a step, have these names
 KEYS = ("symbol", "model", "config", "validation", "test", "windows", "config_path", "metadata")
-UNCHECKED = "unchecked"  # `expected_digest` of a writer that replaces whatever is there
-_LOCK_TIMEOUT_S = 30.0
-_STEP = re.compile(r"(\d+)-\d{8}T\d{6}Z(-void)?")
 
 
 class ConfigFileError(ExpectedError, ValueError):
     """A promoted file cannot be read or written."""
-
-
-class ConcurrentWrite(ConfigFileError):
-    """Another process has replaced the file since it was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +35,7 @@ class Record:
     """One promoted file. Metrics that are absent, null or not finite are left out of `validation` and `test`."""
 
     symbol: str
-    model: str  # "toto" or "kronos"; files of other systems may name others
+    model: str  # as the file names it, compiled or not; where it names none, the model of its folder
     config: Mapping[str, Any]
     validation: Mapping[str, float]  # price_mae, pct_return_mae, latency_s, ...
     test: Mapping[str, float]
@@ -64,114 +47,32 @@ class Record:
     digest: str  # sha256 of the file's bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Restored:
-    """What a rollback put back, or would."""
-
-    symbol: str
-    model: str | None  # that `best` names again; None: the file that was replaced cannot be read
-    promoted_at: str  # UTC time of the promotion that is undone
-    step: Path  # its folder in the history; what is put back is from there
-    restored: tuple[Path, ...]  # files that hold again what they held
-    removed: tuple[Path, ...]  # files that are gone again: before the promotion there were none
-    mismatch: Path | None  # the file of `model` if that was missing, or said something else than `best`, then too
-    kept: Path | None  # the step of the history with what was rolled back; None: nothing is written
-    remaining: int  # promotions that can still be rolled back
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    path: Path
-    action: str  # "promotion" or "rollback"
-    time: str
-    undoes: tuple[str, ...]  # names of the steps that a rollback undoes
-    before: Mapping[str, str | None]  # digest of every folder's file before the step; None: there was none
-    after: Mapping[str, str | None]  # the same after it, of the folders that it changes
-
-    def content(self, folder: str) -> bytes | None:
-        """What the folder held before the step. Raises ConfigFileError where that is no longer what was kept."""
-        if self.before[folder] is None:
-            return None
-        path = self.path / f"{folder}.json"
-        content = _bytes(path)
-        if content is None or _digest(content) != self.before[folder]:
-            raise ConfigFileError(f"{path}: missing or changed since; put back what it was, or move {self.path} away")
-        return content
-
-
 def read(root: Path, folder: str, symbol: str) -> Record | None:
     """The record of a symbol, or None where there is no file. A file that cannot be read is left as it is.
 
     Raises ConfigFileError, and ValueError for what is no symbol or folder.
     """
-    path = _path(root, folder, symbol)
-    with _plain_errors(path):
-        content = _bytes(path)
-    return None if content is None else _record(path, folder, symbol, content)
+    path = file_path(root, folder, symbol)
+    with plain_errors(path):
+        content = read_bytes(path)
+    return None if content is None else parse(path, folder, symbol, content)
 
 
-def write(
-    root: Path,
-    symbol: str,
-    payload: Mapping[str, Any],
-    folders: Sequence[str],
-    *,
-    expected_digest: str | None = UNCHECKED,
-) -> None:
-    """Replace a symbol's file in each of `folders`, `best` last; what they held goes to the history first.
-
-    `payload` has at least symbol, model, config and validation. `expected_digest` is that of `best` as the caller
-    read it, None for "there was none". A crash leaves each file old or new, never torn, and `best` new only where all
-    are; the next writer takes back what is new beside an old `best`. A full disk changes nothing.
-    Side effects: a step in `history/{SYMBOL}/` unless every file holds the payload already; a lock file in `.locks`.
-    Raises ConcurrentWrite if `best` is not what the caller read, ConfigFileError if a file cannot be written, and
-    ValueError for a payload that is incomplete or holds NaN or infinity. On ConcurrentWrite nothing is changed.
-    """
-    best = _path(root, "best", symbol)
-    for folder in folders:
-        _path(root, folder, symbol)
-    content = _encoded(symbol, payload)
-    with _plain_errors(best), _writing(root, symbol):
-        state = _state(root, symbol)
-        if expected_digest not in (UNCHECKED, _digest(state["best"])):
-            raise ConcurrentWrite(f"{best} was replaced meanwhile; run the command again")
-        changes = _changes(state, dict.fromkeys(folders, content))
-        if changes:
-            _take(root, symbol, "promotion", state, changes)
+def is_model(folder: str) -> bool:
+    """Whether a name can be a model's folder: lower case, digits and underscores, and not reserved."""
+    return re.fullmatch("[a-z0-9_]+", folder) is not None and folder not in RESERVED
 
 
-def rollback(root: Path, symbol: str, *, dry_run: bool = False) -> Restored:
-    """Undo the last promotion that replaced `best`: each file it replaced holds what it held, byte by byte.
-
-    So does the file of the model that `best` then names, even where a later promotion within that model replaced it:
-    readers that take the model from `best` and its parameters from the model's folder get what they got. What is
-    replaced here goes to the history too. Again and again it leads back to the first file that `best` held; promotions
-    that left `best` alone are not undone. `dry_run` writes nothing and takes no lock.
-    Raises ConfigFileError where nothing is left to roll back to, or a file cannot be read or written; ValueError for
-    what is no symbol. A crash leaves what one during `write` does.
-    """
-    best = _path(root, "best", symbol)
-    with _plain_errors(best):
-        if dry_run:
-            return _roll_back(root, symbol, dry_run=True)
-        if not _steps(root, symbol):  # a misspelt symbol leaves no lock file behind
-            raise _nothing_left(symbol)
-        with _writing(root, symbol):
-            return _roll_back(root, symbol, dry_run=False)
-
-
-# --- reading
-
-
-def _path(root: Path, folder: str, symbol: str) -> Path:
-    if not SYMBOL.fullmatch(symbol) or ".." in symbol:
-        raise ValueError(f"{symbol!r} is not a symbol: capitals, digits, '.' and '-', such as BTCUSD or BRK-B")
-    if folder not in FOLDERS:
-        raise ValueError(f"{folder!r} is not one of {', '.join(FOLDERS)}")
+def file_path(root: Path, folder: str, symbol: str) -> Path:
+    """Where a folder keeps a symbol's file. Raises ValueError for what is no symbol or folder."""
+    check_symbol(symbol)
+    if folder not in CHOSEN and not is_model(folder):
+        raise ValueError(f"{folder!r} is not a folder of promoted files: a model's name, {' or '.join(CHOSEN)}")
     return root / folder / f"{symbol}.json"
 
 
-def _bytes(path: Path) -> bytes | None:
+def read_bytes(path: Path) -> bytes | None:
+    """The content of a file, or None where there is none."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -179,31 +80,33 @@ def _bytes(path: Path) -> bytes | None:
 
 
 @overload
-def _digest(content: bytes) -> str: ...
+def digest_of(content: bytes) -> str: ...
 @overload
-def _digest(content: bytes | None) -> str | None: ...
-def _digest(content: bytes | None) -> str | None:
+def digest_of(content: bytes | None) -> str | None: ...
+def digest_of(content: bytes | None) -> str | None:
+    """The SHA-256 of a content; None for None."""
     return None if content is None else hashlib.sha256(content).hexdigest()
 
 
-def _record(path: Path, folder: str, symbol: str, content: bytes) -> Record:
+def parse(path: Path, folder: str, symbol: str, content: bytes) -> Record:
+    """The record of a content that is, or was, in `path`. Raises ConfigFileError."""
     try:
         raw = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"not JSON ({error})") from error
+        raise damaged(path, f"not JSON ({error})") from error
     if not isinstance(raw, dict):
-        raise _damaged(path, "not a JSON object")
+        raise damaged(path, "not a JSON object")
     if raw.get("symbol", symbol) != symbol:
-        raise _damaged(path, f"it is about {raw['symbol']!r}")
-    model = raw.get("model", folder if folder in MODELS else None)
+        raise damaged(path, f"it is about {raw['symbol']!r}")
+    model = raw.get("model", folder if is_model(folder) else None)
     if not isinstance(model, str) or not model:
-        raise _damaged(path, "it names no model")
+        raise damaged(path, "it names no model")
     if "config" not in raw:
-        raise _damaged(path, "'config' is missing")
+        raise damaged(path, "'config' is missing")
     config_path = raw.get("config_path")
     return Record(
         symbol=symbol,
-        model="toto" if model == "toto_compiled" else model,  # compiled or not, the forecast is the same
+        model=model.removesuffix("_compiled"),  # compiled or not, the forecast is the same
         config=_object(path, raw, "config"),
         validation=_metrics(path, raw, "validation"),
         test=_metrics(path, raw, "test"),
@@ -212,7 +115,7 @@ def _record(path: Path, folder: str, symbol: str, content: bytes) -> Record:
         metadata=_object(path, raw, "metadata"),
         raw=raw,
         path=path,
-        digest=_digest(content),
+        digest=digest_of(content),
     )
 
 
@@ -222,7 +125,7 @@ def _object(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise _damaged(path, f"'{key}' is not an object")
+        raise damaged(path, f"'{key}' is not an object")
     return value
 
 
@@ -232,7 +135,7 @@ def _metrics(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, float]:
         found = {"pct_return_mae" if name == "return_mae" else name: value for name, value in found.items()}
     mae = found.get("pct_return_mae")
     if mae is not None and not _is_number(mae):
-        raise _damaged(path, f"'{key}.pct_return_mae' is not a number")
+        raise damaged(path, f"'{key}.pct_return_mae' is not a number")
     return {name: value for name, value in found.items() if _is_number(value) and math.isfinite(value)}
 
 
@@ -240,284 +143,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _damaged(path: Path, why: str) -> ConfigFileError:
+def damaged(path: Path, why: str) -> ConfigFileError:
+    """The error that says what is wrong with a file, in one line."""
     return ConfigFileError(f"{path}: {' '.join(why.split())}; correct it, or move it away")
 
 
-# --- writing
-
-
-def _encoded(symbol: str, payload: Mapping[str, Any]) -> bytes:
-    """The file's bytes: the keys that readers know first and in their order, then the others."""
-    missing = [key for key in ("symbol", "model", "config", "validation") if key not in payload]
-    if missing or payload["symbol"] != symbol:
-        raise ValueError(f"payload of {symbol}: {', '.join(missing) + ' missing' if missing else 'of another symbol'}")
-    ordered = {key: payload[key] for key in (*KEYS, *payload) if key in payload}
-    try:
-        return (json.dumps(ordered, indent=2, allow_nan=False) + "\n").encode()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"payload of {symbol}: {error}") from error
-
-
-def _state(root: Path, symbol: str) -> dict[str, bytes | None]:
-    """What every folder holds for the symbol, in the order in which files are replaced."""
-    return {folder: _bytes(_path(root, folder, symbol)) for folder in FOLDERS}
-
-
-def _changes(state: Mapping[str, bytes | None], wanted: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
-    return {folder: wanted[folder] for folder in state if folder in wanted and wanted[folder] != state[folder]}
-
-
-def _take(
-    root: Path,
-    symbol: str,
-    action: str,
-    state: Mapping[str, bytes | None],
-    changes: Mapping[str, bytes | None],
-    undoes: Sequence[str] = (),
-) -> Path:
-    """Make these changes a step of the history, then make them. Returns the step's folder."""
-    temporaries = _prepared(root, symbol, changes)  # before the step: a full disk then changes nothing
-    now = datetime.now(UTC)
-    description = {
-        "symbol": symbol,
-        "action": action,
-        "time": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "undoes": list(undoes),
-        "before": {folder: _digest(content) for folder, content in state.items()},
-        "after": {folder: _digest(content) for folder, content in changes.items()},
-    }
-    files = {f"{folder}.json": content for folder, content in state.items() if content is not None}
-    if action == "promotion":
-        files["promoted.json"] = next(content for content in changes.values() if content is not None)
-    files["step.json"] = (json.dumps(description, indent=2) + "\n").encode()
-
-    history = root / "history" / symbol
-    taken = _steps(root, symbol)
-    number = _number(taken[-1]) + 1 if taken else 1
-    step = history / f"{number:04d}-{now:%Y%m%dT%H%M%SZ}"
-    unnamed = history / f".{step.name}.tmp"
-    _make_folder(unnamed)
-    for name, content in files.items():
-        _create(unnamed / name, content)
-    sync_folder(unnamed)
-    unnamed.replace(step)
-    for parent in (history, history.parent, root):
-        sync_folder(parent)
-    _replace(root, symbol, changes, temporaries)
-    return step
-
-
-def _prepared(root: Path, symbol: str, changes: Mapping[str, bytes | None]) -> dict[str, Path]:
-    """The new content of each folder's file in a temporary file beside it, on the disk."""
-    temporaries = {}
-    for folder, content in changes.items():
-        if content is not None:
-            temporaries[folder] = _temporary(root, folder, symbol)
-            _make_folder(temporaries[folder].parent)
-            _create(temporaries[folder], content)
-    return temporaries
-
-
-def _replace(root: Path, symbol: str, changes: Mapping[str, bytes | None], temporaries: Mapping[str, Path]) -> None:
-    for folder in changes:
-        path = _path(root, folder, symbol)
-        if folder in temporaries:
-            temporaries[folder].replace(path)
-        else:
-            path.unlink(missing_ok=True)
-        sync_folder(path.parent)
-
-
-def _temporary(root: Path, folder: str, symbol: str) -> Path:
-    """The lock makes one name enough."""
-    return root / folder / f".{symbol}.json.tmp"
-
-
-def _create(path: Path, content: bytes) -> None:
-    """Write and sync a new file."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)  # less the umask: others read it
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder where there is none, and see its name on the disk."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
-# --- the history
-
-
-def _steps(root: Path, symbol: str) -> list[Path]:
-    """The folders of a symbol's steps, void ones too, oldest first."""
-    history = root / "history" / symbol
-    found = history.iterdir() if history.is_dir() else ()
-    return sorted((path for path in found if _STEP.fullmatch(path.name)), key=lambda path: (_number(path), path.name))
-
-
-def _number(step: Path) -> int:
-    return int(step.name.partition("-")[0])
-
-
-def _read_step(path: Path) -> _Step:
-    description = path / "step.json"
-    try:
-        raw = json.loads(description.read_bytes())
-        step = _Step(
-            path=path,
-            action=raw["action"],
-            time=raw["time"],
-            undoes=tuple(raw["undoes"]),
-            before={folder: raw["before"][folder] for folder in FOLDERS},
-            after={folder: raw["after"][folder] for folder in FOLDERS if folder in raw["after"]},
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(description, f"not a step of the history ({error!r})") from error
-    if not step.after:
-        raise _damaged(description, "not a step of the history (it changes nothing)")
-    return step
-
-
-def _taken(root: Path, symbol: str) -> list[_Step]:
-    return [_read_step(path) for path in _steps(root, symbol) if not path.name.endswith("-void")]
-
-
-def _leftover(step: _Step, state: Mapping[str, bytes | None]) -> dict[str, bytes | None] | None:
-    """What takes the newest step back if it has not happened; None if it has.
-
-    It has not where the file that is replaced last is what it was: its writer was killed, or that file was put back
-    by hand. Files that someone else replaced since are left alone.
-    """
-    last = list(step.after)[-1]
-    if _digest(state[last]) != step.before[last]:
-        return None
-    left = [folder for folder, digest in step.after.items() if _digest(state[folder]) == digest]
-    return {folder: step.content(folder) for folder in left}
-
-
-def _recover(root: Path, symbol: str) -> None:
-    """Remove what a killed or failed writer left, and take back the step that it did not finish. Safe to repeat."""
-    for folder in FOLDERS:
-        _temporary(root, folder, symbol).unlink(missing_ok=True)
-    for unnamed in (root / "history" / symbol).glob(".*.tmp"):
-        shutil.rmtree(unnamed)
-    newest = next((path for path in reversed(_steps(root, symbol)) if not path.name.endswith("-void")), None)
-    if newest is None:
-        return
-    back = _leftover(_read_step(newest), _state(root, symbol))
-    if back is not None:
-        _replace(root, symbol, back, _prepared(root, symbol, back))
-        newest.rename(newest.with_name(f"{newest.name}-void"))
-        sync_folder(newest.parent)
-
-
-def _roll_back(root: Path, symbol: str, *, dry_run: bool) -> Restored:
-    state = _state(root, symbol)
-    steps = _taken(root, symbol)
-    if dry_run and steps and (back := _leftover(steps[-1], state)) is not None:  # what the lock's holder has done
-        state = {**state, **back}
-        steps.pop()
-    standing: list[_Step] = []  # promotions of `best` that are not undone
-    for step in steps:
-        if step.action == "rollback":
-            standing = [other for other in standing if other.path.name not in step.undoes]
-        elif "best" in step.after:
-            standing.append(step)
-
-    wanted: dict[str, bytes | None] = {}
-    undone: list[_Step] = []
-    while standing:
-        step = standing.pop()
-        undone.append(step)
-        wanted.update({folder: step.content(folder) for folder in step.after})
-        if wanted["best"] != state["best"]:  # else it was put back by hand: go on to the step before
-            break
-    best = wanted.get("best")
-    if best is None or best == state["best"]:
-        raise _nothing_left(symbol)
-    named = _read_if_whole(root, "best", symbol, best)
-    model = named.model if named else None
-    mismatch = None
-    if named and model in MODELS:
-        wanted[model] = undone[-1].content(model)
-        own = _read_if_whole(root, model, symbol, wanted[model])
-        if own is None or (own.model, own.config) != (model, named.config):
-            mismatch = _path(root, model, symbol)
-    changes = _changes(state, wanted)
-    names = [step.path.name for step in undone]
-    kept = None if dry_run else _take(root, symbol, "rollback", state, changes, undoes=names)
-    return Restored(
-        symbol=symbol,
-        model=model,
-        promoted_at=undone[-1].time,
-        step=undone[-1].path,
-        restored=tuple(_path(root, folder, symbol) for folder, content in changes.items() if content is not None),
-        removed=tuple(_path(root, folder, symbol) for folder, content in changes.items() if content is None),
-        mismatch=mismatch,
-        kept=kept,
-        remaining=sum(step.before["best"] is not None for step in standing),
-    )
-
-
-def _nothing_left(symbol: str) -> ConfigFileError:
-    return ConfigFileError(f"{symbol}: nothing left to roll back to; no promotion in its history replaced a file")
-
-
-def _read_if_whole(root: Path, folder: str, symbol: str, content: bytes | None) -> Record | None:
-    try:
-        return None if content is None else _record(_path(root, folder, symbol), folder, symbol, content)
-    except ConfigFileError:
-        return None
-
-
-# --- one writer at a time
-
-
 @contextmanager
-def _writing(root: Path, symbol: str) -> Iterator[None]:
-    """Be the symbol's only writer, on files without anything half done."""
-    with _locked(root, symbol):
-        _recover(root, symbol)  # what a killed writer left
-        try:
-            yield
-        except BaseException:
-            _recover(root, symbol)  # what this one could not finish
-            raise
-
-
-@contextmanager
-def _locked(root: Path, symbol: str) -> Iterator[None]:
-    """Serialise the writers of a symbol; the lock dies with its holder."""
-    locks = root / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    ignore = locks / ".gitignore"  # promoted files are committed, locks are not
-    if not ignore.exists() or ignore.stat().st_size == 0:  # empty: its writer was killed
-        ignore.write_text("*\n")
-    with (locks / f"{symbol}.lock").open("a") as lock:
-        deadline = time.monotonic() + _LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise ConfigFileError(f"{symbol}: another process is writing its files; try again") from error
-            time.sleep(0.01)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-
-
-@contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says into one line."""
+def plain_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says into one line: a ConfigFileError."""
     try:
         yield
     except OSError as error:

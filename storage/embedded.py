@@ -5,38 +5,35 @@ Owns one folder: where the cluster is, its password, its locks, its log. Knows n
 Three rules keep it honest. A server is alive when it proves over TCP that it knows our password and serves our
 cluster; no pid is ever trusted for that. Whoever starts or stops it holds `lock`. And the server itself holds
 `server.lock`, inherited by every process of it, so that a free `server.lock` means that all of them are gone.
+Locks are taken by hand here: FileLock hides its descriptor, which the server must inherit with `server.lock`.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import pwd
-import random
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import IO
 
 import psycopg2
 
-from storage import DatabaseUnavailable, postgres
+from storage import DatabaseUnavailable, ports, postgres
+from storage.data_dir import Place, make_folder, new_place, password_of, remember, remembered, write_private
 from storage.files import sync_folder
 
 _NAME = "studies"  # the user and the database
-_PORTS = range(15432, 32768)  # below Linux' ephemeral ports, which a passing connection may hold while we are down
 _START_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 120.0
 _POLL_S = 0.05
@@ -54,20 +51,6 @@ class PrivateServer:
     data_dir: Path
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What server.json remembers of a cluster."""
-
-    folder: Path  # the data_dir
-    home: Path  # holds `cluster`: the data_dir itself, or a folder under postgres.ROOT_HOME
-    port: int
-    binaries: Path | None  # those used last
-
-    @property
-    def cluster(self) -> Path:
-        return self.home / "cluster"
-
-
 def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 200) -> PrivateServer:
     """Make the cluster if there is none, start its server unless it runs, and return it once it answers.
 
@@ -79,18 +62,18 @@ def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 2
     """
     if not re.fullmatch(r"[A-Za-z0-9.:*-]+", listen):
         raise ValueError(f"listen={listen!r} is not an address")
-    folder = _folder(data_dir)
+    folder = make_folder(data_dir)
     with _plain_errors(folder), _starting(folder):
-        place = _remembered(folder) or _new_place(folder)
+        place = remembered(folder) or new_place(folder)
         if _why_not(place, _NAME) is not None:
             _initialise(place)
             place = _bring_up(place, listen, max_connections)
             _create_database(place)
-        elif (addresses := _listening(place)) != _addresses(listen):
+        elif (addresses := _listening(place)) != ports.addresses(listen):
             _log.warning(
                 "the private server listens on %s, not on %s as set: 'studies stop' and the next start apply it",
                 addresses.replace(",", ", "),
-                _addresses(listen).replace(",", ", "),
+                ports.addresses(listen).replace(",", ", "),
             )
         return _server(place)
 
@@ -99,7 +82,7 @@ def running(data_dir: Path) -> PrivateServer | None:
     """The server of this folder if it answers now. Starts nothing. Raises DatabaseUnavailable."""
     folder = data_dir.expanduser().resolve()
     with _plain_errors(folder):
-        place = _remembered(folder)
+        place = remembered(folder)
         return _server(place) if place and _why_not(place, _NAME) is None else None
 
 
@@ -111,7 +94,7 @@ def revive(data_dir: Path, *, listen: str = "127.0.0.1") -> bool:
     """
     folder = data_dir.expanduser().resolve()
     with _plain_errors(folder):
-        place = _remembered(folder)
+        place = remembered(folder)
         if place is None or not place.cluster.exists():
             return False
         with _open_private(folder / "server.lock") as lock:  # first: while it is ours no server lives that could stop
@@ -128,7 +111,7 @@ def stop(data_dir: Path) -> bool:
     """
     folder = data_dir.expanduser().resolve()
     with _plain_errors(folder):
-        place = _remembered(folder)
+        place = remembered(folder)
         if place is None:
             return False
         with _starting(folder):
@@ -145,21 +128,7 @@ def stop(data_dir: Path) -> bool:
             return True
 
 
-# --- the folder and what it remembers
-
-
-def _folder(data_dir: Path) -> Path:
-    """The resolved data_dir, made if need be."""
-    folder = data_dir.expanduser().resolve()
-    try:
-        with suppress(FileExistsError):  # another process may be making it at this moment
-            folder.mkdir(parents=True)
-            folder.chmod(0o711 if os.geteuid() == 0 else 0o700)  # the server's user must pass through it
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "it cannot be written", str(folder))
-    except OSError as error:
-        raise DatabaseUnavailable(f"{folder}: {error.strerror}; choose another data_dir") from error
-    return folder
+# --- errors, and the lock of those who start and stop
 
 
 @contextmanager
@@ -192,61 +161,7 @@ def _starting(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a child forked meanwhile may still hold the descriptor
 
 
-def _remembered(folder: Path) -> _Place | None:
-    """What server.json says, or None before the first start."""
-    path = folder / "server.json"
-    try:
-        raw = json.loads(path.read_text())
-        return _Place(
-            folder=folder,
-            home=Path(raw["home"]) if raw["home"] else folder,
-            port=int(raw["port"]),
-            binaries=Path(raw["binaries"]) if raw["binaries"] else None,
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatabaseUnavailable(f"{path} is damaged; restore it, or move {folder} away to start afresh") from error
-
-
-def _remember(place: _Place) -> None:
-    content = {
-        "home": None if place.home == place.folder else str(place.home),  # so that a data_dir can be moved
-        "port": place.port,
-        "binaries": str(place.binaries) if place.binaries else None,
-    }
-    _write(place.folder / "server.json", json.dumps(content, indent=2) + "\n")
-
-
-def _new_place(folder: Path) -> _Place:
-    """Choose where the cluster goes and its port, and remember both before anything else is made."""
-    for name in ("PG_VERSION", "cluster", "password", "pgpass"):
-        if (folder / name).exists():
-            raise DatabaseUnavailable(f"{folder} holds '{name}' of something else; choose an empty folder as data_dir")
-    home, owner = folder, postgres.new_owner()
-    if owner and not postgres.reaches(owner, folder):
-        home = _root_home(owner)
-        _write(home / "data_dir", f"{folder}\n")  # whose it is, should that folder be deleted
-        _log.warning("%s cannot reach %s, so the database is kept in %s", owner.pw_name, folder, home)
-    place = _Place(folder=folder, home=home, port=_free_port(loopback_only=True), binaries=None)
-    _remember(place)
-    return place
-
-
-def _root_home(owner: pwd.struct_passwd) -> Path:
-    """A new folder that the server's user can reach: parents of a data_dir are never opened up for it."""
-    postgres.make_root_home()
-    home = Path(tempfile.mkdtemp(dir=postgres.ROOT_HOME))
-    home.chmod(0o711)
-    if not postgres.reaches(owner, home):
-        home.rmdir()
-        raise DatabaseUnavailable(
-            f"the user {owner.pw_name} cannot reach {postgres.ROOT_HOME}; choose a data_dir that it can"
-        )
-    return home
-
-
-def _server(place: _Place) -> PrivateServer:
+def _server(place: Place) -> PrivateServer:
     return PrivateServer(
         url=f"postgresql+psycopg2://{_NAME}@127.0.0.1:{place.port}/{_NAME}",
         passfile=place.folder / "pgpass",
@@ -257,11 +172,11 @@ def _server(place: _Place) -> PrivateServer:
 # --- the cluster
 
 
-def _binaries(place: _Place) -> postgres.Binaries:
+def _binaries(place: Place) -> postgres.Binaries:
     return postgres.find(place.cluster, last=place.binaries, data_dir=place.folder)
 
 
-def _initialise(place: _Place) -> None:
+def _initialise(place: Place) -> None:
     """Make the cluster beside its final place and rename it: a half-made one is never seen."""
     _clear_leftovers(place)
     if place.cluster.exists():
@@ -269,10 +184,10 @@ def _initialise(place: _Place) -> None:
     if (place.folder / "initialised").exists():
         _log.warning("the database in %s is gone; making a new, empty one", place.cluster)
     password = secrets.token_hex(32)
-    _write(place.folder / "password", password + "\n")
+    write_private(place.folder / "password", password + "\n")
     owner, binaries = postgres.new_owner(), _binaries(place)
     making = Path(tempfile.mkdtemp(prefix=".initdb-", dir=place.home))
-    _write(making / "password", password + "\n")
+    write_private(making / "password", password + "\n")
     if owner:
         os.chown(making / "password", owner.pw_uid, owner.pw_gid)
         os.chown(making, owner.pw_uid, owner.pw_gid)
@@ -287,17 +202,17 @@ def _initialise(place: _Place) -> None:
         settings.write("\ninclude 'studies.conf'  # rewritten at every start\n")
     (making / "cluster").rename(place.cluster)
     sync_folder(place.home)
-    _write(place.folder / "initialised", f"PostgreSQL {binaries.version}\n")
+    write_private(place.folder / "initialised", f"PostgreSQL {binaries.version}\n")
     _clear_leftovers(place)
 
 
-def _clear_leftovers(place: _Place) -> None:
+def _clear_leftovers(place: Place) -> None:
     """Remove what a killed initdb left; only the holder of `lock` comes here."""
     for leftover in place.home.glob(".initdb-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _bring_up(place: _Place, listen: str, max_connections: int) -> _Place:
+def _bring_up(place: Place, listen: str, max_connections: int) -> Place:
     """Start the server, waiting for the remains of an earlier one; the place returned has the port in use."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
@@ -315,10 +230,10 @@ def _bring_up(place: _Place, listen: str, max_connections: int) -> _Place:
         time.sleep(_POLL_S)
 
 
-def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections: int) -> _Place:
+def _launch(place: Place, server_lock: IO[bytes], listen: str, max_connections: int) -> Place:
     """Start a postmaster that inherits `server_lock`, on the remembered port or else on another."""
-    loopback_only, owner = _is_loopback(listen), postgres.owner_of(place.cluster)
-    if not _is_of_this_machine(listen):  # Postgres would start and listen on the loopback alone
+    loopback_only, owner = ports.is_loopback(listen), postgres.owner_of(place.cluster)
+    if not ports.is_of_this_machine(listen):  # Postgres would start and listen on the loopback alone
         raise DatabaseUnavailable(f"{place.folder}: cannot listen on {listen}, which is no address of this machine")
     if owner and not postgres.reaches(owner, place.home):
         raise DatabaseUnavailable(f"the user {owner.pw_name}, who owns {place.cluster}, cannot reach it any more")
@@ -326,7 +241,8 @@ def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections:
     _clear_pid_file(place)
     said = ""
     for attempt in range(5):
-        port = place.port if attempt == 0 and _is_free(place.port, loopback_only) else _free_port(loopback_only)
+        keep = attempt == 0 and ports.is_free(place.port, loopback_only)
+        port = place.port if keep else ports.free_port(loopback_only)
         place = replace(place, port=port, binaries=binaries.folder)
         _configure(place, owner, listen, max_connections)
         said = _pg_ctl_start(place, binaries, owner, server_lock)
@@ -337,7 +253,7 @@ def _launch(place: _Place, server_lock: IO[bytes], listen: str, max_connections:
     raise DatabaseUnavailable(f"{place.folder}: the server does not start: {_cause(said)}")
 
 
-def _clear_pid_file(place: _Place) -> None:
+def _clear_pid_file(place: Place) -> None:
     """Remove a stale postmaster.pid: Postgres will not start while the pid in it lives, whoever has it by now.
 
     We hold server.lock, so the server that we started is gone; one started by hand is known by its working folder.
@@ -353,7 +269,7 @@ def _clear_pid_file(place: _Place) -> None:
 
 
 def _pg_ctl_start(
-    place: _Place, binaries: postgres.Binaries, owner: pwd.struct_passwd | None, server_lock: IO[bytes]
+    place: Place, binaries: postgres.Binaries, owner: pwd.struct_passwd | None, server_lock: IO[bytes]
 ) -> str | None:
     """None once the server is up or still recovering, else what it logged."""
     path = place.folder / "server.log"
@@ -368,12 +284,12 @@ def _pg_ctl_start(
     return None if done.returncode == 0 or "did not start in time" in said else said
 
 
-def _configure(place: _Place, owner: pwd.struct_passwd | None, listen: str, max_connections: int) -> None:
-    loopback_only = _is_loopback(listen)
-    _write(
+def _configure(place: Place, owner: pwd.struct_passwd | None, listen: str, max_connections: int) -> None:
+    loopback_only = ports.is_loopback(listen)
+    write_private(
         place.cluster / "studies.conf",
         f"port = {place.port}\n"
-        f"listen_addresses = '{_addresses(listen)}'\n"
+        f"listen_addresses = '{ports.addresses(listen)}'\n"
         "unix_socket_directories = ''\n"
         f"max_connections = {max_connections}\n"
         "shared_buffers = '64MB'\n"
@@ -386,18 +302,18 @@ def _configure(place: _Place, owner: pwd.struct_passwd | None, listen: str, max_
         owner=owner,
     )
     networks = ["127.0.0.1/32", "::1/128"] + ([] if loopback_only else ["samenet"])
-    _write(
+    write_private(
         place.cluster / "pg_hba.conf",
         "".join(f"host all all {network} scram-sha-256\n" for network in networks),
         owner=owner,
     )
     hosts = ["127.0.0.1", "localhost"] if loopback_only else ["*"]
-    password = _password(place)
-    _write(place.folder / "pgpass", "".join(f"{host}:{place.port}:*:{_NAME}:{password}\n" for host in hosts))
-    _remember(place)  # before the start: a server whose starter is killed must be found again
+    password = password_of(place)
+    write_private(place.folder / "pgpass", "".join(f"{host}:{place.port}:*:{_NAME}:{password}\n" for host in hosts))
+    remember(place)  # before the start: a server whose starter is killed must be found again
 
 
-def _create_database(place: _Place) -> None:
+def _create_database(place: Place) -> None:
     with closing(_connect(place, "postgres")) as connection:
         connection.autocommit = True  # CREATE DATABASE refuses to run in a transaction
         with connection.cursor() as cursor:
@@ -409,7 +325,7 @@ def _create_database(place: _Place) -> None:
 # --- is it alive, is it ours
 
 
-def _why_not(place: _Place, database: str) -> str | None:
+def _why_not(place: Place, database: str) -> str | None:
     """None when the server of this very cluster answers, else the reason."""
     if not place.cluster.exists():
         return "no cluster yet"
@@ -426,14 +342,14 @@ def _why_not(place: _Place, database: str) -> str | None:
     return f"port {place.port} is served from {served}"
 
 
-def _connect(place: _Place, database: str) -> psycopg2.extensions.connection:
+def _connect(place: Place, database: str) -> psycopg2.extensions.connection:
     """An authenticated connection, untouched by the caller's PG* variables."""
     return psycopg2.connect(
         host="127.0.0.1",
         hostaddr="127.0.0.1",
         port=place.port,
         user=_NAME,
-        password=_password(place),
+        password=password_of(place),
         dbname=database,
         connect_timeout=2,
         require_auth="scram-sha-256",  # never hand the password to a stranger on our port
@@ -445,17 +361,7 @@ def _connect(place: _Place, database: str) -> psycopg2.extensions.connection:
     )
 
 
-def _password(place: _Place) -> str:
-    path = place.folder / "password"
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError as error:
-        raise DatabaseUnavailable(f"{path} is gone; restore it, or move {place.folder} away to start afresh") from error
-    except PermissionError as error:
-        raise DatabaseUnavailable(f"{path} cannot be read; run as the user that made this database") from error
-
-
-def _server_gone(place: _Place) -> bool:
+def _server_gone(place: Place) -> bool:
     """Whether no process of the server lives, and none that somebody started by hand answers."""
     with _open_private(place.folder / "server.lock") as lock:
         return _try_lock(lock.fileno()) and _why_not(place, "postgres") is not None
@@ -469,7 +375,7 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _listening(place: _Place) -> str:
+def _listening(place: Place) -> str:
     """What the running server was told to listen on."""
     with closing(_connect(place, _NAME)) as connection, connection.cursor() as cursor:
         cursor.execute("show listen_addresses")
@@ -477,71 +383,11 @@ def _listening(place: _Place) -> str:
     return row[0] if row else ""
 
 
-def _addresses(listen: str) -> str:
-    """Postgres' listen_addresses: the loopback is always among them."""
-    if _is_loopback(listen):
-        return "127.0.0.1"
-    return listen if listen in ("*", "0.0.0.0") else f"127.0.0.1,{listen}"
-
-
-def _is_of_this_machine(listen: str) -> bool:
-    try:
-        family = socket.AF_INET6 if ip_address(listen).version == 6 else socket.AF_INET
-    except ValueError:
-        return True  # a name or "*": Postgres says what is wrong with it
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((listen, 0))
-        except OSError:
-            return False
-        return True
-
-
-def _is_loopback(listen: str) -> bool:
-    with suppress(ValueError):
-        return ip_address(listen).is_loopback
-    return listen == "localhost"
-
-
-def _is_free(port: int, loopback_only: bool) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Postgres does
-        try:
-            probe.bind(("127.0.0.1" if loopback_only else "", port))
-        except OSError:
-            return False
-        return True
-
-
-def _free_port(loopback_only: bool) -> int:
-    for port in random.sample(_PORTS, 100):
-        if _is_free(port, loopback_only):
-            return port
-    raise DatabaseUnavailable(f"no free TCP port between {_PORTS.start} and {_PORTS.stop - 1} in 100 tries")
-
-
-# --- small files and words
+# --- files and words
 
 
 def _open_private(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b")
-
-
-def _write(path: Path, text: str, owner: pwd.struct_passwd | None = None) -> None:
-    """Replace a small file whole, mode 0600. As root this follows no link that the server's user may have planted."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            if owner:
-                os.fchown(descriptor, owner.pw_uid, owner.pw_gid)
-            os.fsync(descriptor)
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _one_line(text: str) -> str:

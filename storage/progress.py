@@ -1,6 +1,7 @@
-"""Questions about the budget: how far studies are, who works on what, what was given up, what it took.
+"""Questions about the budget: how far studies are, who works on what, what is parked, how long it took.
 
 Reads the rows that slots.py claims and ends; writes nothing.
+Every function raises DatabaseUnavailable where the server stays away for longer than the storage's wait_s.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
-from storage.database import RetryingStorage
+from storage.retrying import RetryingStorage
 from storage.slots import CONFIRMATION, TRIAL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How much of a study's work is done. `open` counts free and busy rows of every stage."""
+    """How much of a study's work is done. `open` counts the free and busy rows of every stage."""
 
     study_id: int
     budget: int  # trial slots
@@ -29,13 +30,13 @@ class Progress:
 
     @property
     def state(self) -> str:
-        """Of the study: "running", "parked" or "finished"."""
+        """The state of the study: "running", "parked" or "finished"."""
         return "running" if self.open else "parked" if self.parked else "finished"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Busy:
-    """A row that is claimed now, and by whom."""
+    """A row that is claimed now, and the worker that claims it."""
 
     worker: str
     study_id: int
@@ -46,7 +47,7 @@ class Busy:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSnapshot:
-    """How some studies stand at one moment."""
+    """The progress of some studies at one moment."""
 
     progress: Mapping[int, Progress]  # by study id
     busy: Sequence[Busy]
@@ -56,7 +57,7 @@ class RunSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Parked:
-    """A unit of work that was given up."""
+    """A unit of work that is parked: it failed or lost its worker too often."""
 
     stage: int
     number: int
@@ -65,7 +66,7 @@ class Parked:
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
-    """A study's confirmation: what it is to measure beside the search, and what came out once it is done."""
+    """The confirmation of a study: what it is to measure, and its result once it is done."""
 
     study_id: int
     state: str  # "free", "busy", "done" or "parked"
@@ -74,7 +75,7 @@ class Confirmation:
 
 
 def read_confirmations(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, Confirmation]:
-    """The confirmation of every study, or of these, by study id, in one query."""
+    """Return the confirmation of every study, or of these, by study id, in one query."""
     statement = text(
         "select study_id, state, params, result from slots where stage = :stage "
         "and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids))"
@@ -85,7 +86,7 @@ def read_confirmations(storage: RetryingStorage, study_ids: Iterable[int] | None
 
 
 def free_counts(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int, int]:
-    """How many rows can be claimed now, by study id; studies with none are left out."""
+    """Return the number of rows that can be claimed now, by study id; studies without any are left out."""
     statement = text(
         """
         select study_id, count(*) as free from slots s
@@ -101,7 +102,7 @@ def free_counts(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int,
 
 
 def worker_seconds(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, dict[str, float]]:
-    """What workers' time went into, summed over the finished rows of every study, or of these, by study id."""
+    """Return the workers' seconds by what they were spent on, summed over the finished rows, by study id."""
     statement = text(
         "select study_id, key, sum(value::float) as seconds from slots, jsonb_each_text(seconds) "
         "where cast(:study_ids as integer[]) is null or study_id = any(:study_ids) group by study_id, key"
@@ -114,7 +115,7 @@ def worker_seconds(storage: RetryingStorage, study_ids: Iterable[int] | None = N
 
 
 def study_progress(storage: RetryingStorage) -> dict[int, Progress]:
-    """Every study's progress, by study id, in one query."""
+    """Return the progress of every study, by study id, in one query."""
     rows = storage.transaction(lambda c: c.execute(text(PROGRESS), {"study_ids": None, "trial": TRIAL}).all())
     return {row.study_id: Progress(**row._mapping) for row in rows}
 
@@ -132,7 +133,7 @@ from slots where cast(:study_ids as integer[]) is null or study_id = any(:study_
 def run_snapshot(
     storage: RetryingStorage, study_ids: Iterable[int], workers: Iterable[str], *, stage: int, label: str, path: str
 ) -> RunSnapshot:
-    """Progress of these studies and of these workers, and a value from the result of a labelled row of each study.
+    """Return the progress of these studies and workers, and a value from a labelled row's result of each study.
 
     path: of the value in the result, as jsonpath; studies without it are left out of `picked`. One transaction.
     """
@@ -141,33 +142,33 @@ def run_snapshot(
 
     def read(connection: Connection) -> RunSnapshot:
         progress = connection.execute(text(PROGRESS), values).all()
-        finished = connection.execute(text(GLANCE_FINISHED), values).all()
+        finished = connection.execute(text(SNAPSHOT_FINISHED), values).all()
         return RunSnapshot(
             progress={row.study_id: Progress(**row._mapping) for row in progress},
-            busy=[Busy(**row._mapping) for row in connection.execute(text(GLANCE_BUSY), values)],
+            busy=[Busy(**row._mapping) for row in connection.execute(text(SNAPSHOT_BUSY), values)],
             finished={row.worker: row.done for row in finished},
-            picked={row.study_id: row.value for row in connection.execute(text(GLANCE_PICKED), picking)},
+            picked={row.study_id: row.value for row in connection.execute(text(SNAPSHOT_PICKED), picking)},
         )
 
     return storage.transaction(read)
 
 
-GLANCE_BUSY = """
+SNAPSHOT_BUSY = """
 select worker, study_id, stage, number, label from slots
 where study_id = any(:study_ids) and state = 'busy' order by study_id, stage, number
 """
-GLANCE_FINISHED = """
+SNAPSHOT_FINISHED = """
 select worker, count(*) as done from slots
 where study_id = any(:study_ids) and state = 'done' and worker = any(:workers) group by worker
 """
-GLANCE_PICKED = """
+SNAPSHOT_PICKED = """
 select study_id, value from slots, jsonb_path_query_first(result, cast(:path as jsonpath)) value
 where study_id = any(:study_ids) and stage = :stage and label = :label and value is not null
 """
 
 
 def stage_results(storage: RetryingStorage, study_id: int, stage: int) -> dict[str, Mapping[str, Any]]:
-    """What the finished rows of a stage left, by label."""
+    """Return the results of the finished rows of a stage, by label."""
     statement = text(
         "select label, result from slots where study_id = :study_id and stage = :stage "
         "and state = 'done' and result is not null"
@@ -184,7 +185,7 @@ def pick_results(
     *,
     label: str | None = None,
 ) -> dict[int, dict[str, list[Any]]]:
-    """What the paths (jsonpath, by name) find in a result of every study, or of these, in one query.
+    """Return what the paths (jsonpath, by name) find in a result of every study, or of these, in one query.
 
     The row is the one of that label, or the only one of its stage. By study id, then by name; studies without such a
     result are left out. The results themselves, which may be long, stay in the server.
@@ -202,7 +203,7 @@ def pick_results(
 
 
 def first_parked_slots(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, Parked]:
-    """The first row that was given up of every study, or of these, that has one, by study id, in one query."""
+    """Return the first parked row of every study, or of these, that has one, by study id, in one query."""
     statement = text(
         "select distinct on (study_id) study_id, stage, number, coalesce(error, '') as error from slots "
         "where state = 'parked' and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids)) "
@@ -232,7 +233,7 @@ group by a.value_json
 
 
 def parked_slots(storage: RetryingStorage, study_id: int) -> list[Parked]:
-    """The rows that were given up, with their errors."""
+    """Return the parked rows of a study with their errors."""
     statement = text(
         "select stage, number, coalesce(error, '') as error from slots "
         "where study_id = :study_id and state = 'parked' order by stage, number"

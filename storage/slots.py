@@ -2,6 +2,7 @@
 
 A study's work is rows in three stages: baselines (configurations measured beside the search), trials (the budget),
 and one confirmation. A row is done at most once, whatever dies; so a budget of N ends with exactly N finished trials.
+Every function that takes a storage raises DatabaseUnavailable where the server stays away for longer than its wait_s.
 Knows the rows of Optuna's `trials` table that a claim made. Knows nothing of what the work is.
 """
 
@@ -17,13 +18,13 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.database import CLAIM_ATTR, RetryingStorage, is_transient
+from storage.retrying import CLAIM_ATTR, RetryingStorage, is_transient
 
 BASELINE, TRIAL, CONFIRMATION = 0, 1, 2  # stages, in the order in which they are worked
 
-STUDY_LOCK = 2  # first key of the advisory lock that says "somebody is on this study"
-MAX_FAILURES = 3  # the same error thrice is the slot's own, not chance
-MAX_LOSSES = 10  # a worker's death is mostly not the slot's fault; ten in a row are
+STUDY_LOCK = 2  # first key of the advisory lock that says "a worker works on this study"
+MAX_FAILURES = 3  # after three failures the cause is the slot's own work, not chance
+MAX_LOSSES = 10  # worker deaths are usually unrelated to the slot; ten in a row are not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Slot:
 def add(
     connection: Connection, study_id: int, stage: int, number: int, *, label: str | None = None, params: Any = None
 ) -> None:
-    """Insert one row; one that exists is left as it is."""
+    """Insert one row. A row that exists already is left as it is."""
     connection.execute(
         text(
             "insert into slots (study_id, stage, number, label, params) "
@@ -58,7 +59,7 @@ def add(
 
 
 def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
-    """Insert trial slots up to `budget`; returns how many are new. A budget is never lowered."""
+    """Insert trial slots up to `budget` and return the number of new ones. A budget is never lowered."""
     return connection.execute(
         text(
             "insert into slots (study_id, stage, number) "
@@ -69,7 +70,7 @@ def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
 
 
 def reopen(connection: Connection, study_id: int, stage: int, *, params: Any) -> None:
-    """Make the rows of a stage free again, with other params: done ones, parked ones and those under way."""
+    """Make all rows of a stage free again, with new params, whether they are done, parked or under way."""
     connection.execute(
         text(
             "update slots set state = 'free', claim = null, lease_until = null, result = null, "
@@ -80,7 +81,7 @@ def reopen(connection: Connection, study_id: int, stage: int, *, params: Any) ->
 
 
 def open_trials(connection: Connection, study_id: int) -> int:
-    """How many baselines and trials are free or under way."""
+    """Return the number of baselines and trials that are free or under way."""
     statement = text(
         "select count(*) from slots where study_id = :study_id and stage < :confirmation and state in ('free', 'busy')"
     )
@@ -88,7 +89,7 @@ def open_trials(connection: Connection, study_id: int) -> int:
 
 
 def unpark(connection: Connection, study_id: int) -> int:
-    """Give what was given up another chance, as a new run asks for; returns how many rows."""
+    """Free the parked rows of a study for a new run, with their counts at zero, and return their number."""
     return connection.execute(
         text(
             "update slots set state = 'free', failures = 0, losses = 0 where study_id = :study_id and state = 'parked'"
@@ -98,7 +99,10 @@ def unpark(connection: Connection, study_id: int) -> int:
 
 
 def claim(storage: RetryingStorage, study_id: int, *, worker: str, lease_s: float) -> Slot | None:
-    """Take the next free row of a study, or None. The confirmation comes only when all else is done or parked."""
+    """Claim the next free row of a study for `lease_s` seconds, or return None where there is none.
+
+    The confirmation can be claimed only once every other row is done or parked. Raises DatabaseUnavailable.
+    """
     token = f"{worker}:{secrets.token_hex(8)}"
     values = {
         "study_id": study_id,
@@ -133,7 +137,7 @@ returning stage, number, label, params
 
 
 def renew(storage: RetryingStorage, claim: str, *, lease_s: float) -> bool:
-    """Hold a claim for another lease; False where it was lost."""
+    """Extend the lease of a claim; False where the claim was lost. Raises DatabaseUnavailable."""
     statement = text(
         "update slots set lease_until = now() + make_interval(secs => :lease_s) where claim = :claim and state = 'busy'"
     )
@@ -149,7 +153,7 @@ def finish(
 ) -> bool:
     """Mark a claimed row done; False where the claim was lost (then somebody else does, or did, the work).
 
-    seconds: of the worker's time, by what it went into.
+    seconds: the worker's time by what it was spent on. Raises DatabaseUnavailable.
     """
     statement = text(
         "update slots set state = 'done', lease_until = null, error = null, result = cast(:result as jsonb), "
@@ -164,7 +168,10 @@ def finish(
 
 
 def release(storage: RetryingStorage, slot: Slot) -> None:
-    """Give a claimed row back unworked, whatever its worker was at: a running trial fails, a finished one counts."""
+    """Free a claimed row whose work was not finished; its running trial fails, while a finished one counts as done.
+
+    Raises DatabaseUnavailable.
+    """
     held = text("select 1 from slots where claim = :claim and state = 'busy' for update")
     statement = text(
         "update slots set state = :state, lease_until = null, claim = case when :state = 'done' then claim end "
@@ -181,7 +188,7 @@ def release(storage: RetryingStorage, slot: Slot) -> None:
 
 
 def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
-    """Count a failure; the third parks the row with its error."""
+    """Count a failure of a claimed row; the third parks the row with its error. Raises DatabaseUnavailable."""
     statement = text(
         "update slots set failures = failures + 1, error = :error, claim = null, lease_until = null, "
         "state = case when failures + 1 >= :limit then 'parked' else 'free' end "
@@ -191,19 +198,22 @@ def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
 
 
 def park_study(storage: RetryingStorage, study_id: int, error: str) -> None:
-    """Give up what is left of a study, with the reason."""
+    """Park every free row of a study with the reason. Raises DatabaseUnavailable."""
     statement = text("update slots set state = 'parked', error = :error where study_id = :study_id and state = 'free'")
     storage.transaction(lambda c: c.execute(statement, {"study_id": study_id, "error": error}))
 
 
 def expire(storage: RetryingStorage, worker: str) -> None:
-    """End the leases of a worker that is known to be dead."""
+    """End the leases of a worker that is known to be dead. Raises DatabaseUnavailable."""
     statement = text("update slots set lease_until = now() - interval '1 s' where worker = :worker and state = 'busy'")
     storage.transaction(lambda c: c.execute(statement, {"worker": worker}))
 
 
 def reap(storage: RetryingStorage, study_ids: Iterable[int]) -> int:
-    """Free the rows whose lease ran out and fail the trials that their workers left; returns how many rows."""
+    """Free the rows whose lease ran out, fail the trials that their workers left, and return the number of rows.
+
+    A row that has lost its tenth worker is parked. Raises DatabaseUnavailable.
+    """
     values = {"study_ids": list(study_ids), "limit": MAX_LOSSES}
 
     def free_expired(connection: Connection) -> int:
@@ -261,7 +271,7 @@ def _fail_orphans(connection: Connection, study_id: int, claim: str) -> bool:
 
 
 def add_seconds(storage: RetryingStorage, slot: Slot, seconds: Mapping[str, float]) -> None:
-    """Add to what a finished row says of its worker's time."""
+    """Add to the worker's time that a finished row records. Raises DatabaseUnavailable."""
     held = text("select seconds from slots where claim = :claim and state = 'done' for update")
     statement = text("update slots set seconds = cast(:seconds as jsonb) where claim = :claim")
 
@@ -275,14 +285,14 @@ def add_seconds(storage: RetryingStorage, slot: Slot, seconds: Mapping[str, floa
 
 
 class StudyPresence:
-    """Which study this worker sits on: a session's advisory lock, a hint that others read, gone with the session."""
+    """Which study this worker works on: an advisory lock that others see, and that ends with the database session."""
 
     def __init__(self, storage: RetryingStorage) -> None:
         self._storage = storage
         self._connection: Connection | None = None
 
     def take(self, study_id: int) -> bool:
-        """True where nobody else sits on the study."""
+        """Leave the study before and take this one; True where no other worker has taken it. Raises SQLAlchemyError."""
         self.leave()
         statement = text("select pg_try_advisory_lock(:key, :study_id)")
         try:
@@ -300,6 +310,7 @@ class StudyPresence:
         return bool(taken)
 
     def leave(self) -> None:
+        """Release the study that was taken, if any."""
         if self._connection is not None:
             self._connection.invalidate()  # ends the session and with it the lock
             self._connection.close()

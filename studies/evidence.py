@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 
 from objectives.metrics import Measurement
 from storage import slots
-from storage.database import RetryingStorage
 from storage.progress import pick_results
+from storage.retrying import RetryingStorage
 
 Part = Literal["validation", "confirmation", "test"]
 PARTS: tuple[Part, ...] = ("validation", "confirmation", "test")

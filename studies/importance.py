@@ -8,7 +8,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import TrialState
 
-from storage.database import RetryingStorage
+from storage.retrying import RetryingStorage
 
 NEEDED = 20  # complete trials; the best of fewer are too few to tell one knob from another
 BEST = 5  # trials, at least, that count as the best: what Optuna recommends for PED-ANOVA

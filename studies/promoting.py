@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from forecasters import ExpectedError
 from objectives.metrics import Measurement
-from storage import configs
+from storage import configs, history
 from storage.configs import Record
-from storage.database import RetryingStorage
 from storage.progress import read_confirmations, study_progress
+from storage.retrying import RetryingStorage
 from studies import promotion, space
 from studies import study as studying
 from studies.config import Config
@@ -256,7 +256,7 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
     writes += [(other, (other.finding.study.model,)) for other in case.own if other.decision.promote]
     for each, folders in writes if not dry_run else []:
         digest = {"expected_digest": record.digest if record else None} if each is verdict else {}
-        configs.write(root, study.symbol, payload(config, rule, each), folders=folders, **digest)
+        history.write(root, study.symbol, payload(config, rule, each), folders=folders, **digest)
     known = verdict.incumbent if decision.reason != "unchanged" else None
     low, high = comparison.interval or (None, None)
     best = candidate.on(rule.on) if candidate else None

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from storage import database
+from storage import study_rows
 from storage.configs import ConfigFileError
-from storage.database import Effort, RetryingStorage
 from storage.files import replace_file
 from storage.progress import most_workers_at_once, study_progress
+from storage.retrying import RetryingStorage
+from storage.study_rows import Effort
 from studies import study as studying
 from studies.promoting import ModelOutcome, SymbolDecision
 
@@ -52,7 +53,7 @@ def summary(storage: RetryingStorage, decisions: Sequence[SymbolDecision]) -> di
     were at these studies at the same time: those of a run, whatever was restarted.
     """
     ids = {study.name: study.study_id for study in studying.list_studies(storage)}
-    efforts = database.efforts(storage)
+    efforts = study_rows.efforts(storage)
     outcomes = [outcome for decision in decisions for outcome in decision.pairs]
     of_studies = [ids[outcome.study] for outcome in outcomes]
     found = [efforts[study_id] for study_id in of_studies if study_id in efforts]

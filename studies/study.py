@@ -20,9 +20,9 @@ from forecasters import ExpectedError
 from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_text
 from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
-from storage import configs, database, slots, symbols
-from storage.database import RetryingStorage
+from storage import configs, slots, study_rows, symbols
 from storage.progress import Confirmation, read_confirmations, study_progress
+from storage.retrying import RetryingStorage
 from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
@@ -121,7 +121,7 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
 def list_studies(storage: RetryingStorage) -> list[Study]:
     """Every study of ours, sorted by name; retired and foreign ones are not among them."""
     studies = []
-    for study_id, name, definition in database.studies_with(storage, DEFINITION):
+    for study_id, name, definition in study_rows.studies_with(storage, DEFINITION):
         if (match := NAME.fullmatch(name)) and isinstance(definition, dict):
             studies.append(Study(study_id=study_id, name=name, definition=definition, **match.groupdict()))
     return sorted(studies, key=lambda study: study.name)
@@ -258,7 +258,7 @@ def _create_later(
         slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params=baselines)
 
     def create() -> Opened:
-        study_id = database.create_study(storage, name, {DEFINITION: definition}, METRIC, fill)
+        study_id = study_rows.create_study(storage, name, {DEFINITION: definition}, METRIC, fill)
         study = Study(
             study_id=study_id,
             name=name,
@@ -298,7 +298,7 @@ def retire(storage: RetryingStorage, name: str) -> str:
     Raises KeyError where there is no such study.
     """
     aside = f"{name}~{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    if not database.rename_study(storage, name, aside):
+    if not study_rows.rename_study(storage, name, aside):
         raise KeyError(name)
     return aside
 

@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 
 from objectives.evaluation import STAGES, Evaluator
 from objectives.metrics import Measurement
-from storage import DatabaseUnavailable, database, slots
-from storage.database import ClaimLost, RetryingStorage
+from storage import DatabaseUnavailable, retrying, slots
+from storage.retrying import ClaimLost, RetryingStorage
 from storage.slots import Slot
 from studies import confirmation
 from studies.evidence import measurement_json, params_text, to_json
@@ -152,7 +152,7 @@ def _run_trial(
 
 def _new_trial(storage: RetryingStorage, run: StudyRun, slot: Slot, *, attrs: Mapping[str, str]) -> optuna.Trial:
     """A RUNNING trial that carries its claim from its first moment, so that a crash leaves no unowned one."""
-    system_attrs: dict[str, Any] = {database.CLAIM_ATTR: slot.claim}
+    system_attrs: dict[str, Any] = {retrying.CLAIM_ATTR: slot.claim}
     if slot.params is not None:
         system_attrs["fixed_params"] = dict(slot.params)
     user_attrs = {**attrs, **({"label": slot.label} if slot.label else {})}

@@ -25,9 +25,9 @@ from sqlalchemy import event
 
 from forecasters import ForecastError
 from objectives.metrics import Measurement
-from storage import database, slots
-from storage.database import RetryingStorage
+from storage import database, retrying, slots, study_rows
 from storage.progress import study_progress
+from storage.retrying import RetryingStorage
 from studies import sampler, working
 from studies import study as studying
 from studies.space import Space
@@ -243,7 +243,7 @@ def test_what_is_deferred_is_shown_to_others_in_time(
     assert stock.get_trial(trial_id).intermediate_values == {}
     ours.write_deferred(trial_id)
     assert stock.get_trial(trial_id).params == {"x": 0.5}
-    monkeypatch.setattr(database, "DEFER_S", 0.0)
+    monkeypatch.setattr(retrying, "DEFER_S", 0.0)
     ours.set_trial_intermediate_value(trial_id, 1, 0.25)
     assert stock.get_trial(trial_id).intermediate_values == {0: 0.5, 1: 0.25}
 
@@ -309,7 +309,7 @@ def run(ours: RetryingStorage) -> StudyRun:
         slots.add(connection, study_id, slots.TRIAL, 0, label="incumbent", params={"a": 3, "b": "y", "c": 8})
         slots.raise_budget(connection, study_id, 30)
 
-    study_id = database.create_study(ours, "s", {"definition": {}}, "mae", fill)
+    study_id = study_rows.create_study(ours, "s", {"definition": {}}, "mae", fill)
     return StudyRun(
         study=studying.Study(study_id=study_id, name="s", symbol="S", model="toto", as_of="", definition={}),
         space=SPACE,

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from storage import configs
-from storage.configs import ConcurrentWrite, ConfigFileError
+from storage import configs, history
+from storage.configs import ConfigFileError
+from storage.history import ConcurrentWrite
 
+FOLDERS = ("toto", "kronos", "optimized_compiled", "best")
 EVERYWHERE = ("toto", "best", "optimized_compiled")
 
 
@@ -41,14 +43,14 @@ def put(root: Path, content: object, folder: str = "best", symbol: str = "NVDA")
     return path
 
 
-def history(root: Path, folder: str = "best") -> list[bytes]:
+def replaced(root: Path, folder: str = "best") -> list[bytes]:
     """What the folder held before each step that had anything to replace or keep, oldest first."""
     return [path.read_bytes() for path in sorted((root / "history" / "NVDA").glob(f"*Z/{folder}.json"))]
 
 
 def files(root: Path) -> dict[str, bytes]:
     """What every folder holds for the symbol."""
-    paths = {folder: root / folder / "NVDA.json" for folder in configs.FOLDERS}
+    paths = {folder: root / folder / "NVDA.json" for folder in FOLDERS}
     return {folder: path.read_bytes() for folder, path in paths.items() if path.exists()}
 
 
@@ -58,7 +60,7 @@ def everything(root: Path) -> dict[Path, bytes]:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert configs.read(tmp_path, "best", "NVDA") is None
-    configs.write(tmp_path, "NVDA", payload(), EVERYWHERE, expected_digest=None)
+    history.write(tmp_path, "NVDA", payload(), EVERYWHERE, expected_digest=None)
     for folder in EVERYWHERE:
         record = configs.read(tmp_path, folder, "NVDA")
         assert record
@@ -66,12 +68,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         assert (record.symbol, record.model, record.path) == ("NVDA", "toto", tmp_path / folder / "NVDA.json")
         assert record.validation["pct_return_mae"] == 0.0125
     assert configs.read(tmp_path, "kronos", "NVDA") is None
-    assert history(tmp_path) == []
+    assert replaced(tmp_path) == []
 
 
 def test_layout_of_the_file(tmp_path: Path) -> None:
     shuffled = {"extra": 1, **dict(reversed(payload().items()))}
-    configs.write(tmp_path, "NVDA", shuffled, ["best"])
+    history.write(tmp_path, "NVDA", shuffled, ["best"])
     text = (tmp_path / "best" / "NVDA.json").read_text()
     assert list(json.loads(text)) == [*configs.KEYS, "extra"]
     assert text.startswith('{\n  "symbol": "NVDA",\n')
@@ -82,8 +84,8 @@ def test_layout_of_the_file(tmp_path: Path) -> None:
 def test_mode_respects_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
-        configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)
-        configs.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
+        history.write(tmp_path, "NVDA", payload(), EVERYWHERE)
+        history.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
     finally:
         os.umask(before)
     written = [*tmp_path.glob("*/NVDA.json"), *tmp_path.glob("history/NVDA/*/*")]
@@ -197,21 +199,21 @@ def test_what_is_no_symbol_is_refused(tmp_path: Path, symbol: str) -> None:
     with pytest.raises(ValueError, match="is not a symbol"):
         configs.read(tmp_path, "best", symbol)
     with pytest.raises(ValueError, match="is not a symbol"):
-        configs.write(tmp_path, symbol, payload(symbol=symbol), ["best"])
+        history.write(tmp_path, symbol, payload(symbol=symbol), ["best"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_symbols_with_dots_and_dashes(tmp_path: Path) -> None:
     for symbol in ("BRK.B", "ADA-USD", "7203.T", "A"):
-        configs.write(tmp_path, symbol, payload(symbol=symbol), ["best"])
+        history.write(tmp_path, symbol, payload(symbol=symbol), ["best"])
         assert configs.read(tmp_path, "best", symbol)
 
 
 def test_unknown_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'history' is not one of"):
+    with pytest.raises(ValueError, match="'history' is not a folder"):
         configs.read(tmp_path, "history", "NVDA")
-    with pytest.raises(ValueError, match=r"'\.\.' is not one of"):
-        configs.write(tmp_path, "NVDA", payload(), [".."])
+    with pytest.raises(ValueError, match=r"'\.\.' is not a folder"):
+        history.write(tmp_path, "NVDA", payload(), [".."])
 
 
 # --- writing
@@ -228,9 +230,9 @@ def test_unknown_folder_is_refused(tmp_path: Path) -> None:
 )
 def test_payload_that_no_reader_could_use_is_refused(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        configs.write(tmp_path, "NVDA", payload(**changes), EVERYWHERE)
+        history.write(tmp_path, "NVDA", payload(**changes), EVERYWHERE)
     with pytest.raises(ValueError, match="config, validation missing"):
-        configs.write(tmp_path, "NVDA", {"symbol": "NVDA", "model": "toto"}, EVERYWHERE)
+        history.write(tmp_path, "NVDA", {"symbol": "NVDA", "model": "toto"}, EVERYWHERE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,19 +240,19 @@ def test_replaced_file_is_kept_byte_by_byte(tmp_path: Path) -> None:
     old = b'{"symbol":"NVDA", "model":"toto",\t"config":{}, "note": "mine"}'
     put(tmp_path, old)
     put(tmp_path, b'{"hand": "made"}', "toto")
-    configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)
-    assert (history(tmp_path), history(tmp_path, "toto")) == ([old], [b'{"hand": "made"}'])
+    history.write(tmp_path, "NVDA", payload(), EVERYWHERE)
+    assert (replaced(tmp_path), replaced(tmp_path, "toto")) == ([old], [b'{"hand": "made"}'])
     before = everything(tmp_path)
-    configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)  # the same again replaces nothing
+    history.write(tmp_path, "NVDA", payload(), EVERYWHERE)  # the same again replaces nothing
     assert everything(tmp_path) == before
-    configs.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
-    assert [json.loads(kept).get("note") for kept in history(tmp_path)] == ["mine", None]
+    history.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
+    assert [json.loads(kept).get("note") for kept in replaced(tmp_path)] == ["mine", None]
 
 
 def test_step_of_the_history_says_what_it_replaces(tmp_path: Path) -> None:
     put(tmp_path, b"{}")
-    configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)
-    configs.write(tmp_path, "NVDA", payload(0.01, model="kronos"), ("kronos", "best", "optimized_compiled"))
+    history.write(tmp_path, "NVDA", payload(), EVERYWHERE)
+    history.write(tmp_path, "NVDA", payload(0.01, model="kronos"), ("kronos", "best", "optimized_compiled"))
     first, second = sorted((tmp_path / "history" / "NVDA").iterdir())
     assert {path.name for path in first.iterdir()} == {"step.json", "best.json", "promoted.json"}
     assert {path.name for path in second.iterdir()} == {
@@ -269,33 +271,33 @@ def test_step_of_the_history_says_what_it_replaces(tmp_path: Path) -> None:
 
 def test_damaged_file_can_be_replaced_and_is_kept(tmp_path: Path) -> None:
     put(tmp_path, b'{"torn')
-    configs.write(tmp_path, "NVDA", payload(), EVERYWHERE)
-    assert history(tmp_path) == [b'{"torn']
+    history.write(tmp_path, "NVDA", payload(), EVERYWHERE)
+    assert replaced(tmp_path) == [b'{"torn']
     assert configs.read(tmp_path, "best", "NVDA")
 
 
 def test_writer_that_read_something_else_is_refused(tmp_path: Path) -> None:
-    configs.write(tmp_path, "NVDA", payload(), EVERYWHERE, expected_digest=None)
+    history.write(tmp_path, "NVDA", payload(), EVERYWHERE, expected_digest=None)
     first = configs.read(tmp_path, "best", "NVDA")
     assert first
-    configs.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE, expected_digest=first.digest)
+    history.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE, expected_digest=first.digest)
     second = (tmp_path / "best" / "NVDA.json").read_bytes()
     for stale in (first.digest, None):
         with pytest.raises(ConcurrentWrite, match="was replaced meanwhile"):
-            configs.write(tmp_path, "NVDA", payload(0.02), EVERYWHERE, expected_digest=stale)
+            history.write(tmp_path, "NVDA", payload(0.02), EVERYWHERE, expected_digest=stale)
     assert {(tmp_path / folder / "NVDA.json").read_bytes() for folder in EVERYWHERE} == {second}
-    assert len(history(tmp_path)) == 1
+    assert len(replaced(tmp_path)) == 1
     (tmp_path / "best" / "NVDA.json").unlink()
     with pytest.raises(ConcurrentWrite):
-        configs.write(tmp_path, "NVDA", payload(0.02), EVERYWHERE, expected_digest=first.digest)
+        history.write(tmp_path, "NVDA", payload(0.02), EVERYWHERE, expected_digest=first.digest)
 
 
 def test_unwritable_folder_changes_nothing(tmp_path: Path) -> None:
-    configs.write(tmp_path, "NVDA", payload(), ["toto", "best"])
+    history.write(tmp_path, "NVDA", payload(), ["toto", "best"])
     before = (tmp_path / "best" / "NVDA.json").read_bytes()
     (tmp_path / "optimized_compiled").write_text("a file where a folder should be")
     with pytest.raises(ConfigFileError, match="optimized_compiled"):
-        configs.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
+        history.write(tmp_path, "NVDA", payload(0.01), EVERYWHERE)
     assert {(tmp_path / folder / "NVDA.json").read_bytes() for folder in ("toto", "best")} == {before}
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -319,7 +321,7 @@ def kronos(version: int) -> dict[str, Any]:
 
 def promote(root: Path, content: dict[str, Any], *, own: bool = False) -> None:
     folders = (content["model"],) if own else (content["model"], "best", "optimized_compiled")
-    configs.write(root, "NVDA", content, folders)
+    history.write(root, "NVDA", content, folders)
 
 
 def predecessor(root: Path) -> None:
@@ -337,10 +339,10 @@ def test_each_rollback_restores_what_a_promotion_replaced_back_to_the_first(tmp_
     models = ["toto", "toto", "kronos", "kronos"]
     for remaining in (3, 2, 1, 0):
         gone = states.pop()
-        restored = configs.rollback(tmp_path, "NVDA")
+        restored = history.rollback(tmp_path, "NVDA")
         assert files(tmp_path) == states[-1]
         assert (restored.symbol, restored.model, restored.remaining) == ("NVDA", models[remaining], remaining)
-        changed = {f for f in configs.FOLDERS if gone.get(f) != states[-1].get(f)}
+        changed = {f for f in FOLDERS if gone.get(f) != states[-1].get(f)}
         assert {path.parent.name for path in (*restored.restored, *restored.removed)} == changed
         assert restored.mismatch is None
         assert restored.kept
@@ -349,29 +351,29 @@ def test_each_rollback_restores_what_a_promotion_replaced_back_to_the_first(tmp_
     before = everything(tmp_path)
     for dry_run in (True, False):
         with pytest.raises(ConfigFileError, match=r"^NVDA: nothing left to roll back to; .*$"):
-            configs.rollback(tmp_path, "NVDA", dry_run=dry_run)
+            history.rollback(tmp_path, "NVDA", dry_run=dry_run)
     assert everything(tmp_path) == before
 
 
 def test_rollback_over_a_file_that_was_not_there_removes_it(tmp_path: Path) -> None:
     promote(tmp_path, toto(1))
     promote(tmp_path, kronos(1))
-    restored = configs.rollback(tmp_path, "NVDA")
+    restored = history.rollback(tmp_path, "NVDA")
     assert restored.removed == (tmp_path / "kronos" / "NVDA.json",)
     assert [path.parent.name for path in restored.restored] == ["optimized_compiled", "best"]
     assert set(files(tmp_path)) == {"toto", "optimized_compiled", "best"}
     with pytest.raises(ConfigFileError, match="nothing left"):  # the first file stays
-        configs.rollback(tmp_path, "NVDA")
+        history.rollback(tmp_path, "NVDA")
     assert configs.read(tmp_path, "best", "NVDA")
 
 
 def test_promotion_after_a_rollback_is_rolled_back_to_the_same(tmp_path: Path) -> None:
     for version in (1, 2, 3):
         promote(tmp_path, toto(version))
-    configs.rollback(tmp_path, "NVDA")
+    history.rollback(tmp_path, "NVDA")
     promote(tmp_path, kronos(4))
     for version in (2, 1):
-        configs.rollback(tmp_path, "NVDA")
+        history.rollback(tmp_path, "NVDA")
         record = configs.read(tmp_path, "best", "NVDA")
         assert record
         assert record.config["version"] == version
@@ -387,7 +389,7 @@ def test_promotions_within_the_other_model_are_not_rolled_back(tmp_path: Path) -
     promote(tmp_path, kronos(2), own=True)
     both = configs.read(tmp_path, "kronos", "NVDA")
     assert both
-    restored = configs.rollback(tmp_path, "NVDA")
+    restored = history.rollback(tmp_path, "NVDA")
     assert restored.remaining == 0
     for folder, version in {"best": 1, "optimized_compiled": 1, "toto": 1, "kronos": 2}.items():
         record = configs.read(tmp_path, folder, "NVDA")
@@ -400,7 +402,7 @@ def test_both_readers_get_the_same_after_a_rollback(tmp_path: Path) -> None:
     promote(tmp_path, toto(1))
     promote(tmp_path, kronos(2), own=True)  # kronos/ goes on while best names toto
     late = (tmp_path / "kronos" / "NVDA.json").read_bytes()
-    restored = configs.rollback(tmp_path, "NVDA")
+    restored = history.rollback(tmp_path, "NVDA")
     best, own = (configs.read(tmp_path, folder, "NVDA") for folder in ("best", "kronos"))
     assert best
     assert own
@@ -418,7 +420,7 @@ def test_readers_that_disagreed_before_do_so_again_and_it_is_said(tmp_path: Path
         put(tmp_path, own, "toto")
     before = files(tmp_path)
     promote(tmp_path, toto(1))
-    assert configs.rollback(tmp_path, "NVDA").mismatch == tmp_path / "toto" / "NVDA.json"
+    assert history.rollback(tmp_path, "NVDA").mismatch == tmp_path / "toto" / "NVDA.json"
     assert files(tmp_path) == before
 
 
@@ -426,7 +428,7 @@ def test_readers_that_disagreed_before_do_so_again_and_it_is_said(tmp_path: Path
 def test_damaged_file_comes_back_as_it_was(tmp_path: Path, damaged: bytes) -> None:
     put(tmp_path, damaged)
     promote(tmp_path, toto(1))
-    assert configs.rollback(tmp_path, "NVDA").model is None
+    assert history.rollback(tmp_path, "NVDA").model is None
     assert files(tmp_path) == {"best": damaged}
 
 
@@ -435,22 +437,22 @@ def test_dry_run_says_the_same_and_writes_nothing(tmp_path: Path) -> None:
     promote(tmp_path, kronos(1))
     (tmp_path / ".locks" / "NVDA.lock").unlink()
     before = everything(tmp_path)
-    dry = configs.rollback(tmp_path, "NVDA", dry_run=True)
+    dry = history.rollback(tmp_path, "NVDA", dry_run=True)
     assert everything(tmp_path) == before
-    real = configs.rollback(tmp_path, "NVDA")
+    real = history.rollback(tmp_path, "NVDA")
     assert real.kept
     assert dataclasses.replace(real, kept=None) == dry
 
 
 def test_symbol_without_history_has_nothing_left_and_gets_no_lock(tmp_path: Path) -> None:
     with pytest.raises(ConfigFileError, match=r"^NVDA: nothing left to roll back to"):
-        configs.rollback(tmp_path, "NVDA")
+        history.rollback(tmp_path, "NVDA")
     with pytest.raises(ValueError, match="is not a symbol"):
-        configs.rollback(tmp_path, "../NVDA")
+        history.rollback(tmp_path, "../NVDA")
     promote(tmp_path, kronos(1), own=True)
     before = everything(tmp_path)
     with pytest.raises(ConfigFileError, match=r"^NVDA: nothing left to roll back to"):
-        configs.rollback(tmp_path, "NVDA")
+        history.rollback(tmp_path, "NVDA")
     assert everything(tmp_path) == before
 
 
@@ -459,7 +461,7 @@ def test_what_others_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
     first = files(tmp_path)
     promote(tmp_path, toto(1))
     put(tmp_path, foreign := b'{"model": "chronos2", "config": {}}')
-    restored = configs.rollback(tmp_path, "NVDA")
+    restored = history.rollback(tmp_path, "NVDA")
     assert files(tmp_path) == first
     assert restored.kept
     assert (restored.kept / "best.json").read_bytes() == foreign
@@ -473,11 +475,11 @@ def test_rollback_goes_on_behind_what_was_put_back_by_hand(tmp_path: Path) -> No
     promote(tmp_path, kronos(9), own=True)
     for folder in EVERYWHERE:
         put(tmp_path, states[1][folder], folder)
-    restored = configs.rollback(tmp_path, "NVDA")
+    restored = history.rollback(tmp_path, "NVDA")
     assert restored.remaining == 0
     assert {folder: files(tmp_path)[folder] for folder in EVERYWHERE} == states[0]
     with pytest.raises(ConfigFileError, match="nothing left"):
-        configs.rollback(tmp_path, "NVDA")
+        history.rollback(tmp_path, "NVDA")
 
 
 @pytest.mark.parametrize(
@@ -502,6 +504,103 @@ def test_damaged_history_is_named_and_changes_nothing(
         path.write_bytes(content)
     before = everything(tmp_path)
     with pytest.raises(ConfigFileError, match=why) as caught:
-        configs.rollback(tmp_path, "NVDA")
+        history.rollback(tmp_path, "NVDA")
     assert "\n" not in str(caught.value)
+    assert everything(tmp_path) == before
+
+
+# --- folders of other models
+
+
+def naive(version: int) -> dict[str, Any]:
+    return payload(model="naive", config={"season": 24, "version": version})
+
+
+def make_old_history(root: Path) -> list[dict[str, bytes]]:
+    """Two steps and their files, as written when every step named four folders; the states before and after each."""
+    contents = [(json.dumps(toto(version), indent=2) + "\n").encode() for version in (1, 2)]
+    states: list[dict[str, bytes]] = [{}]
+    for number, content in enumerate(contents, 1):
+        step = root / "history" / "NVDA" / f"{number:04d}-2025010{number}T000000Z"
+        step.mkdir(parents=True)
+        before = states[-1]
+        for folder, old in before.items():
+            (step / f"{folder}.json").write_bytes(old)
+        (step / "promoted.json").write_bytes(content)
+        description = {
+            "symbol": "NVDA",
+            "action": "promotion",
+            "time": f"2025-01-0{number}T00:00:00Z",
+            "undoes": [],
+            "before": {f: hashlib.sha256(before[f]).hexdigest() if f in before else None for f in FOLDERS},
+            "after": {f: hashlib.sha256(content).hexdigest() for f in FOLDERS if f != "kronos"},
+        }
+        (step / "step.json").write_text(json.dumps(description, indent=2) + "\n")
+        states.append({f: content for f in FOLDERS if f != "kronos"})
+    for folder, content in states[-1].items():
+        put(root, content, folder)
+    return states
+
+
+def with_naive(root: Path) -> dict[str, bytes]:
+    own = root / "naive" / "NVDA.json"
+    return {**files(root), **({"naive": own.read_bytes()} if own.exists() else {})}
+
+
+def test_third_model_joins_a_history_that_does_not_know_it(tmp_path: Path) -> None:
+    states = make_old_history(tmp_path)[1:]
+    for content in (naive(1), kronos(1), naive(2)):
+        promote(tmp_path, content)
+        states.append(with_naive(tmp_path))
+    newest = sorted((tmp_path / "history" / "NVDA").iterdir())[-1]
+    step = json.loads((newest / "step.json").read_text())
+    assert list(step["before"]) == ["toto", "kronos", "naive", "optimized_compiled", "best"]
+    assert list(step["after"]) == ["naive", "optimized_compiled", "best"]
+    models = ["toto", "toto", "naive", "kronos"]
+    while len(states) > 1:
+        states.pop()
+        restored = history.rollback(tmp_path, "NVDA")
+        assert with_naive(tmp_path) == states[-1]
+        assert (restored.model, restored.remaining) == (models[len(states) - 1], len(states) - 1)
+        assert restored.mismatch is None
+    with pytest.raises(ConfigFileError, match="nothing left"):
+        history.rollback(tmp_path, "NVDA")
+
+
+def test_step_leaves_a_folder_that_it_does_not_mention_alone(tmp_path: Path) -> None:
+    states = make_old_history(tmp_path)
+    promote(tmp_path, naive(1), own=True)
+    own = (tmp_path / "naive" / "NVDA.json").read_bytes()
+    history.rollback(tmp_path, "NVDA")  # the second old step, which knows four folders
+    assert with_naive(tmp_path) == {**states[1], "naive": own}
+
+
+def test_file_in_a_third_models_folder_may_not_name_its_model(tmp_path: Path) -> None:
+    content = {"config": {"season": 24}}
+    put(tmp_path, content, "naive")
+    record = configs.read(tmp_path, "naive", "NVDA")
+    assert record
+    assert record.model == "naive"
+    for folder in ("best", "optimized_compiled"):
+        put(tmp_path, content, folder)
+        with pytest.raises(ConfigFileError, match="it names no model"):
+            configs.read(tmp_path, folder, "NVDA")
+
+
+@pytest.mark.parametrize("folder", ["history", "promoted", "step", ".locks", "Toto", "a-b", "../toto", ""])
+def test_reserved_and_odd_names_are_no_models_folders(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(ValueError, match="is not a folder"):
+        history.write(tmp_path, "NVDA", payload(), [folder, "best"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_step_that_names_a_foreign_path_is_damaged(tmp_path: Path) -> None:
+    make_old_history(tmp_path)
+    description = sorted((tmp_path / "history" / "NVDA").iterdir())[-1] / "step.json"
+    step = json.loads(description.read_text())
+    step["before"]["../x"] = step["after"]["../x"] = None
+    description.write_text(json.dumps(step))
+    before = everything(tmp_path)
+    with pytest.raises(ConfigFileError, match="not a step of the history"):
+        history.rollback(tmp_path, "NVDA", dry_run=True)
     assert everything(tmp_path) == before

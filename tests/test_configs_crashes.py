@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_configs import everything, files, history, kronos, predecessor, promote, put, toto
+from test_configs import FOLDERS, everything, files, kronos, predecessor, promote, put, replaced, toto
 
-from storage import configs
+from storage import configs, history
 from storage.configs import ConfigFileError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -27,15 +27,15 @@ REPOSITORY = Path(__file__).parent.parent
 
 COUNTER = """
 import pathlib, sys
-from storage import configs
+from storage import configs, history
 root, done = pathlib.Path(sys.argv[1]), 0
 while done < 10:
     record = configs.read(root, "best", "NVDA")
     count = record.metadata["count"] if record else 0
     content = dict(symbol="NVDA", model="toto", config={}, validation={}, metadata={"count": count + 1})
     try:
-        configs.write(root, "NVDA", content, ("toto", "best"), expected_digest=record.digest if record else None)
-    except configs.ConcurrentWrite:
+        history.write(root, "NVDA", content, ("toto", "best"), expected_digest=record.digest if record else None)
+    except history.ConcurrentWrite:
         continue
     done += 1
 """
@@ -59,14 +59,14 @@ def test_concurrent_promotions_lose_no_update(tmp_path: Path, counters: list[sub
     record = configs.read(tmp_path, "best", "NVDA")
     assert record
     assert record.metadata["count"] == 60
-    assert [json.loads(content)["metadata"]["count"] for content in history(tmp_path)] == list(range(1, 60))
+    assert [json.loads(content)["metadata"]["count"] for content in replaced(tmp_path)] == list(range(1, 60))
 
 
 # Kills a child that does `action` in a copy of `template`, after each of its system calls in turn, from the first one
 # to the last. The copies are left as the children left them: {out}/0, {out}/1, ...
 KILLER = """
 import ctypes, os, pathlib, shutil, signal, sys
-from storage import configs
+from storage import history
 template, out, action = sys.argv[1:]
 template, out, action = pathlib.Path(template), pathlib.Path(out), compile(action, "action", "exec")
 TRACEME, SYSCALL, SETOPTIONS, SYSGOOD_EXITKILL, REFUSED = 0, 24, 0x4200, 0x100001, 77
@@ -82,7 +82,7 @@ def killed_after(calls, root):
             os._exit(REFUSED)
         os.kill(os.getpid(), signal.SIGSTOP)  # counting begins
         try:
-            exec(action, {"configs": configs, "root": root})
+            exec(action, {"history": history, "root": root})
         except BaseException as error:
             os.write(2, repr(error).encode())
             os._exit(1)
@@ -117,7 +117,7 @@ while True:
     calls += 1
 print(calls)
 """
-ROLLBACK = "configs.rollback(root, 'NVDA')"
+ROLLBACK = "history.rollback(root, 'NVDA')"
 
 
 @pytest.fixture
@@ -146,13 +146,13 @@ def attack(scratch: Path) -> Iterator[Callable[[Path, str], list[Path]]]:
 
 
 def writing(content: dict[str, Any]) -> str:
-    return f"configs.write(root, 'NVDA', {content!r}, ({content['model']!r}, 'best', 'optimized_compiled'))"
+    return f"history.write(root, 'NVDA', {content!r}, ({content['model']!r}, 'best', 'optimized_compiled'))"
 
 
 def check_whole(root: Path, old: dict[str, bytes], new: dict[str, bytes]) -> bool:
     """Every file is the old or the new one, `best` new only where all are, all old ones exist. Whether it happened."""
     now = files(root)
-    for folder in configs.FOLDERS:
+    for folder in FOLDERS:
         assert now.get(folder) in (old.get(folder), new.get(folder))
     assert set(old.values()) <= {*now.values(), *everything(root / "history").values()}
     happened = now.get("best") == new["best"]
@@ -169,18 +169,18 @@ def check_tidy(root: Path) -> None:
 def check_walks_back(root: Path, states: list[dict[str, bytes]]) -> None:
     """Rolling back goes through these states, newest first, and no further."""
     for state in reversed(states):
-        configs.rollback(root, "NVDA")
+        history.rollback(root, "NVDA")
         assert files(root) == state
         check_tidy(root)
     with pytest.raises(ConfigFileError, match="nothing left"):
-        configs.rollback(root, "NVDA")
+        history.rollback(root, "NVDA")
 
 
 def goes_on(root: Path, states: list[dict[str, bytes]], present: dict[str, bytes]) -> None:
     """The next writer, in one copy a write and in the other a rollback, works as if nothing had ever been killed."""
     other = root.with_name(f"{root.name}-other")
     shutil.copytree(root, other)
-    dry = configs.rollback(other, "NVDA", dry_run=True) if states else None
+    dry = history.rollback(other, "NVDA", dry_run=True) if states else None
     check_walks_back(other, states)
     assert dry is None or dry.remaining == len(states) - 1
 
@@ -265,7 +265,7 @@ def test_recovery_killed_at_any_system_call(attack: Callable[[Path, str], list[P
     between = {**old, **{folder: content for folder, content in files(crashed).items() if folder != "best"}}
     for root in roots:
         now = files(root)
-        for folder in configs.FOLDERS:
+        for folder in FOLDERS:
             assert now[folder] in (old[folder], between[folder], new[folder])
         assert set(old.values()) <= {*now.values(), *everything(root / "history").values()}
         happened = now["best"] == new["best"]
@@ -310,7 +310,7 @@ def test_failure_at_any_call_leaves_all_old_or_all_new(
             for name in real:
                 patch.setattr(os, name, failing(name))
             try:
-                promote(root, toto(3)) if act == "write" else configs.rollback(root, "NVDA")
+                promote(root, toto(3)) if act == "write" else history.rollback(root, "NVDA")
             except ConfigFileError as error:
                 message = str(error)
         if message is not None:
@@ -330,11 +330,11 @@ def test_failure_at_any_call_leaves_all_old_or_all_new(
 
 ROLLER = """
 import pathlib, sys
-from storage import configs
+from storage import configs, history
 root, done = pathlib.Path(sys.argv[1]), 0
 while done < 8:
     try:
-        configs.rollback(root, "NVDA")
+        history.rollback(root, "NVDA")
     except configs.ConfigFileError as error:
         assert "nothing left" in str(error), error
         continue
@@ -342,11 +342,11 @@ while done < 8:
 """
 PROMOTER = """
 import json, pathlib, sys
-from storage import configs
+from storage import history
 root, name, model = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 for version in range(12):
     content = dict(symbol="NVDA", model=model, config={"version": f"{name}-{version}"}, validation={})
-    configs.write(root, "NVDA", content, (model, "best", "optimized_compiled"))
+    history.write(root, "NVDA", content, (model, "best", "optimized_compiled"))
 """
 
 
@@ -372,6 +372,6 @@ def test_promotions_and_rollbacks_at_once_are_never_mixed(tmp_path: Path) -> Non
         if not remaining:
             break
         remaining -= 1
-        assert configs.rollback(tmp_path, "NVDA").remaining == remaining
+        assert history.rollback(tmp_path, "NVDA").remaining == remaining
     with pytest.raises(ConfigFileError, match="nothing left"):
-        configs.rollback(tmp_path, "NVDA")
+        history.rollback(tmp_path, "NVDA")

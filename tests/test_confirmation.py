@@ -24,8 +24,8 @@ from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import Measurement
 from storage import database, slots
-from storage.database import RetryingStorage
 from storage.progress import read_confirmations, worker_seconds
+from storage.retrying import RetryingStorage
 from studies import config as configuration
 from studies import confirmation, working
 from studies import study as studying

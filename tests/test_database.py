@@ -17,9 +17,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from storage import DatabaseUnavailable, database, embedded, slots
-from storage.database import CLAIM_ATTR
+from storage import DatabaseUnavailable, database, embedded, slots, urls
 from storage.progress import worker_seconds
+from storage.retrying import CLAIM_ATTR
 
 
 @pytest.fixture
@@ -180,10 +180,10 @@ def test_a_wrong_password_is_said_and_not_shown(
 
 def test_hand_over_splits_the_password_off() -> None:
     for url in ("postgresql://u:p%40ss@h:5/d", "postgresql://u@h:5/d?password=p%40ss"):
-        shown, environment = database.hand_over(database.parse_url(url))
+        shown, environment = urls.hand_over(urls.parse_url(url))
         assert shown == "postgresql://u@h:5/d"
         assert environment == {"PGPASSWORD": "p@ss"}
-    assert database.hand_over(database.parse_url("postgresql://u@h/d"))[1] == {}
+    assert urls.hand_over(urls.parse_url("postgresql://u@h/d"))[1] == {}
 
 
 def test_a_password_with_braces_and_at_signs_reaches_the_server(

@@ -20,6 +20,7 @@ import psycopg2
 import pytest
 
 from storage import DatabaseUnavailable, embedded, postgres
+from storage.data_dir import new_place, remembered
 
 ROOT = Path(__file__).parent.parent
 START = "import sys, pathlib; from storage import embedded; print(embedded.start(pathlib.Path(sys.argv[1])).url)"
@@ -74,7 +75,7 @@ def _remove(data_dir: Path) -> None:
 
 
 def _home(data_dir: Path) -> Path | None:
-    place = embedded._remembered(data_dir)
+    place = remembered(data_dir)
     return place.home if place else None
 
 
@@ -325,7 +326,7 @@ def test_private_parent_folder_is_left_as_it_is(caplog: pytest.LogCaptureFixture
         assert caplog.records == []  # said once
         other = parent / "clone" / ".demo"
         other.mkdir(parents=True)
-        assert embedded._new_place(other).home != home  # a fresh clone gets a fresh database
+        assert new_place(other).home != home  # a fresh clone gets a fresh database
         _remove(other)
     finally:
         _remove(data_dir)

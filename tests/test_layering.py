@@ -64,7 +64,7 @@ def test_every_package_is_walked() -> None:
     [
         "import forecasters, objectives.evaluation, objectives.windows, objectives.aggregation",
         "import studies.config, studies.space, studies.promotion, studies.study",
-        "import storage.database, storage.slots, storage.embedded, storage.configs",
+        "import storage.database, storage.slots, storage.embedded, storage.history",
         "import launch.cli, launch.supervisor, launch.worker, studies.promoting, launch.views.listing",
     ],
 )

@@ -15,8 +15,8 @@ from rich.console import Console
 from launch.views import decisions, listing, tables
 from launch.views.listing import StudyRow
 from launch.views.tables import Column, Table, terminal
-from storage import database, slots
-from storage.database import RetryingStorage
+from storage import database, slots, study_rows
+from storage.retrying import RetryingStorage
 from studies import importance
 from studies import promoting as promote
 
@@ -44,7 +44,7 @@ def make(storage: RetryingStorage, name: str = NAME, *, trials: int = 0, baselin
         slots.raise_budget(connection, study_id, max(trials, 1))
         slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params={})
 
-    study_id = database.create_study(storage, name, {"definition": DEFINITION}, "pct_return_mae", fill)
+    study_id = study_rows.create_study(storage, name, {"definition": DEFINITION}, "pct_return_mae", fill)
     slot = claim(storage, study_id)
     result = None if baseline is None else {"params": {"aggregate": "mean"}, "validation": {"mae": baseline}}
     slots.finish(storage, slot, result=result)

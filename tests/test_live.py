@@ -29,7 +29,7 @@ from launch.devices import DeviceSlot, cpu_slot
 from launch.supervisor import Child
 from launch.views import live
 from launch.views.live import GpuMemory, Rates, RunWatcher, State, StudyLine, WorkerLine, view
-from storage import database, embedded, slots
+from storage import embedded, slots, study_rows
 
 HIDE_CURSOR = b"\x1b[?25l"
 
@@ -382,7 +382,7 @@ def test_what_workers_and_studies_are_at(place: Place) -> None:  # noqa: F811
         slots.add(connection, study_id, slots.CONFIRMATION, 0, params={})
 
     names = ("A/toto@2026-03-19", "B/toto@2026-03-19")
-    first, second = (database.create_study(storage, name, {}, "mae", fill) for name in names)
+    first, second = (study_rows.create_study(storage, name, {}, "mae", fill) for name in names)
     gpu = DeviceSlot(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": "1"})
     process: Any = SimpleNamespace()
     host = os.uname().nodename

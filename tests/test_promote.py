@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 from conftest import FOLDERS
 
 from launch import cli
-from storage import database, slots
-from storage.database import RetryingStorage
+from storage import database, slots, study_rows
+from storage.retrying import RetryingStorage
 from studies import config as configuration
 from studies import space
 
@@ -97,7 +97,7 @@ class Place:
             slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params={})
 
         name = f"{symbol}/{model}@{as_of}"
-        study_id = database.create_study(self.storage, name, {"definition": definition}, "pct_return_mae", fill)
+        study_id = study_rows.create_study(self.storage, name, {"definition": definition}, "pct_return_mae", fill)
         slot = slots.claim(self.storage, study_id, worker="w:1", lease_s=60)
         assert slot is not None
         assert slots.finish(self.storage, slot, result=result)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import promotion_rules as experiment
-from benchmarks.promotion_rules import Series
+from benchmarks.promotion_rules import ForecastSymbol
 from forecasters import Bars
 from objectives.bars import DataError
 from objectives.windows import MIN_CONTEXT

@@ -26,8 +26,8 @@ from safetensors.numpy import load_file, save_file
 from forecasters.checkpoints import BUNDLED
 from launch.views import listing
 from storage import database, embedded, slots
-from storage.database import RetryingStorage
 from storage.progress import parked_slots, read_confirmations, study_progress
+from storage.retrying import RetryingStorage
 from studies import study as studying
 from studies.series import demo_bars
 

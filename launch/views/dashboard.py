@@ -14,7 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from forecasters import ExpectedError
 from storage import DatabaseUnavailable, board
-from storage.database import RetryingStorage
+from storage.retrying import RetryingStorage
 
 PAGE_WAIT_S = 20.0  # that a page waits for a database that is away; a browser asks again every ten seconds
 

@@ -15,7 +15,7 @@ from launch.views.tables import (
     percent_gain,
     percent_interval,
 )
-from storage.configs import Restored
+from storage.history import Restored
 from studies.promoting import SymbolDecision
 
 TO_BE_PROMOTED = "to be promoted"

@@ -13,9 +13,9 @@ from typing import Any
 
 from launch.views.decisions import NEXT
 from launch.views.tables import NOTHING, Column, Table, duration, params_text, percent_error, percent_gain
-from storage import board, database, slots
-from storage.database import RetryingStorage
+from storage import board, slots, study_rows
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
+from storage.retrying import RetryingStorage
 from studies import evidence
 from studies.evidence import MeasuredConfiguration, StudyEvidence, relative_gain
 from studies.study import Study
@@ -121,11 +121,11 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
     facts = StudyFacts(
         study=study,
         progress=progress,
-        states=database.trial_states(storage, study_id),
+        states=study_rows.trial_states(storage, study_id),
         values=board.trial_values(storage, study_id),
         best=[
             SearchTrial(number=trial.number, mae=trial.value, params=trial.params)
-            for trial in database.best_trials(storage, study_id, BEST_SHOWN)
+            for trial in study_rows.best_trials(storage, study_id, BEST_SHOWN)
         ],
         baselines=stage_results(storage, study_id, slots.BASELINE),
         result=result,

@@ -14,9 +14,9 @@ from launch.output import counted, say, show
 from launch.views import tables
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
 from launch.views.tables import Column, Table, duration, params_text, percent_error, percent_gain, percent_share
-from storage import database, slots
-from storage.database import RetryingStorage
+from storage import slots, study_rows
 from storage.progress import first_parked_slots, pick_results, study_progress
+from storage.retrying import RetryingStorage
 from studies import importance
 from studies import study as studying
 from studies.evidence import ConfirmedSummary, read_summaries, relative_gain
@@ -54,7 +54,7 @@ class StudyRow:
 def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[StudyRow]:
     """Every study, or those named by id, sorted by name. Raises DatabaseUnavailable."""
     progress = study_progress(storage)
-    best = database.best_values(storage, study_ids)
+    best = study_rows.best_values(storage, study_ids)
     baselines = pick_results(storage, slots.BASELINE, {"mae": "$.validation.mae"}, study_ids, label="incumbent")
     summaries = read_summaries(storage, study_ids)
     reasons = first_parked_slots(storage, study_ids)

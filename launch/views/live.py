@@ -35,9 +35,9 @@ from launch.streams import Stderr
 from launch.supervisor import Child
 from launch.views.tables import Column, Table, duration, percent_error, percent_gain, rate, terminal
 from launch.worker import EXIT_DONE, EXIT_INTERRUPTED
-from storage import database, slots
-from storage.database import RetryingStorage
+from storage import slots, study_rows
 from storage.progress import RunSnapshot, run_snapshot
+from storage.retrying import RetryingStorage
 
 DRAW_S = 1.0  # between two drawings, and between two looks at the database
 REPORT_S = 10.0  # between two lines of progress
@@ -335,7 +335,7 @@ class RunWatcher:
         ours = [child.name for child in self.children if child.name]
         self._ours.update(ours)
         glance = run_snapshot(self._storage, self._studies, ours, **INCUMBENT)
-        best = database.best_values(self._storage, self._studies)
+        best = study_rows.best_values(self._storage, self._studies)
         now = time.monotonic()
         counts: dict[Any, int] = {study_id: one.done for study_id, one in glance.progress.items()}
         self._rates.add(now, {**counts, "all": sum(counts.values()), **dict.fromkeys(ours, 0), **glance.finished})

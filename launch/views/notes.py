@@ -17,8 +17,8 @@ from launch.views.note_text import FORECAST, note
 from launch.views.tables import percent_error, percent_gain
 from storage import board
 from storage.board import Image
-from storage.database import RetryingStorage
 from storage.progress import Progress, study_progress
+from storage.retrying import RetryingStorage
 from studies.promoting import SymbolDecision
 from studies.study import Study, list_studies
 

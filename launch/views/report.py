@@ -31,9 +31,9 @@ from launch.views.tables import (
     percent_share,
 )
 from storage import configs
-from storage.database import RetryingStorage
 from storage.files import replace_file
 from storage.progress import study_progress
+from storage.retrying import RetryingStorage
 from studies import importance, promoting
 from studies import study as studying
 from studies.config import Config, ConfigError
