@@ -66,7 +66,7 @@ MOST_USELESS, LEAST_FOUND = 0.05, 0.90  # what the default rule is to keep to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
+class SymbolForecasts:
     """One symbol's windows, and what every aggregate would have said at each."""
 
     windows: Windows
@@ -78,7 +78,7 @@ class Series:
         return np.abs(points - self.windows.actuals[:, 0]) / self.windows.last_closes
 
 
-def forecast(symbol: str, bars: Bars) -> Series:
+def forecast(symbol: str, bars: Bars) -> SymbolForecasts:
     """Every aggregate of the plain distribution at every origin; at each from the bars before it alone."""
     everything = windowing.recent_origins(bars, len(bars), symbol=symbol, at_least=1)
     returns = np.diff(bars.close) / bars.close[:-1]  # [T - 1]; number i is of bar i + 1
@@ -95,7 +95,7 @@ def forecast(symbol: str, bars: Bars) -> Series:
     seen = scaled[now[:, None] + np.arange(-RETURNS, 0)]  # [W, RETURNS]
     volatility = known[now] * everything.last_closes
     draw = Draw(everything.last_closes[:, None, None] + (volatility[:, None] * seen)[:, :, None])
-    return Series(
+    return SymbolForecasts(
         windows=everything,
         points={name: draw.aggregate(name)[:, 0] for name in AGGREGATES},
         volatility=volatility,
@@ -106,7 +106,7 @@ def forecast(symbol: str, bars: Bars) -> Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class SearchWindows:
     """Where in a symbol's windows one search looks; each a slice of the window axis."""
 
     validation: slice
@@ -126,7 +126,7 @@ class Search:
         )
 
 
-def searches(series: Series, *, every: int, confirmation: int) -> list[Search]:
+def searches(series: SymbolForecasts, *, every: int, confirmation: int) -> list[SearchWindows]:
     """Every search that has all its windows, the newest first."""
     bars, symbol, first = series.windows.bars, series.windows.symbol, series.windows.origins[0]
 
@@ -143,7 +143,7 @@ def searches(series: Series, *, every: int, confirmation: int) -> list[Search]:
             break
         validation, confirmed = places(split.validation), places(confirming)
         found.append(
-            Search(
+            SearchWindows(
                 validation=validation,
                 earlier=slice(confirmed.start, validation.start),
                 confirmation=confirmed,
@@ -161,7 +161,7 @@ def searches(series: Series, *, every: int, confirmation: int) -> list[Search]:
 class Case:
     """One search and the incumbent it meets."""
 
-    search: Search
+    search: SearchWindows
     errors: dict[str, np.ndarray]  # by aggregate, [W]
     incumbent: np.ndarray  # errors, [W]
     label: str  # the incumbent's name; an aggregate's where it is one
@@ -174,7 +174,7 @@ class Case:
         of: slice | None = None,
         **gate: Any,
     ) -> tuple[Decision, str]:
-        """The project's rule over these aggregates, and the one it chose. on, of: as `Search.measured`."""
+        """The project's rule over these aggregates, and the one it chose. on, of: as `SearchWindows.measured`."""
         decision = decide(
             [self.search.measured(name, self.errors[name], on=on, of=of) for name in names],
             self.search.measured(self.label, self.incumbent, on=on, of=of),
@@ -284,7 +284,7 @@ def judge(rule: Rule, cases: Sequence[Case]) -> dict[str, float | None]:
     }
 
 
-def moved_to(series: Series, base: str, gap: float, way: int) -> np.ndarray:
+def moved_to(series: SymbolForecasts, base: str, gap: float, way: int) -> np.ndarray:
     """Errors [W] of `base` moved up (1) or down (-1) by that multiple of the volatility where `base` gains `gap`."""
     right = series.errors(series.points[base])
 
@@ -301,7 +301,7 @@ def moved_to(series: Series, base: str, gap: float, way: int) -> np.ndarray:
     return moved(high)
 
 
-def measure(all_series: Sequence[Series], *, every: int, confirmation: int) -> dict[str, Any]:
+def measure(all_series: Sequence[SymbolForecasts], *, every: int, confirmation: int) -> dict[str, Any]:
     """All figures."""
     worlds: dict[str, list[Case]] = {"best elsewhere": [], "best of others": [], "best overall": [], WORSE: []}
     power: dict[float, list[Case]] = {gap: [] for gap in GAPS}

@@ -191,7 +191,7 @@ class Model:
 MODELS: Mapping[str, Model] = {
     "toto": Model(module="forecasters.toto", encode_params=("context_length",), draw_params=("num_samples",)),
     "kronos": Model(
-        module="forecasters.kronos",
+        module="forecasters.kronos_checkpoint",
         encode_params=("max_context", "clip"),
         draw_params=("temperature", "top_k", "top_p", "sample_count"),
     ),
