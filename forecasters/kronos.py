@@ -30,6 +30,7 @@ from forecasters.kronos_encoded import (
 )
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
+from forecasters.kronos_model import KRONOS
 from forecasters.kronos_network import (
     CALENDAR,
     KronosNetwork,
@@ -51,7 +52,7 @@ NETWORK_CONTEXT = 512  # bars the published networks were trained on; the window
 class Kronos:
     """A tokenizer and a network that answer the forecaster contract."""
 
-    model = "kronos"
+    model, params = KRONOS.name, KRONOS.params
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolv
 from forecasters.compilation import decide
 from forecasters.kronos import NETWORK_CONTEXT, Kronos
 from forecasters.kronos_encoded import COLUMNS
+from forecasters.kronos_model import KRONOS
 from forecasters.kronos_network import (
     DEPENDENCY_HEADS,
     KronosNetwork,
@@ -118,7 +119,7 @@ def load(
     running: its dtype is the network's, the tokenizer stays in float32.
     Raises CheckpointError and SettingError.
     """
-    policy = decide("kronos", device=device, running=running)
+    policy = decide(KRONOS.name, device=device, running=running)
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
     network, coder = _build(*pair)
     load_into(pair[0], network, _rename)
@@ -158,5 +159,5 @@ def _context_of(checkpoint: str, network_context: int | None) -> int:
 
 
 def _fingerprint(checkpoint: Checkpoint, tokenizer: Checkpoint, network_context: int, dtype: str) -> str:
-    identity = f"kronos {checkpoint.digest} {tokenizer.digest} {network_context} {dtype}"
+    identity = f"{KRONOS.name} {checkpoint.digest} {tokenizer.digest} {network_context} {dtype}"
     return hashlib.sha256(identity.encode()).hexdigest()

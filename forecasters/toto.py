@@ -24,6 +24,7 @@ from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Runnin
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.toto_model import TOTO
 from forecasters.toto_network import Statistics, TotoNetwork, TotoNetworkConfig, TotoPrefix
 from forecasters.toto_sampling import mixture_samples, stream
 
@@ -107,7 +108,7 @@ class EncodedCloses:
 class Toto:
     """A loaded Toto 1.0 checkpoint; see `forecasters.Forecaster`."""
 
-    model = "toto"
+    model, params = TOTO.name, TOTO.params
 
     def __init__(
         self, network: TotoNetwork, *, fingerprint: str, policy: Policy | None = None, chunk: int = 10
@@ -406,7 +407,7 @@ def check(checkpoint: Checkpoint) -> TotoNetworkConfig:
 
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
-    policy = decide("toto", device=device, running=running)
+    policy = decide(TOTO.name, device=device, running=running)
     found = resolve(checkpoint, revision=revision)
     with torch.device("meta"):
         network = TotoNetwork(read_config(found))
@@ -426,4 +427,4 @@ def inspect(checkpoint: str, *, revision: str | None = None, running: Running = 
 
 
 def _fingerprint(found: Checkpoint, dtype: str) -> str:
-    return hashlib.sha256(f"toto {found.digest} {dtype}".encode()).hexdigest()
+    return hashlib.sha256(f"{TOTO.name} {found.digest} {dtype}".encode()).hexdigest()

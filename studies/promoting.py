@@ -105,7 +105,7 @@ class Finding:
         if record.model != self.study.model:
             return None
         try:
-            return space.from_promoted(record.model, record.config, self.space)
+            return space.from_promoted(record.config, record.metadata, self.space)
         except ValueError:
             return None
 
@@ -352,7 +352,7 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
     return {
         "symbol": study.symbol,
         "model": study.model,
-        "config": space.to_promoted(study.model, candidate["params"], finding.space),
+        "config": space.to_promoted(candidate["params"], finding.space, config),
         "validation": _metrics(candidate["validation"]),
         "confirmation": _metrics(candidate["confirmation"]),
         "test": _metrics(candidate["test"]),
