@@ -145,3 +145,32 @@ def test_promoted_config_round_trip(space: spaces.Space) -> None:
 def test_configurations_that_cannot_be_measured(space: spaces.Space, config: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         spaces.from_promoted(config, {}, space)
+
+
+@pytest.mark.parametrize(
+    ("said", "metadata", "length"),
+    [
+        ({"context_length": 512}, {"fixed": {"context_length": 1024}}, 512),
+        ({}, {"fixed": {"context_length": 1024}}, 1024),
+        ({}, {"fixed": None}, 4096),
+        ({}, {}, 4096),
+    ],
+)
+def test_a_promoted_file_is_measured_as_it_says(
+    space: spaces.Space, said: dict[str, int], metadata: dict[str, object], length: int
+) -> None:
+    params = spaces.from_promoted({"num_samples": 64, **said}, metadata, space)
+    assert params == {"aggregate": "mean", "num_samples": 64, "context_length": length}
+
+
+def test_only_the_number_of_samples_may_be_filled_in(kronos: spaces.Space, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[search]\nobjective = "exact"\n[kronos]\nsample_count = [8, 24]\n')
+    config = configuration.load(path)
+    params = {"temperature": 0.1, "top_k": 12, "top_p": 1.0, "max_context": 128, "clip": 2.0}
+    assert spaces.to_promoted(params, spaces.make("kronos", config), config)["sample_count"] == 24
+    with pytest.raises(ValueError, match="kronos: a configuration without sample_count"):
+        spaces.to_promoted(params, kronos, config)
+    del params["clip"]
+    with pytest.raises(ValueError, match="without clip"):
+        spaces.to_promoted(params, spaces.make("kronos", config), config)
