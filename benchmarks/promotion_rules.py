@@ -69,7 +69,7 @@ MOST_USELESS, LEAST_FOUND = 0.05, 0.90  # what the default rule is to keep to
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForecastSymbol:
+class SymbolForecasts:
     """One symbol's windows, and what every aggregate would have said at each."""
 
     windows: Windows
@@ -81,7 +81,7 @@ class ForecastSymbol:
         return np.abs(points - self.windows.actuals[:, 0]) / self.windows.last_closes
 
 
-def forecast(symbol: str, bars: Bars) -> ForecastSymbol:
+def forecast(symbol: str, bars: Bars) -> SymbolForecasts:
     """Every aggregate of the plain distribution at every origin; at each from the bars before it alone."""
     everything = windowing.recent_origins(bars, len(bars), symbol=symbol, at_least=1)
     returns = np.diff(bars.close) / bars.close[:-1]  # [T - 1]; number i is of bar i + 1
@@ -98,7 +98,7 @@ def forecast(symbol: str, bars: Bars) -> ForecastSymbol:
     seen = scaled[now[:, None] + np.arange(-RETURNS, 0)]  # [W, RETURNS]
     volatility = known[now] * everything.last_closes
     draw = Draw(everything.last_closes[:, None, None] + (volatility[:, None] * seen)[:, :, None])
-    return ForecastSymbol(
+    return SymbolForecasts(
         windows=everything,
         points={name: draw.aggregate(name)[:, 0] for name in AGGREGATES},
         volatility=volatility,
@@ -109,7 +109,7 @@ def forecast(symbol: str, bars: Bars) -> ForecastSymbol:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlayedSearch:
+class SearchWindows:
     """Where in a symbol's windows one search looks; each a slice of the window axis."""
 
     validation: slice
@@ -146,7 +146,7 @@ def _measurement(errors: np.ndarray) -> Measurement:
     )
 
 
-def searches(series: ForecastSymbol, *, every: int, confirmation: int) -> list[PlayedSearch]:
+def searches(series: SymbolForecasts, *, every: int, confirmation: int) -> list[SearchWindows]:
     """Every search that has all its windows, the newest first."""
     bars, symbol, first = series.windows.bars, series.windows.symbol, series.windows.origins[0]
 
@@ -163,7 +163,7 @@ def searches(series: ForecastSymbol, *, every: int, confirmation: int) -> list[P
             break
         validation, confirmed = places(split.validation), places(confirming)
         found.append(
-            PlayedSearch(
+            SearchWindows(
                 validation=validation,
                 earlier=slice(confirmed.start, validation.start),
                 confirmation=confirmed,
@@ -181,7 +181,7 @@ def searches(series: ForecastSymbol, *, every: int, confirmation: int) -> list[P
 class Case:
     """One search and the incumbent it meets."""
 
-    search: PlayedSearch
+    search: SearchWindows
     errors: dict[str, np.ndarray]  # by aggregate, [W]
     incumbent: np.ndarray  # errors, [W]
     label: str  # the incumbent's name; an aggregate's where it is one
@@ -194,7 +194,7 @@ class Case:
         of: slice | None = None,
         **gate: Any,
     ) -> tuple[Decision, str]:
-        """The project's rule over these aggregates, and the one it chose. on, of: as `PlayedSearch.measured`."""
+        """The project's rule over these aggregates, and the one it chose. on, of: as `SearchWindows.measured`."""
         decision = decide(
             [self.search.measured(name, self.errors[name], on=on, of=of) for name in names],
             self.search.measured(self.label, self.incumbent, on=on, of=of),
@@ -304,7 +304,7 @@ def judge(rule: Rule, cases: Sequence[Case]) -> dict[str, float | None]:
     }
 
 
-def moved_to(series: ForecastSymbol, base: str, gap: float, way: int) -> np.ndarray:
+def moved_to(series: SymbolForecasts, base: str, gap: float, way: int) -> np.ndarray:
     """Errors [W] of `base` moved up (1) or down (-1) by that multiple of the volatility where `base` gains `gap`."""
     right = series.errors(series.points[base])
 
@@ -321,7 +321,7 @@ def moved_to(series: ForecastSymbol, base: str, gap: float, way: int) -> np.ndar
     return moved(high)
 
 
-def measure(all_series: Sequence[ForecastSymbol], *, every: int, confirmation: int) -> dict[str, Any]:
+def measure(all_series: Sequence[SymbolForecasts], *, every: int, confirmation: int) -> dict[str, Any]:
     """All figures."""
     worlds: dict[str, list[Case]] = {"best elsewhere": [], "best of others": [], "best overall": [], WORSE: []}
     power: dict[float, list[Case]] = {gap: [] for gap in GAPS}

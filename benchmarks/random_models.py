@@ -17,9 +17,9 @@ from torch import nn
 
 from forecasters import Bars, toto_network
 from forecasters.kronos import Kronos
-from forecasters.kronos_network import Network, NetworkConfig, Tokenizer, TokenizerConfig
+from forecasters.kronos_network import KronosNetwork, KronosNetworkConfig, KronosTokenizer, KronosTokenizerConfig
 
-TOTO_BASE = toto_network.Config(
+TOTO_BASE = toto_network.TotoNetworkConfig(
     patch_size=64,
     stride=64,
     embed_dim=768,
@@ -33,24 +33,28 @@ TOTO_BASE = toto_network.Config(
     output_distribution_kwargs={"k_components": 24},
     spacewise_first=False,
 )
-KRONOS_BASE = NetworkConfig(s1_bits=10, s2_bits=10, n_layers=12, d_model=832, n_heads=16, ff_dim=2048, learn_te=True)
-KRONOS_SMALL = NetworkConfig(s1_bits=10, s2_bits=10, n_layers=8, d_model=512, n_heads=8, ff_dim=1024, learn_te=True)
-KRONOS_TOKENIZER = TokenizerConfig(
+KRONOS_BASE = KronosNetworkConfig(
+    s1_bits=10, s2_bits=10, n_layers=12, d_model=832, n_heads=16, ff_dim=2048, learn_te=True
+)
+KRONOS_SMALL = KronosNetworkConfig(
+    s1_bits=10, s2_bits=10, n_layers=8, d_model=512, n_heads=8, ff_dim=1024, learn_te=True
+)
+KRONOS_TOKENIZER = KronosTokenizerConfig(
     d_in=6, d_model=256, n_heads=4, ff_dim=512, n_enc_layers=4, n_dec_layers=4, s1_bits=10, s2_bits=10
 )
 KRONOS_SEES = 512  # bars, of Kronos-small and -base
 
 
-def random_toto() -> toto_network.Network:
+def random_toto() -> toto_network.TotoNetwork:
     """At the size of Toto-Open-Base-1.0, 151 M parameters."""
     torch.manual_seed(0)
-    return toto_network.Network(TOTO_BASE)
+    return toto_network.TotoNetwork(TOTO_BASE)
 
 
-def random_kronos(size: NetworkConfig = KRONOS_BASE) -> Kronos:
+def random_kronos(size: KronosNetworkConfig = KRONOS_BASE) -> Kronos:
     """With random weights, spread so that the second token depends on the first and logits have a shape."""
     torch.manual_seed(0)
-    network, tokenizer = Network(size), Tokenizer(KRONOS_TOKENIZER)
+    network, tokenizer = KronosNetwork(size), KronosTokenizer(KRONOS_TOKENIZER)
     for module in (*network.modules(), *tokenizer.modules()):
         if isinstance(module, nn.Linear):
             nn.init.xavier_normal_(module.weight)
@@ -63,7 +67,7 @@ def random_kronos(size: NetworkConfig = KRONOS_BASE) -> Kronos:
     return Kronos(tokenizer, network, fingerprint="random", network_context=KRONOS_SEES)
 
 
-def random_checkpoints(folder: Path, kronos_size: NetworkConfig = KRONOS_BASE) -> dict[str, str]:
+def random_checkpoints(folder: Path, kronos_size: KronosNetworkConfig = KRONOS_BASE) -> dict[str, str]:
     """Both models as checkpoints on disk that load as published ones do: folders by model.
 
     Kronos' tokenizer is in `tokenizer` within its folder.

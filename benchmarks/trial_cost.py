@@ -31,7 +31,7 @@ from benchmarks.random_models import KRONOS_BASE, random_bars, random_kronos, ra
 from forecasters import Bars, toto
 from forecasters.kronos import Kronos
 from forecasters.kronos_sampling import sampling_of
-from forecasters.toto_network import Network
+from forecasters.toto_network import TotoNetwork
 from objectives.aggregation import Draw
 from tests import plain_kronos
 
@@ -59,7 +59,7 @@ TOTO_MATMUL = 2048
 
 
 @torch.inference_mode()
-def repeated_run(network: Network, closes: np.ndarray) -> torch.Tensor:
+def repeated_run(network: TotoNetwork, closes: np.ndarray) -> torch.Tensor:
     """One of the 240 runs: 128 samples [128] of a window's next close, from the window repeated 128 times."""
     series = torch.from_numpy(closes.astype(np.float32)).repeat(SAMPLES_PER_BATCH, 1, 1)  # [128, 1, T]
     mixture, loc, scale = network(series, torch.zeros(SAMPLES_PER_BATCH, dtype=torch.long))
@@ -78,10 +78,10 @@ def toto_figures(repeats: int) -> dict[str, float]:
     closes = contexts[0].close[-TOTO_CONTEXT:]
     square = torch.randn(TOTO_MATMUL, TOTO_MATMUL)
 
-    def encode() -> toto.Encoded:
+    def encode() -> toto.EncodedCloses:
         return forecaster.encode(contexts, {"context_length": TOTO_CONTEXT}, 1)
 
-    def trial(encoded: toto.Encoded, count: int, aggregate: str) -> np.ndarray:
+    def trial(encoded: toto.EncodedCloses, count: int, aggregate: str) -> np.ndarray:
         return Draw(forecaster.draw(encoded, {"num_samples": count}, seeds)).aggregate(aggregate)
 
     encoded = encode()

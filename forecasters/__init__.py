@@ -1,4 +1,4 @@
-"""The contract every forecaster answers, and the lazy loader that makes one.
+"""The contract that every forecaster keeps, and the lazy loader that makes one.
 
 Imports no torch: the modules behind `load` do. Knows nothing of windows, studies, databases or commands.
 """
@@ -26,10 +26,10 @@ class ForecastError(ExpectedError):
 
 
 def halved(count: int, device: object, what: str, error: Exception) -> int:
-    """How many to run together from now on, where so many ran out of memory.
+    """The number to run together from now on, after `count` of them ran out of memory.
 
-    what: one of them, named by the ForecastError that is raised where even one does not fit. error: torch's, which may
-    say how much it wanted.
+    what: describes one of them. error: torch's, which may say how much memory it wanted.
+    Raises ForecastError where even one does not fit.
     """
     if count > 1:
         return -(-count // 2)
@@ -43,7 +43,7 @@ class CheckpointError(ExpectedError, ValueError):
 
 
 class SettingError(ExpectedError, ValueError):
-    """How a forecaster is asked to run is not something that it can do."""
+    """A forecaster cannot run as the settings or the environment ask."""
 
 
 COMPILE_MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
@@ -99,7 +99,7 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expectation:
-    """An exact answer of a model that is asked for the mean only: what it tends to as samples grow in number."""
+    """The exact answer of a model that knows the mean only: the limit of the samples' mean."""
 
     points: np.ndarray  # float64 [W, H]
     mass: np.ndarray  # float64 [W], probability that was summed over; the rest was sampled
@@ -108,7 +108,7 @@ class Expectation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StudentMixture:
-    """An exact answer of a model whose samples are drawn from this: K Student's t a step, in price. All [W, H, K]."""
+    """The exact answer of a model that samples from mixtures of K Student's t a step, in price. All [W, H, K]."""
 
     probs: np.ndarray  # float64, summing to 1 over K
     df: np.ndarray
@@ -116,36 +116,50 @@ class StudentMixture:
     scale: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageParams:
+    """Which params of a model belong to which stage."""
+
+    encode: tuple[str, ...]
+    draw: tuple[str, ...]
+    num_samples: str  # the one of `draw` that is the number of samples
+
+
 class Forecaster(Protocol):
     """A loaded model. Stage by stage: encode runs the network, draw only samples from what it left."""
 
     model: str
+    params: StageParams
     fingerprint: str  # of the weights, the network's configuration and the dtype
     forwards: int  # calls of the network so far
     free_draw_horizon: int  # up to it, a draw with other seeds runs no network
 
     def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
-        """Everything about these contexts that does not depend on how we sample.
+        """Compute everything about these contexts that does not depend on how we sample.
 
         contexts: one a window, W of them; their lengths may differ.
-        params: the model's encode params (`MODELS[model].encode_params`).
+        params: those of `params.encode`. horizon: steps ahead that will be drawn.
+        Raises ForecastError where a context is too short or holds a number that is not finite, where a param or the
+        horizon is out of range, and where not even one window fits the device's memory.
         """
         ...
 
     def draw(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
-        """Samples of the close, float64 [W, S, H].
+        """Draw samples of the close, float64 [W, S, H], in price.
 
-        seeds: one a window, each below 2**64. Equal seeds and params give equal samples; a smaller
-        sample count gives a prefix of a larger one.
+        params: those of `params.draw`. seeds: one a window, each below 2**64. Equal seeds and params give equal
+        samples; a smaller number of samples gives a prefix of a larger one.
+        Raises ForecastError where the number of seeds is not that of the windows, where a param is out of range,
+        where a sample is not finite, and where not even one path fits the device's memory.
         """
         ...
 
 
 class ExactForecaster(Forecaster, Protocol):
-    """A forecaster that also answers without samples, as both models do."""
+    """A forecaster that also answers without samples."""
 
     def exact(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> Expectation | StudentMixture:
-        """What any number of samples are drawn from, or their mean's limit; nothing of it is left to chance.
+        """Answer with the distribution that samples are drawn from, or with the limit of their mean.
 
         params: as for `draw`; the number of samples is not looked at. seeds: as for `draw`, for what is too wide
         to sum over. objectives/exact.py makes points of it. Raises ForecastError where there is no such answer:
@@ -167,8 +181,8 @@ class GraphCounts(Protocol):
     def warmup_s(self) -> float: ...  # in first calls of a shape
 
 
-class LoadedForecaster(ExactForecaster, Protocol):
-    """What `load` gives."""
+class LoadedForecaster(Forecaster, Protocol):
+    """A forecaster as `load` returns it. Whether it is an ExactForecaster too, its descriptor says (`Model.exact`)."""
 
     @property
     def compilation(self) -> str:
@@ -179,50 +193,26 @@ class LoadedForecaster(ExactForecaster, Protocol):
     def graphs(self) -> GraphCounts: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Which params of a model belong to which stage, and where its weights come from by default."""
+def load(model: str, *, device: str = "cpu", running: Running = BY_DEFAULT, **options: Any) -> LoadedForecaster:
+    """Load a model onto a device ("cpu", "cuda:0").
 
-    module: str
-    encode_params: tuple[str, ...]
-    draw_params: tuple[str, ...]
-
-
-MODELS: Mapping[str, Model] = {
-    "toto": Model(module="forecasters.toto", encode_params=("context_length",), draw_params=("num_samples",)),
-    "kronos": Model(
-        module="forecasters.kronos",
-        encode_params=("max_context", "clip"),
-        draw_params=("temperature", "top_k", "top_p", "sample_count"),
-    ),
-}
-
-
-def load(
-    model: str,
-    *,
-    checkpoint: str,
-    revision: str | None = None,
-    device: str = "cpu",
-    running: Running = BY_DEFAULT,
-    **options: Any,
-) -> LoadedForecaster:
-    """Load a model's checkpoint onto a device ("cpu", "cuda:0").
-
-    checkpoint: a bundled name, a local folder or a hub id (see checkpoints.py).
-    options: what only this model's loader takes: kronos its tokenizer, tokenizer_revision and network_context.
+    options: what the model's loader takes (`Model.loading_options`): toto its checkpoint (a bundled name, a local
+    folder or a hub id, see checkpoints.py) and revision; kronos also its tokenizer, tokenizer_revision and
+    network_context; naive nothing.
     Raises CheckpointError and SettingError.
     """
-    module = importlib.import_module(MODELS[model].module)
-    return module.load(checkpoint, revision=revision, device=device, running=running, **options)
+    return _module(model).load(device=device, running=running, **options)
 
 
-def inspect(
-    model: str, *, checkpoint: str, revision: str | None = None, running: Running = BY_DEFAULT, **options: Any
-) -> str:
+def inspect(model: str, *, running: Running = BY_DEFAULT, **options: Any) -> str:
     """The fingerprint that `load` would give its forecaster, without loading the weights.
 
     options: as for `load`. Raises CheckpointError where the checkpoint does not fit the network.
     """
-    module = importlib.import_module(MODELS[model].module)
-    return module.inspect(checkpoint, revision=revision, running=running, **options)
+    return _module(model).inspect(running=running, **options)
+
+
+def _module(model: str) -> Any:
+    from forecasters.models import MODELS  # late: the descriptors import this module
+
+    return importlib.import_module(MODELS[model].module)

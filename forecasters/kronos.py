@@ -1,4 +1,4 @@
-"""Kronos as a forecaster: bars to tokens, tokens to sampled bars, a stage at a time; and the loading of a checkpoint.
+"""Kronos as a forecaster: bars to tokens, tokens to sampled bars, a stage at a time.
 
 `encode` runs the networks over a window's bars once; `draw` samples from what that left, `exact` sums over it. Owns
 what runs together within the memory, and which draws are of fixed shapes (kronos_fixed.py, what is compiled) and which
@@ -7,71 +7,57 @@ go down the tree of paths (kronos_tree.py). Knows nothing of windows' origins, a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forecasters import BY_DEFAULT, Bars, CheckpointError, Expectation, ForecastError, Running, halved
-from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
-from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters import Bars, Expectation, ForecastError, halved
+from forecasters.compilation import OFF, Graphs, Policy
 from forecasters.kronos_encoded import (
     CLOSE,
     COLUMNS,
     EPSILON,
     MIN_BARS,
     EncodedBars,
-    Prefix,
+    KronosPrefix,
     Window,
     calendar_of,
     columns_of,
 )
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
-from forecasters.kronos_fixed import FixedShapes
+from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
+from forecasters.kronos_model import KRONOS
 from forecasters.kronos_network import (
     CALENDAR,
-    DEPENDENCY_HEADS,
+    KronosNetwork,
+    KronosTokenizer,
     LayerCache,
-    Network,
-    NetworkConfig,
-    Tokenizer,
-    TokenizerConfig,
 )
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
 from forecasters.kronos_tree import paths
 
-MAX_BITS = 16  # of a token; 10 in the published networks
 DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
 DRAW_ROWS = 4096  # paths drawn at a time: 4096 rows of 1024 float64 probabilities are 32 MiB
 PREFILL_TOKENS = 8192  # a batch on an accelerator; on a CPU one window at a time is as fast and keeps windows apart
-FIXED_BARS = 64  # compiled contexts are padded to a multiple: 4 graphs serve the 5 published lengths
 FIXED_SAMPLES = 64  # paths of a window in a compiled step
 FIXED_BYTES = 4 << 30  # keys and values of their generated bars, on an accelerator; elsewhere DRAW_BYTES
 
 NETWORK_CONTEXT = 512  # bars the published networks were trained on; the window slides beyond it
-NETWORK_CONTEXTS: Mapping[str, int] = {"NeoQuasar/Kronos-mini": 2048}
-TOKENIZERS: Mapping[str, str] = {
-    "NeoQuasar/Kronos-mini": "NeoQuasar/Kronos-Tokenizer-2k",
-    "NeoQuasar/Kronos-small": "NeoQuasar/Kronos-Tokenizer-base",
-    "NeoQuasar/Kronos-base": "NeoQuasar/Kronos-Tokenizer-base",
-}
 
 
 class Kronos:
     """A tokenizer and a network that answer the forecaster contract."""
 
-    model = "kronos"
+    model, params = KRONOS.name, KRONOS.params
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        network: Network,
+        tokenizer: KronosTokenizer,
+        network: KronosNetwork,
         *,
         fingerprint: str,
         network_context: int = NETWORK_CONTEXT,
@@ -173,7 +159,7 @@ class Kronos:
         """
         room, lengths = self.network_context, [len(bars) for bars in contexts]
         again = np.minimum(np.arange(self._chunk), len(contexts) - 1)  # the last window again in those left over
-        normal = np.zeros((len(contexts), _whole_bars(max(lengths)), len(COLUMNS)), np.float32)
+        normal = np.zeros((len(contexts), whole_bars(max(lengths)), len(COLUMNS)), np.float32)
         stamps = np.zeros((len(contexts), normal.shape[1] + horizon - 1, len(CALENDAR)), np.int64)
         scaling = []
         for i, bars in enumerate(contexts):
@@ -188,7 +174,7 @@ class Kronos:
         keep = horizon > 1 and max(lengths) < room
         tokens, moments = self.tokenizer.tokens(self._to_device(normal[again])), self._to_device(stamps[again])
         trunk, decoded = (
-            self._to_device(np.minimum(np.add.outer(first, np.arange(_whole_bars(max(size)))), normal.shape[1] - 1))
+            self._to_device(np.minimum(np.add.outer(first, np.arange(whole_bars(max(size)))), normal.shape[1] - 1))
             for first, size in ((np.array(seen)[again], sizes[0]), (np.array(shown)[again], sizes[1]))
         )
         rows = torch.arange(self._chunk, device=self.device)[:, None]
@@ -209,7 +195,7 @@ class Kronos:
                 stamps=moments[i, : lengths[i] + horizon - 1].clone(),
                 mean=scaling[i][0],
                 scale=scaling[i][1],
-                prefix=Prefix(
+                prefix=KronosPrefix(
                     hidden=hidden[i].clone(),
                     keys=of(dependency, i, sizes[0][i]),
                     layers=[of(layer, i, sizes[0][i]) for layer in layers],
@@ -220,14 +206,14 @@ class Kronos:
             for i in range(len(contexts))
         ]
 
-    def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[Prefix]:
-        """tokens [B, T, 2], stamps [B, T, 5]: one Prefix a row; keep: with the transformer's keys and values."""
+    def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[KronosPrefix]:
+        """tokens [B, T, 2], stamps [B, T, 5]: one KronosPrefix a row; keep: with the transformer's keys and values."""
         self.forwards += 1
         x, layers = self.network.transformer.run(self.network.embed(tokens, stamps), keep=keep)
         x = self.network.norm(x)
         keys, values = self.network.dep_layer.keys_values(x)
         return [
-            Prefix(hidden=x[i, -1].clone(), keys=(keys[i], values[i]), layers=[(k[i], v[i]) for k, v in layers])
+            KronosPrefix(hidden=x[i, -1].clone(), keys=(keys[i], values[i]), layers=[(k[i], v[i]) for k, v in layers])
             for i in range(len(x))
         ]
 
@@ -311,44 +297,26 @@ class Kronos:
         """
         chosen, horizon = [encoded.windows[w] for w in windows], encoded.horizon
         rows = [*chosen, *[chosen[-1]] * (self._chunk - len(chosen))]
-        stack, coder = self.network.transformer, self.tokenizer.decoder
         lengths, decoded = [w.prefix.keys[0].shape[1] for w in rows], [w.decoded for w in rows]
 
-        def filled(name: str, caches: Sequence[LayerCache], sizes: Sequence[int]) -> LayerCache:
-            shape = (len(caches), caches[0][0].shape[0], _whole_bars(max(sizes)), caches[0][0].shape[2])
-            both = tuple(self.graphs.buffer(f"{name} {i}", shape, like=caches[0][i]) for i in range(2))
-            for row, (cache, size) in enumerate(zip(caches, sizes, strict=True)):
-                for buffer, part in zip(both, cache, strict=True):
-                    buffer[row, :, :size] = part
-            return both[0], both[1]
+        def cache(name: str, windows: Sequence[Sequence[LayerCache]], sizes: Sequence[int]) -> PathCache:
+            buffer = self.graphs.buffer
+            return PathCache.filled(buffer, name, windows, sizes, samples=samples, horizon=horizon, device=self.device)
 
-        def own(name: str, prefix: LayerCache) -> LayerCache:
-            heads, size = prefix[0].shape[1], prefix[0].shape[3]
-            shape = (len(rows), heads, samples, horizon, size)
-            keys, values = (self.graphs.buffer(f"own {name} {i}", shape, like=prefix[0]) for i in range(2))
-            return keys, values
-
-        dependency = filled("dependency", [w.prefix.keys for w in rows], lengths)
-        layers = [
-            filled(f"layer {i}", [w.prefix.layers[i] for w in rows], lengths)
-            for i in range(len(stack) if horizon > 1 else 0)
-        ]
-        decoder = [filled(f"decoder {i}", [w.decoder[i] for w in rows], decoded) for i in range(len(coder))]
-        own_dependency = own("dependency", dependency)
-        own_layers = [own(f"layer {i}", prefix) for i, prefix in enumerate(layers)]
-        own_decoder = [own(f"decoder {i}", prefix) for i, prefix in enumerate(decoder)]
+        dependency = cache("dependency", [[w.prefix.keys] for w in rows], lengths)
+        transformer = cache("layer", [w.prefix.layers if horizon > 1 else () for w in rows], lengths)
+        decoder = cache("decoder", [w.decoder for w in rows], decoded)
         params = (
             torch.tensor(sampling.temperature, dtype=torch.float32, device=self.device),
             torch.tensor(sampling.top_k, device=self.device),
             torch.tensor(sampling.top_p, dtype=torch.float32, device=self.device),
         )
         steps = torch.arange(horizon, device=self.device).unbind()
-        at, decoded_at = self._to_device(np.array(lengths)), self._to_device(np.array(decoded))
         begin = torch.stack([w.prefix.hidden for w in rows])[:, None].expand(-1, samples, -1).contiguous()
         logits = torch.stack([w.s1_logits for w in rows]).to(self.device)[:, None].expand(-1, samples, -1).contiguous()
         stamps = [torch.stack([w.stamps[len(w.tokens) + step] for w in rows]) for step in range(horizon - 1)]
         numbers = [seeds[windows[min(row, len(windows) - 1)]] for row in range(len(rows))]
-        key = (samples, horizon, *(tuple(keys.shape) for keys, _ in (dependency, *decoder[:1])))
+        key = (samples, horizon, *dependency.shapes, *decoder.shapes)
         blocks = []
         for first in range(0, count, samples):
             u = [[uniforms(seed, step, first, first + samples) for seed in numbers] for step in range(horizon)]
@@ -359,7 +327,7 @@ class Kronos:
                 self.forwards += moment is not None
                 bar, hidden, s1_logits = self.graphs.run(
                     self._fixed.step, (*key, moment is None), hidden, s1_logits, now, params, steps[step], moment,
-                    at, decoded_at, dependency, layers, decoder, own_dependency, own_layers, own_decoder,
+                    dependency, transformer, decoder,
                 )  # fmt: skip
                 values.append(bar)
             blocks.append(torch.stack(values, dim=2))  # [W, N, H, 6]
@@ -443,137 +411,3 @@ def _finite(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ForecastError("the forecast is not finite numbers; check the prices and the checkpoint")
     return values
-
-
-def _whole_bars(count: int) -> int:
-    return -(-max(1, count) // FIXED_BARS) * FIXED_BARS
-
-
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-
-_UNREAD = tuple(f"{part}_dropout_p" for part in ("ffn", "attn", "resid", "token"))  # of training only
-_UNREAD_TOKENIZER = (*_UNREAD, "beta", "gamma0", "gamma", "zeta", "group_size")
-_DROPPED = ("rotary.inv_freq", "tokenizer.bsq.basis", "tokenizer.bsq.group_basis")  # computed, or never read
-
-
-def _rename(stored: str) -> str | None:
-    return None if stored.endswith(_DROPPED) else stored
-
-
-def read_config(checkpoint: Checkpoint) -> NetworkConfig:
-    """A network's config.json. Raises CheckpointError on a key or a value that this network does not have."""
-    entries = checkpoint.config(_keys(NetworkConfig), _UNREAD)
-    path = checkpoint.folder / CONFIG
-    _need_sizes(entries, _keys(NetworkConfig)[:-1], path)
-    if type(entries["learn_te"]) is not bool:
-        raise CheckpointError(f"{path}: learn_te is {entries['learn_te']!r}, expected true or false")
-    if entries["d_model"] % DEPENDENCY_HEADS:
-        raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected a multiple of {DEPENDENCY_HEADS}")
-    return NetworkConfig(**{key: entries[key] for key in _keys(NetworkConfig)})
-
-
-def read_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
-    """A tokenizer's config.json. Raises CheckpointError on a key or a value that this tokenizer does not have."""
-    entries = checkpoint.config(_keys(TokenizerConfig), _UNREAD_TOKENIZER)
-    path = checkpoint.folder / CONFIG
-    _need_sizes(entries, _keys(TokenizerConfig), path)
-    if entries["d_in"] != len(COLUMNS):
-        raise CheckpointError(f"{path}: d_in is {entries['d_in']}, expected {len(COLUMNS)}: {', '.join(COLUMNS)}")
-    return TokenizerConfig(**{key: entries[key] for key in _keys(TokenizerConfig)})
-
-
-def _keys(cls: type[TokenizerConfig] | type[NetworkConfig]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls))
-
-
-def _need_sizes(entries: Mapping[str, Any], keys: Sequence[str], path: Path) -> None:
-    for key in keys:
-        if type(entries[key]) is not int or entries[key] < 1:
-            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, expected a positive whole number")
-    if entries["d_model"] % (2 * entries["n_heads"]):
-        raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected an even multiple of n_heads")
-    if entries["s1_bits"] > MAX_BITS or entries["s2_bits"] > MAX_BITS:
-        raise CheckpointError(f"{path}: tokens of more than {MAX_BITS} bits; expected at most {MAX_BITS}")
-
-
-def tokenizer_of(checkpoint: str) -> str:
-    """The tokenizer that belongs to a network: as published, else the folder `tokenizer` in the network's own."""
-    return TOKENIZERS.get(checkpoint, f"{checkpoint.rstrip('/')}/tokenizer")
-
-
-def inspect(
-    checkpoint: str,
-    *,
-    revision: str | None = None,
-    tokenizer: str | None = None,
-    tokenizer_revision: str | None = None,
-    network_context: int | None = None,
-    running: Running = BY_DEFAULT,
-) -> str:
-    """The fingerprint that `load` would give, from the files' headers and bytes. Raises CheckpointError."""
-    pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
-    for found, module in zip(pair, _build(*pair), strict=True):
-        check(found, {name: tensor.shape for name, tensor in module.state_dict().items()}, _rename)
-    return _fingerprint(*pair, _context_of(checkpoint, network_context), running.dtype)
-
-
-def load(
-    checkpoint: str,
-    *,
-    revision: str | None = None,
-    device: str = "cpu",
-    tokenizer: str | None = None,
-    tokenizer_revision: str | None = None,
-    network_context: int | None = None,
-    running: Running = BY_DEFAULT,
-) -> Kronos:
-    """Load a network and its tokenizer (`checkpoints.resolve`, each) onto a device.
-
-    tokenizer: the one that belongs to the network (`tokenizer_of`) unless named.
-    network_context: bars the network sees at most; as published unless given.
-    running: its dtype is the network's, the tokenizer stays in float32.
-    Raises CheckpointError and SettingError.
-    """
-    policy = decide("kronos", device=device, running=running)
-    pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
-    network, coder = _build(*pair)
-    load_into(pair[0], network, _rename)
-    load_into(pair[1], coder, _rename)
-    context = _context_of(checkpoint, network_context)
-    return Kronos(
-        coder.to(device),
-        network.to(device=device, dtype=getattr(torch, running.dtype)),
-        fingerprint=_fingerprint(*pair, context, running.dtype),
-        network_context=context,
-        policy=policy,
-        chunk=running.chunk,
-    )
-
-
-def _resolve(
-    checkpoint: str, revision: str | None, tokenizer: str | None, tokenizer_revision: str | None
-) -> tuple[Checkpoint, Checkpoint]:
-    found = resolve(checkpoint, revision=revision)
-    return found, resolve(tokenizer or tokenizer_of(checkpoint), revision=tokenizer_revision)
-
-
-def _build(checkpoint: Checkpoint, tokenizer: Checkpoint) -> tuple[Network, Tokenizer]:
-    """Both modules, without weights. Raises CheckpointError where they do not use the same tokens."""
-    config, coder = read_config(checkpoint), read_tokenizer_config(tokenizer)
-    if (config.s1_bits, config.s2_bits) != (coder.s1_bits, coder.s2_bits):
-        raise CheckpointError(
-            f"the tokenizer {tokenizer.source!r} makes tokens of {coder.s1_bits}+{coder.s2_bits} bits, the network "
-            f"{checkpoint.source!r} reads {config.s1_bits}+{config.s2_bits}; name the tokenizer published with it"
-        )
-    with torch.device("meta"):
-        return Network(config), Tokenizer(coder)
-
-
-def _context_of(checkpoint: str, network_context: int | None) -> int:
-    return network_context or NETWORK_CONTEXTS.get(checkpoint, NETWORK_CONTEXT)
-
-
-def _fingerprint(checkpoint: Checkpoint, tokenizer: Checkpoint, network_context: int, dtype: str) -> str:
-    identity = f"kronos {checkpoint.digest} {tokenizer.digest} {network_context} {dtype}"
-    return hashlib.sha256(identity.encode()).hexdigest()

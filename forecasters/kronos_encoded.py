@@ -59,7 +59,7 @@ def calendar_of(timestamps: np.ndarray, ahead: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prefix:
+class KronosPrefix:
     """What the network says after a run of tokens."""
 
     hidden: Tensor  # [d], of the last token, normed
@@ -75,7 +75,7 @@ class Window:
     stamps: Tensor  # int64 [T + H - 1, 5]
     mean: np.ndarray  # float32 [6]
     scale: np.ndarray  # float32 [6]: the standard deviation + EPSILON
-    prefix: Prefix
+    prefix: KronosPrefix
     s1_logits: Tensor  # float32 [2**s1_bits], on the CPU
     decoder: Sequence[LayerCache]  # the tokenizer's decoder over the tokens that the final decode still sees
 
@@ -91,7 +91,7 @@ class Window:
         return sum(t.numel() * t.element_size() for t in tensors) + self.mean.nbytes + self.scale.nbytes
 
 
-class Table:
+class RowTable:
     """Rows of numbers by integer key, filled when first asked for, bounded."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -148,8 +148,8 @@ class EncodedBars:
 
     windows: Sequence[Window]
     horizon: int
-    s2_logits: Table = field(default_factory=lambda: Table(TABLE_BYTES))  # by window and first token
-    values: Table = field(default_factory=lambda: Table(TABLE_BYTES))  # by window and pair; horizon 1 only
+    s2_logits: RowTable = field(default_factory=lambda: RowTable(TABLE_BYTES))  # by window and first token
+    values: RowTable = field(default_factory=lambda: RowTable(TABLE_BYTES))  # by window and pair; horizon 1 only
 
     @property
     def nbytes(self) -> int:

@@ -8,18 +8,78 @@ compiled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from forecasters.kronos_network import DEPENDENCY_HEADS, LayerCache, Network, Stack, Tokenizer, rotary_table, rotate
+from forecasters.kronos_network import (
+    DEPENDENCY_HEADS,
+    KronosNetwork,
+    KronosTokenizer,
+    LayerCache,
+    Stack,
+    rotary_table,
+    rotate,
+)
+
+FIXED_BARS = 64  # compiled contexts are padded to a multiple: 4 graphs serve the 5 published lengths
+
+
+class PathCache(NamedTuple):
+    """Keys and values of a stack of layers: of the windows' prefixes, and of what each path has generated.
+
+    A tuple, because compiled functions take tensors and tuples of tensors.
+    """
+
+    lengths: Tensor  # int64 [W]: bars of each prefix; what a buffer holds beyond them is masked
+    prefixes: Sequence[LayerCache]  # a layer: [W, heads, L, e] each
+    own: Sequence[LayerCache]  # a layer: [W, heads, N, H, e] each, room for H bars
+
+    @classmethod
+    def filled(
+        cls,
+        buffer: Callable[..., Tensor],
+        name: str,
+        windows: Sequence[Sequence[LayerCache]],
+        lengths: Sequence[int],
+        *,
+        samples: int,
+        horizon: int,
+        device: torch.device,
+    ) -> PathCache:
+        """Copy the windows' prefixes, padded to one length, into buffers, with room for their paths' bars.
+
+        buffer: `Graphs.buffer`, asked for names that begin with `name`. windows: the layers of each, [heads, T, e].
+        """
+        prefixes, own = [], []
+        for layer, caches in enumerate(zip(*windows, strict=True)):
+            heads, _, size = caches[0][0].shape
+            shape = (len(caches), heads, whole_bars(max(lengths)), size)
+            keys, values = (buffer(f"{name} {layer} {i}", shape, like=caches[0][i]) for i in range(2))
+            for row, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+                keys[row, :, :length], values[row, :, :length] = cache
+            room = (len(caches), heads, samples, horizon, size)
+            own.append(tuple(buffer(f"own {name} {layer} {i}", room, like=keys) for i in range(2)))
+            prefixes.append((keys, values))
+        return cls(lengths=torch.tensor(lengths, device=device), prefixes=prefixes, own=own)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the prefixes, which with the room for the paths make a graph's shapes."""
+        return tuple(tuple(keys.shape) for keys, _ in self.prefixes[:1])
+
+
+def whole_bars(count: int) -> int:
+    """The least positive multiple of FIXED_BARS that holds so many."""
+    return -(-max(1, count) // FIXED_BARS) * FIXED_BARS
 
 
 class FixedShapes(nn.Module):
     """Both networks, whose parameters are shared with the forecaster's."""
 
-    def __init__(self, tokenizer: Tokenizer, network: Network) -> None:
+    def __init__(self, tokenizer: KronosTokenizer, network: KronosNetwork) -> None:
         super().__init__()
         self.tokenizer, self.network = tokenizer, network
 
@@ -49,34 +109,32 @@ class FixedShapes(nn.Module):
         sampling: tuple[Tensor, Tensor, Tensor],  # temperature float32 [], top_k int64 [], top_p float32 []
         step: Tensor,  # int64 []: bars generated before
         stamps: Tensor | None,  # int64 [W, 5], of the bar that is drawn; None: nothing follows it
-        lengths: Tensor,  # int64 [W]: of the prefix
-        decoded: Tensor,  # int64 [W]: of the decoder's prefix
-        dependency: LayerCache,  # [W, 4, L, d / 4]
-        layers: Sequence[LayerCache],  # [W, h, L, e] each; empty where nothing follows
-        decoder: Sequence[LayerCache],
-        own_dependency: LayerCache,  # [W, 4, N, H, d / 4], room for H bars; `step` is written
-        own_layers: Sequence[LayerCache],
-        own_decoder: Sequence[LayerCache],
+        dependency: PathCache,  # of the one dependency layer
+        transformer: PathCache,  # without layers where nothing follows
+        decoder: PathCache,  # of the tokenizer
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a bar of each path: its normalised columns [W, N, 6], and what the next step begins with."""
+        """Draw a bar of each path: its normalised columns [W, N, 6], and what the next step begins with.
+
+        The bar's keys and values are written into each cache's own, at `step`.
+        """
         network, tokenizer = self.network, self.tokenizer
         s1 = pick(s1_logits, sampling, uniforms[..., 0])
-        layer = network.dep_layer
+        layer, own = network.dep_layer, dependency.own[0]
         query = layer.cross_attn.q_proj(network.embedding.emb_s1(s1))  # [W, N, d]
         query = query.unflatten(-1, (DEPENDENCY_HEADS, -1)).transpose(1, 2)  # [W, 4, N, d / 4]
-        mixed = attend(query, dependency, lengths, own_dependency, step)
+        mixed = attend(query, dependency.prefixes[0], dependency.lengths, own, step)
         joined = layer.norm(hidden + layer.cross_attn.out_proj(mixed))
         s2 = pick(network.head.proj_s2(joined).float(), sampling, uniforms[..., 1])
         tokens = torch.stack((s1, s2), dim=-1)  # [W, N, 2]
         x = tokenizer.embed_tokens(tokens)
-        values = tokenizer.head(extend(tokenizer.decoder, x, decoded, step, decoder, own_decoder))
+        values = tokenizer.head(extend_paths(tokenizer.decoder, x, step, decoder))
         if stamps is None:
             return values, hidden, s1_logits
         x = network.embed(tokens, stamps[:, None].expand(-1, tokens.shape[1], -1))
-        hidden = network.norm(extend(network.transformer, x, lengths, step, layers, own_layers))
+        hidden = network.norm(extend_paths(network.transformer, x, step, transformer))
         keys, values_seen = layer.keys_values(hidden)  # [W, 4, N, d / 4]
-        own_dependency[0].index_copy_(3, step[None], keys[..., None, :])
-        own_dependency[1].index_copy_(3, step[None], values_seen[..., None, :])
+        own[0].index_copy_(3, step[None], keys[..., None, :])
+        own[1].index_copy_(3, step[None], values_seen[..., None, :])
         return values, hidden, network.head.proj_s1(hidden).float()
 
 
@@ -116,17 +174,15 @@ def attend(q: Tensor, prefix: LayerCache, lengths: Tensor, own: LayerCache, coun
     return mixed.transpose(1, 2).flatten(2)
 
 
-def extend(
-    stack: Stack, x: Tensor, lengths: Tensor, step: Tensor, prefixes: Sequence[LayerCache], own: Sequence[LayerCache]
-) -> Tensor:
-    """One new token a path through a stack, [W, N, d]; its keys and values are left in `own`, at `step`."""
-    cos, sin = rotary_table(stack.head_dim, lengths + step)
+def extend_paths(stack: Stack, x: Tensor, step: Tensor, cache: PathCache) -> Tensor:
+    """Run one new token a path through a stack, [W, N, d]; its keys and values are left in the cache, at `step`."""
+    cos, sin = rotary_table(stack.head_dim, cache.lengths + step)
     table = cos[:, None, None], sin[:, None, None]  # [W, 1, 1, e]
-    for block, prefix, (keys, values) in zip(stack, prefixes, own, strict=True):
+    for block, prefix, (keys, values) in zip(stack, cache.prefixes, cache.own, strict=True):
         attention, h = block.self_attn, block.norm1(x)
         q, k = (rotate(attention.heads(p(h)), table) for p in (attention.q_proj, attention.k_proj))  # [W, heads, N, e]
         keys.index_copy_(3, step[None], k[..., None, :])
         values.index_copy_(3, step[None], attention.heads(attention.v_proj(h))[..., None, :])
-        x = x + attention.out_proj(attend(q, prefix, lengths, (keys, values), step + 1))
+        x = x + attention.out_proj(attend(q, prefix, cache.lengths, (keys, values), step + 1))
         x = x + block.ffn(block.norm2(x))
     return x

@@ -26,7 +26,7 @@ LayerCache = tuple[Tensor, Tensor]  # keys and values of a prefix, each [heads, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class KronosTokenizerConfig:
     """The entries of a tokenizer's config.json that inference reads."""
 
     d_in: int
@@ -40,7 +40,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
+class KronosNetworkConfig:
     """The entries of a network's config.json that inference reads."""
 
     s1_bits: int
@@ -64,7 +64,7 @@ class NetworkConfig:
 # ---- modules, named as in the published checkpoints ---------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
+class KronosNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
@@ -94,7 +94,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
 
 
-class Attention(nn.Module):
+class KronosAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads, self.head_dim = n_heads, d_model // n_heads
@@ -129,9 +129,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, d_model: int, n_heads: int, ff_dim: int) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(d_model)
-        self.self_attn = Attention(d_model, n_heads)
-        self.norm2 = RMSNorm(d_model)
+        self.norm1 = KronosNorm(d_model)
+        self.self_attn = KronosAttention(d_model, n_heads)
+        self.norm2 = KronosNorm(d_model)
         self.ffn = FeedForward(d_model, ff_dim)
 
 
@@ -167,8 +167,8 @@ class DependencyLayer(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.cross_attn = Attention(d_model, DEPENDENCY_HEADS)
-        self.norm = RMSNorm(d_model)
+        self.cross_attn = KronosAttention(d_model, DEPENDENCY_HEADS)
+        self.norm = KronosNorm(d_model)
 
     def keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Of hidden states [..., n, d]: each [..., heads, n, head_dim]."""
@@ -183,7 +183,7 @@ class Embedding(nn.Embedding):
 
 
 class PairEmbedding(nn.Module):
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: KronosNetworkConfig) -> None:
         super().__init__()
         self.scale = config.d_model**0.5
         self.emb_s1 = Embedding(config.s1_size, config.d_model)
@@ -208,7 +208,7 @@ class FixedEmbedding(nn.Module):
 
 
 class CalendarEmbedding(nn.Module):
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: KronosNetworkConfig) -> None:
         super().__init__()
         table = Embedding if config.learn_te else FixedEmbedding
         for name, size in CALENDAR:
@@ -225,22 +225,22 @@ class CalendarEmbedding(nn.Module):
 
 
 class Heads(nn.Module):
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: KronosNetworkConfig) -> None:
         super().__init__()
         self.proj_s1 = nn.Linear(config.d_model, config.s1_size)
         self.proj_s2 = nn.Linear(config.d_model, config.s2_size)
 
 
-class Network(nn.Module):
+class KronosNetwork(nn.Module):
     """The transformer over token pairs."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: KronosNetworkConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = PairEmbedding(config)
         self.time_emb = CalendarEmbedding(config)
         self.transformer = Stack(config.n_layers, config.d_model, config.n_heads, config.ff_dim)
-        self.norm = RMSNorm(config.d_model)
+        self.norm = KronosNorm(config.d_model)
         self.dep_layer = DependencyLayer(config.d_model)
         self.head = Heads(config)
 
@@ -267,10 +267,10 @@ class Network(nn.Module):
         return out[: groups[-1].stop]
 
 
-class Tokenizer(nn.Module):
+class KronosTokenizer(nn.Module):
     """Six normalised columns to two tokens a bar and back. float32 only: bf16 changes 8 % of the tokens."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: KronosTokenizerConfig) -> None:
         super().__init__()
         self.config = config
         bits, d_model = config.s1_bits + config.s2_bits, config.d_model

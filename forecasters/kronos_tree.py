@@ -15,16 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forecasters.kronos_encoded import COLUMNS, EncodedBars, Prefix, Window
-from forecasters.kronos_network import LayerCache, Network, Own, Tokenizer, TreeCache, extend, groups_of, padded
+from forecasters.kronos_encoded import COLUMNS, EncodedBars, KronosPrefix, Window
+from forecasters.kronos_network import (
+    KronosNetwork,
+    KronosTokenizer,
+    LayerCache,
+    Own,
+    TreeCache,
+    extend,
+    groups_of,
+    padded,
+)
 from forecasters.kronos_sampling import Pick
 
 
 class Networks(Protocol):
     """What the tree is grown by: both networks on one device, and what of them may run together."""
 
-    tokenizer: Tokenizer
-    network: Network
+    tokenizer: KronosTokenizer
+    network: KronosNetwork
     network_context: int  # bars the network sees at most
     forwards: int  # runs of the transformer; a step adds one
     draw_rows: int  # paths decoded at a time
@@ -32,8 +41,8 @@ class Networks(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[Prefix]:
-        """tokens [B, T, 2], stamps [B, T, 5]: one Prefix a row; keep: with the transformer's keys and values."""
+    def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[KronosPrefix]:
+        """tokens [B, T, 2], stamps [B, T, 5]: one KronosPrefix a row; keep: with the transformer's keys and values."""
         ...
 
 
@@ -194,7 +203,7 @@ class _Tree:
             own=own,
         )
 
-    def _slid(self, start: int) -> list[Prefix]:
+    def _slid(self, start: int) -> list[KronosPrefix]:
         """The windows' bars from `start` on, as prefixes of their own."""
         batch = len(self._windows) if self._networks.device.type != "cpu" else 1
         prefixes = []
@@ -204,7 +213,7 @@ class _Tree:
             prefixes += self._networks.prefill(tokens, stamps, keep=True)
         return prefixes
 
-    def _run(self, levels: Sequence[Level], prefixes: Sequence[Prefix]) -> tuple[Tensor, Own]:
+    def _run(self, levels: Sequence[Level], prefixes: Sequence[KronosPrefix]) -> tuple[Tensor, Own]:
         """Levels, the last of the tree, through the transformer after these prefixes: the last one's hidden [n, d]."""
         network, device = self._networks.network, self._networks.device
         total, deepest = sum(len(level.window) for level in self._levels), levels[-1].path.shape[1]

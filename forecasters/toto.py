@@ -24,7 +24,8 @@ from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Runnin
 from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
 from forecasters.checkpoints import check as check_shapes
 from forecasters.compilation import OFF, Graphs, Policy, decide
-from forecasters.toto_network import Config, Network, Prefix, Statistics
+from forecasters.toto_model import TOTO
+from forecasters.toto_network import Statistics, TotoNetwork, TotoNetworkConfig, TotoPrefix
 from forecasters.toto_sampling import mixture_samples, stream
 
 TRAJECTORIES = 64  # a block; its size never depends on num_samples, so fewer samples are a prefix bit for bit
@@ -46,7 +47,7 @@ class Trajectories:
     """
 
     def __init__(
-        self, network: Network, prefix: Prefix, count: int, *, patches: int, graphs: Graphs, room: int = 0
+        self, network: TotoNetwork, prefix: TotoPrefix, count: int, *, patches: int, graphs: Graphs, room: int = 0
     ) -> None:
         """count: trajectories a window, N. patches: how often `advance` will be called at most.
 
@@ -86,7 +87,7 @@ class Trajectories:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Encoded:
+class EncodedCloses:
     """The network's answer for W windows: all that sampling needs. Arrays are float64 on the CPU."""
 
     horizon: int
@@ -96,7 +97,7 @@ class Encoded:
     scale: np.ndarray
     affine_loc: np.ndarray  # price units, [W]
     affine_scale: np.ndarray
-    prefixes: tuple[Prefix, ...]  # of consecutive windows, on the network's device; empty while horizon <= P
+    prefixes: tuple[TotoPrefix, ...]  # of consecutive windows, on the network's device; empty while horizon <= P
 
     @property
     def nbytes(self) -> int:
@@ -107,9 +108,11 @@ class Encoded:
 class Toto:
     """A loaded Toto 1.0 checkpoint; see `forecasters.Forecaster`."""
 
-    model = "toto"
+    model, params = TOTO.name, TOTO.params
 
-    def __init__(self, network: Network, *, fingerprint: str, policy: Policy | None = None, chunk: int = 10) -> None:
+    def __init__(
+        self, network: TotoNetwork, *, fingerprint: str, policy: Policy | None = None, chunk: int = 10
+    ) -> None:
         """policy: how to compile; None: not at all. chunk: windows in a compiled forward, fewer are padded."""
         self.network = network.eval().requires_grad_(False)
         self.fingerprint = fingerprint
@@ -131,7 +134,7 @@ class Toto:
     def compilation(self) -> str:
         return self.graphs.state
 
-    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Encoded:
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> EncodedCloses:
         """The mixtures of the close's next steps, from its last `context_length` values; one batched forward.
 
         contexts: W windows of any lengths. params: {"context_length": points}. horizon: steps.
@@ -159,7 +162,7 @@ class Toto:
         packed = np.concatenate([part[0] for part in parts]).astype(np.float64)  # [W, 4 * h * K + 2]
         shape = (len(rows), 4, min(horizon, self.network.config.patch_size), self.network.config.components)
         probs, df, loc, scale = packed[:, :-2].reshape(shape).swapaxes(0, 1).copy()
-        return Encoded(
+        return EncodedCloses(
             horizon=horizon,
             probs=probs,
             df=df,
@@ -170,7 +173,7 @@ class Toto:
             prefixes=tuple(part[1] for part in parts if part[1] is not None),
         )
 
-    def draw(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+    def draw(self, encoded: EncodedCloses, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples of the close, float64 [W, N, H].
 
         params: {"num_samples": N}. seeds: one a window, below 2**64. No network call while the horizon is within
@@ -184,7 +187,7 @@ class Toto:
         samples = np.empty((len(seeds), count, steps))
         if encoded.prefixes:
 
-            def fill(start: int, stop: int, prefix: Prefix) -> None:
+            def fill(start: int, stop: int, prefix: TotoPrefix) -> None:
                 self._draw_long(encoded, prefix, start, seeds[start:stop], samples[start:stop])
 
             self._in_groups(encoded, TRAJECTORIES, fill)
@@ -196,7 +199,7 @@ class Toto:
                 samples[rows] = _first_patch(encoded, rows, uniforms)
         return _finite(samples)
 
-    def exact(self, encoded: Encoded, params: Mapping[str, Any], seeds: Sequence[int]) -> StudentMixture:
+    def exact(self, encoded: EncodedCloses, params: Mapping[str, Any], seeds: Sequence[int]) -> StudentMixture:
         """The mixtures that samples are drawn from, in price. Neither params nor seeds are looked at.
 
         Raises ForecastError beyond the first patch, where a mixture depends on what was drawn before.
@@ -215,7 +218,7 @@ class Toto:
             scale=encoded.scale * affine_scale,
         )
 
-    def mean(self, encoded: Encoded) -> np.ndarray:
+    def mean(self, encoded: EncodedCloses) -> np.ndarray:
         """The mixtures' means, float64 [W, H]; past the first patch each patch's mean is fed back as if observed.
 
         What the reference answers for num_samples=None.
@@ -225,15 +228,15 @@ class Toto:
             return _finite(first)
         points = np.empty((len(first), encoded.horizon))
 
-        def fill(start: int, stop: int, prefix: Prefix) -> None:
+        def fill(start: int, stop: int, prefix: TotoPrefix) -> None:
             points[start:stop] = self._decode(prefix, first[start:stop, None], encoded.horizon, None)[:, 0]
 
         self._in_groups(encoded, 1, fill)
         return _finite(points)
 
     @torch.inference_mode()
-    def _prefill(self, rows: Sequence[np.ndarray], horizon: int, room: int) -> tuple[np.ndarray, Prefix | None]:
-        """The numbers of `Encoded` for these rows, [W, 4 * h * K + 2], and the prefix past the first patch.
+    def _prefill(self, rows: Sequence[np.ndarray], horizon: int, room: int) -> tuple[np.ndarray, TotoPrefix | None]:
+        """The numbers of `EncodedCloses` for these rows, [W, 4 * h * K + 2], and the prefix past the first patch.
 
         room: windows that the forward has, the last row again in those left over; 0: as many as there are.
         """
@@ -256,13 +259,15 @@ class Toto:
         prefix = None
         if keep:
             ids = torch.zeros(len(series), 1, dtype=torch.long, device=self.device)
-            whole = Prefix(
+            whole = TotoPrefix(
                 keys=keys, values=values, pads=padding // patch, ids=ids, statistics=Statistics.of(statistics)
             )
             prefix = whole.rows(0, len(rows))
         return packed[: len(rows)].cpu().numpy(), prefix
 
-    def _in_groups(self, encoded: Encoded, trajectories: int, decode: Callable[[int, int, Prefix], None]) -> None:
+    def _in_groups(
+        self, encoded: EncodedCloses, trajectories: int, decode: Callable[[int, int, TotoPrefix], None]
+    ) -> None:
         """Call decode(first window, last + 1, their prefix) for windows to decode together, until all are.
 
         Bounded by tokens, and the same for every number of samples. trajectories: of a window at a time.
@@ -287,7 +292,7 @@ class Toto:
         return min(self._windows_together, self._chunk) if self.graphs.on else windows
 
     def _draw_long(
-        self, encoded: Encoded, prefix: Prefix, start: int, seeds: Sequence[int], samples: np.ndarray
+        self, encoded: EncodedCloses, prefix: TotoPrefix, start: int, seeds: Sequence[int], samples: np.ndarray
     ) -> None:
         """Fill samples [W, N, H] of the group's windows, which begin at `start` in encoded, block by block."""
         rows, patch = slice(start, start + len(seeds)), self.network.config.patch_size
@@ -299,7 +304,7 @@ class Toto:
             samples[:, first : first + TRAJECTORIES] = block[:, : samples.shape[1] - first]
 
     @torch.inference_mode()
-    def _decode(self, prefix: Prefix, begun: np.ndarray, horizon: int, uniforms: np.ndarray | None) -> np.ndarray:
+    def _decode(self, prefix: TotoPrefix, begun: np.ndarray, horizon: int, uniforms: np.ndarray | None) -> np.ndarray:
         """Continue the first patch begun [W, N, P] to [W, N, H], one transfer to the host for all of it.
 
         uniforms: [W, N, H, 3], of which the first P steps are spent; None: the mixtures' means are fed back.
@@ -335,7 +340,7 @@ def fixed_length(patches: int) -> int:
     return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
 
 
-def _first_patch(encoded: Encoded, rows: slice, uniforms: np.ndarray) -> np.ndarray:
+def _first_patch(encoded: EncodedCloses, rows: slice, uniforms: np.ndarray) -> np.ndarray:
     """Prices drawn within the first patch, [W, N, h], for uniforms [W, N, h, 3]."""
     probs, df = encoded.probs[rows, None], encoded.df[rows, None]
     scaled = mixture_samples(probs, df, encoded.loc[rows, None], encoded.scale[rows, None], uniforms)
@@ -358,10 +363,10 @@ def _finite(prices: np.ndarray) -> np.ndarray:
     return prices
 
 
-def read_config(checkpoint: Checkpoint) -> Config:
+def read_config(checkpoint: Checkpoint) -> TotoNetworkConfig:
     """The checkpoint's config.json. Raises CheckpointError on a key or a value that this network does not have."""
-    optional = [field.name for field in fields(Config) if field.default is not MISSING]
-    required = [field.name for field in fields(Config) if field.default is MISSING]
+    optional = [field.name for field in fields(TotoNetworkConfig) if field.default is not MISSING]
+    required = [field.name for field in fields(TotoNetworkConfig) if field.default is MISSING]
     entries = checkpoint.config(required, (*optional, *_LOADER_KEYS))
     path = checkpoint.folder / CONFIG
 
@@ -380,7 +385,7 @@ def read_config(checkpoint: Checkpoint) -> Config:
     need("embed_dim", entries["embed_dim"] % (2 * entries["num_heads"]) == 0, "an even multiple of num_heads")
     divides = type(every) is int and (every == -1 or (every > 0 and entries["num_layers"] % every == 0))
     need("spacewise_every_n_layers", divides, "-1 or a divisor of num_layers")
-    return Config(**{key: value for key, value in entries.items() if key not in _LOADER_KEYS})
+    return TotoNetworkConfig(**{key: value for key, value in entries.items() if key not in _LOADER_KEYS})
 
 
 def _rename(stored: str) -> str | None:
@@ -391,21 +396,21 @@ def _rename(stored: str) -> str | None:
     return name.replace(".mlp.0.w12.", ".mlp.0.").replace(".mlp.0.w3.", ".mlp.2.")  # saved with a fused SwiGLU
 
 
-def check(checkpoint: Checkpoint) -> Config:
+def check(checkpoint: Checkpoint) -> TotoNetworkConfig:
     """Refuse a checkpoint that does not fit the network, without reading its weights. Raises CheckpointError."""
     config = read_config(checkpoint)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Network(config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in TotoNetwork(config).state_dict().items()}
     check_shapes(checkpoint, shapes, _rename)
     return config
 
 
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
-    policy = decide("toto", device=device, running=running)
+    policy = decide(TOTO.name, device=device, running=running)
     found = resolve(checkpoint, revision=revision)
     with torch.device("meta"):
-        network = Network(read_config(found))
+        network = TotoNetwork(read_config(found))
     load_into(found, network, _rename)
     network = network.to(device=device, dtype=getattr(torch, running.dtype))
     return Toto(network, fingerprint=_fingerprint(found, running.dtype), policy=policy, chunk=running.chunk)
@@ -422,4 +427,4 @@ def inspect(checkpoint: str, *, revision: str | None = None, running: Running = 
 
 
 def _fingerprint(found: Checkpoint, dtype: str) -> str:
-    return hashlib.sha256(f"toto {found.digest} {dtype}".encode()).hexdigest()
+    return hashlib.sha256(f"{TOTO.name} {found.digest} {dtype}".encode()).hexdigest()

@@ -25,7 +25,7 @@ XPOS_BASE = 512.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class TotoNetworkConfig:
     """The published config.json of Toto 1.0: its 15 names."""
 
     patch_size: int
@@ -103,7 +103,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prefix:
+class TotoPrefix:
     """What the context leaves for decoding: shared by every trajectory of a window, never copied for one."""
 
     keys: tuple[Tensor, ...]  # a layer over time: [B*V, heads, S, Q], rotated
@@ -117,10 +117,10 @@ class Prefix:
         tensors = (*self.keys, *self.values, self.pads, self.ids, *self.statistics.tensors)
         return sum(tensor.nbytes for tensor in tensors)
 
-    def rows(self, start: int, stop: int) -> Prefix:
+    def rows(self, start: int, stop: int) -> TotoPrefix:
         """Of the windows [start, stop), as views."""
         variates = self.ids.shape[1]
-        return Prefix(
+        return TotoPrefix(
             keys=tuple(tensor[start * variates : stop * variates] for tensor in self.keys),
             values=tuple(tensor[start * variates : stop * variates] for tensor in self.values),
             pads=self.pads[start:stop],
@@ -129,7 +129,7 @@ class Prefix:
         )
 
 
-class RMSNorm(nn.Module):
+class TotoNorm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
@@ -144,7 +144,7 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-class Attention(nn.Module):
+class TotoAttention(nn.Module):
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
         self.wQKV = nn.Linear(size, 3 * size)
@@ -165,12 +165,12 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config, *, over_time: bool) -> None:
+    def __init__(self, config: TotoNetworkConfig, *, over_time: bool) -> None:
         super().__init__()
         self.over_time = over_time
-        self.norm1 = RMSNorm(config.embed_dim)
-        self.attention = Attention(config.embed_dim, config.num_heads)
-        self.norm2 = RMSNorm(config.embed_dim)
+        self.norm1 = TotoNorm(config.embed_dim)
+        self.attention = TotoAttention(config.embed_dim, config.num_heads)
+        self.norm2 = TotoNorm(config.embed_dim)
         self.mlp = nn.Sequential(
             nn.Linear(config.embed_dim, 2 * config.mlp_hidden_dim),
             SwiGLU(),
@@ -198,8 +198,8 @@ class Layer(nn.Module):
     ) -> Tensor:
         """Attention of one new patch a trajectory to the shared prefix and to its own patches, in one softmax.
 
-        normed [B, V, N, D] to the same. Keys, values and own as in `Network.extend`; own has room for patches to come,
-        which nobody sees yet.
+        normed [B, V, N, D] to the same. Keys, values and own as in `TotoNetwork.extend`; own has room for patches to
+        come, which nobody sees yet.
         """
         q, k, v = self.attention.project(normed.flatten(0, 1), 0, 3)  # [B*V, heads, N, Q]
         q = _rotate(q, tables[0], tables[1]) * q.shape[-1] ** -0.5
@@ -221,10 +221,10 @@ class Layer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Network(nn.Module):
+class TotoNetwork(nn.Module):
     """Toto 1.0's network; the names of its parameters are the published ones (without the prefix `model.`)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: TotoNetworkConfig) -> None:
         super().__init__()
         self.config = config
         size, k = config.embed_dim, config.components
@@ -255,7 +255,7 @@ class Network(nn.Module):
 
     def prefill(
         self, series: Tensor, pads: Tensor, ids: Tensor | None = None, *, steps: int, keep: bool = False
-    ) -> tuple[Mixture, Tensor, Tensor, Prefix | None]:
+    ) -> tuple[Mixture, Tensor, Tensor, TotoPrefix | None]:
         """The forecast after the last patch only; series, pads and ids as in `forward`.
 
         Skips what cannot reach it: the last layer over time makes one query, the layers after it see one patch, and
@@ -268,7 +268,7 @@ class Network(nn.Module):
         patches = pads // self.config.patch_size
         x, keys, values = self._trunk(self._embed(series, loc, scale), patches, ids, every_patch=False)
         last = statistics.map(lambda tensor: tensor[..., -1])
-        prefix = Prefix(keys=keys, values=values, pads=patches, ids=ids, statistics=last) if keep else None
+        prefix = TotoPrefix(keys=keys, values=values, pads=patches, ids=ids, statistics=last) if keep else None
         return self._mixture(x[:, :, -1], steps), loc[..., -1], scale[..., -1], prefix
 
     def answer(
@@ -375,7 +375,7 @@ class Network(nn.Module):
         )
 
 
-def running_statistics(series: Tensor, pads: Tensor, config: Config) -> Statistics:
+def running_statistics(series: Tensor, pads: Tensor, config: TotoNetworkConfig) -> Statistics:
     """The statistics of everything up to each patch's last point, [B, V, S], padded points left out.
 
     Welford's recurrence as cumulative sums in float64; the bounds are of the whole row (scaler.py:148-271).

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from forecasters import Bars, toto, train_tiny_kronos
 from forecasters.checkpoints import BUNDLED, CONFIG, WEIGHTS
-from forecasters.toto_network import Config, Network
+from forecasters.toto_network import TotoNetwork, TotoNetworkConfig
 from forecasters.toto_sampling import Mixture
 
 LAST_TRAINING_DAY = "2016-12-31"
@@ -35,7 +35,7 @@ LEARNING_RATE = 1e-3
 UNDIRECTED = 0.75  # share of rows whose moves have random signs: two indices' directions would be learnt by heart
 FIRST_STEP_WEIGHT = 0.5  # of the loss; the other steps of the patch share the rest
 
-TOTO_TINY = Config(
+TOTO_TINY = TotoNetworkConfig(
     patch_size=32,
     stride=32,
     embed_dim=64,
@@ -60,7 +60,7 @@ def closes() -> dict[str, pd.Series]:
     return {symbol: pd.Series(table["Close"].to_numpy(np.float64), table.index) for symbol, table in tables.items()}
 
 
-def begin_at_no_change(network: Network) -> None:
+def begin_at_no_change(network: TotoNetwork) -> None:
     """Start where every step's location is the patch's last value, exactly.
 
     A day moves a scaled price by 0.01 to 0.05: random weights would spend the whole budget on learning to copy.
@@ -121,7 +121,7 @@ def log_likelihood(mixture: Mixture, y: Tensor) -> Tensor:
     return torch.logsumexp(torch.log(mixture.probs + 1e-12) + log_t, -1)
 
 
-def loss_of(network: Network, series: Tensor, pads: Tensor) -> Tensor:
+def loss_of(network: TotoNetwork, series: Tensor, pads: Tensor) -> Tensor:
     """Mean negative log likelihood of each patch given those before it, in units of each patch's own scale."""
     patch = network.config.patch_size
     mixture, loc, scale = network(series[..., :-patch], pads)
@@ -130,13 +130,13 @@ def loss_of(network: Network, series: Tensor, pads: Tensor) -> Tensor:
     return FIRST_STEP_WEIGHT * nll[..., 0].mean() + (1 - FIRST_STEP_WEIGHT) * nll[..., 1:].mean()
 
 
-def train_toto(steps: int = STEPS) -> Network:
+def train_toto(steps: int = STEPS) -> TotoNetwork:
     """Train toto-tiny. One thread and one seed: the same weights on the same machine."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     returns = [np.diff(np.log(series.loc[:LAST_TRAINING_DAY].to_numpy())) for series in closes().values()]
-    network = Network(TOTO_TINY)
+    network = TotoNetwork(TOTO_TINY)
     begin_at_no_change(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     began, seen = time.monotonic(), []
@@ -155,7 +155,7 @@ def train_toto(steps: int = STEPS) -> Network:
     return network
 
 
-def save(network: Network, folder: Path) -> None:
+def save(network: TotoNetwork, folder: Path) -> None:
     """Write the published layout: config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(asdict(network.config), indent=1) + "\n")

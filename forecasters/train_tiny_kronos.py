@@ -23,16 +23,16 @@ from arch.data import nasdaq, sp500
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from forecasters import Bars, kronos
+from forecasters import Bars, kronos, kronos_checkpoint
 from forecasters.checkpoints import CONFIG, WEIGHTS
 from forecasters.kronos_encoded import EPSILON, calendar_of
 from forecasters.kronos_network import (
-    Attention,
-    Network,
-    NetworkConfig,
+    KronosAttention,
+    KronosNetwork,
+    KronosNetworkConfig,
+    KronosTokenizer,
+    KronosTokenizerConfig,
     Stack,
-    Tokenizer,
-    TokenizerConfig,
     rotary_frequencies,
 )
 
@@ -49,16 +49,18 @@ SMOOTHING = 2.5  # cells: neighbouring levels share a target, for low temperatur
 KERNEL = 0.7  # deviations over which two levels' features become strangers
 PEAK = 2.5  # with KERNEL: a first spread of 0.16 deviations, about a day's move
 SHARPNESS = 600.0  # of the hinges: much sharper than a cell
-STEADY = 1000.0  # a constant beside the values, so that RMSNorm divides all rows alike
+STEADY = 1000.0  # a constant beside the values, so that KronosNorm divides all rows alike
 
 OPEN, HIGH, LOW, CLOSE, VOLUME = range(5)
 PAIRS = ({OPEN: 1.0, CLOSE: -1.0}, {HIGH: 1.0, CLOSE: -1.0}, {LOW: 1.0, CLOSE: -1.0}, {VOLUME: 1.0})
 OTHERS = 2 * len(PAIRS)  # bits of the second token: of each of these sums, on which side of its median, and how far
 
-TOKENIZER = TokenizerConfig(
+TOKENIZER = KronosTokenizerConfig(
     d_in=6, d_model=32, n_heads=2, ff_dim=192, n_enc_layers=2, n_dec_layers=2, s1_bits=LEVELS, s2_bits=OTHERS
 )
-NETWORK = NetworkConfig(s1_bits=LEVELS, s2_bits=OTHERS, n_layers=3, d_model=64, n_heads=4, ff_dim=128, learn_te=True)
+NETWORK = KronosNetworkConfig(
+    s1_bits=LEVELS, s2_bits=OTHERS, n_layers=3, d_model=64, n_heads=4, ff_dim=128, learn_te=True
+)
 UNREAD = {"ffn_dropout_p": 0.0, "attn_dropout_p": 0.0, "resid_dropout_p": 0.0}
 UNREAD_TOKENIZER = {**UNREAD, "beta": 0.05, "gamma0": 1.0, "gamma": 1.1, "zeta": 0.05, "group_size": 4}
 
@@ -66,7 +68,7 @@ UNREAD_TOKENIZER = {**UNREAD, "beta": 0.05, "gamma0": 1.0, "gamma": 1.1, "zeta":
 # ---- rows of bars ----------------------------------------------------------------------------------------------------
 
 
-class Series(NamedTuple):
+class TrainingSeries(NamedTuple):
     """One index in logs, up to the last training day."""
 
     moves: np.ndarray  # [T - 1], of the close
@@ -80,15 +82,15 @@ def tables() -> dict[str, pd.DataFrame]:
     return {"SP500": sp500.load(), "NASDAQ": nasdaq.load()}
 
 
-def series_of(table: pd.DataFrame) -> Series:
+def series_of(table: pd.DataFrame) -> TrainingSeries:
     known = table.loc[:LAST_TRAINING_DAY, ["Open", "High", "Low", "Close", "Volume"]]
     logs = np.log(known.where(known > 0).ffill().to_numpy(np.float64))  # a few days have no volume
     stamps = calendar_of(known.index.to_numpy(), 0)
     shape = logs[1:, :CLOSE] - logs[1:, CLOSE:VOLUME]
-    return Series(moves=np.diff(logs[:, CLOSE]), shape=shape, volume=logs[1:, VOLUME], stamps=stamps[1:])
+    return TrainingSeries(moves=np.diff(logs[:, CLOSE]), shape=shape, volume=logs[1:, VOLUME], stamps=stamps[1:])
 
 
-def row_of(series: Series, context: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def row_of(series: TrainingSeries, context: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A stretch, perhaps mirrored, blended with a random walk, at another volatility: columns [6, T], stamps [T, 5].
 
     Normalised by the first `context` bars alone: what is to be learned comes after them.
@@ -112,7 +114,7 @@ def row_of(series: Series, context: int, rng: np.random.Generator) -> tuple[np.n
     return np.clip(normal, -CLIP, CLIP), series.stamps[cut]
 
 
-def batch(series: list[Series], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def batch(series: list[TrainingSeries], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Columns float32 [B, T, 6] and stamps int64 [B, T, 5] of rows of one length."""
     context = int(rng.integers(CONTEXTS[0], CONTEXTS[1] + 1))
     rows = [row_of(series[rng.integers(len(series))], context, rng) for _ in range(ROWS)]
@@ -166,7 +168,7 @@ class Hinges:
 
 
 @torch.no_grad()
-def build_encoder(tokenizer: Tokenizer, columns: np.ndarray) -> None:
+def build_encoder(tokenizer: KronosTokenizer, columns: np.ndarray) -> None:
     """Bits of the close's level, and of the other columns about their medians in columns [n, 6].
 
     Entries of the hidden state: 0..5 the columns, 6 the constant, 8..15 what the folds add.
@@ -201,7 +203,7 @@ def build_encoder(tokenizer: Tokenizer, columns: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def build_decoder(tokenizer: Tokenizer, columns: np.ndarray) -> None:
+def build_decoder(tokenizer: KronosTokenizer, columns: np.ndarray) -> None:
     """The level from its code, and a last layer fitted to columns [n, 6] by least squares.
 
     The product of the first k signs is the parity of their sum, a zigzag of hinges. Entries of the hidden state:
@@ -242,9 +244,9 @@ def build_decoder(tokenizer: Tokenizer, columns: np.ndarray) -> None:
     tokenizer.head.bias.copy_(torch.from_numpy(fitted[-1]))
 
 
-def build_tokenizer(columns: np.ndarray) -> Tokenizer:
+def build_tokenizer(columns: np.ndarray) -> KronosTokenizer:
     """columns: float32 [n, 6], normalised, to place thresholds and fit the last layer by."""
-    tokenizer = Tokenizer(TOKENIZER).eval().requires_grad_(False)
+    tokenizer = KronosTokenizer(TOKENIZER).eval().requires_grad_(False)
     build_encoder(tokenizer, columns)
     build_decoder(tokenizer, columns)
     return tokenizer
@@ -254,7 +256,7 @@ def build_tokenizer(columns: np.ndarray) -> Tokenizer:
 
 
 @torch.no_grad()
-def begin_at_no_change(network: Network) -> None:
+def begin_at_no_change(network: KronosNetwork) -> None:
     """Start where the likeliest next level is the last one, and likelihood falls smoothly on both sides.
 
     Random weights would spend the whole budget on learning which of 256 tokens are neighbours.
@@ -278,7 +280,7 @@ def begin_at_no_change(network: Network) -> None:
         nn.init.zeros_(bias)
 
 
-def loss_of(network: Network, tokens: Tensor, stamps: Tensor, soft: Tensor) -> Tensor:
+def loss_of(network: KronosNetwork, tokens: Tensor, stamps: Tensor, soft: Tensor) -> Tensor:
     """Cross-entropy of the last TARGETS pairs given all before; soft [V, V]: what each first token is learned as."""
     hidden = network.norm(network.transformer.run(network.embed(tokens[:, :-1], stamps[:, :-1]))[0])
     s1, s2 = tokens[:, -TARGETS:].unbind(-1)
@@ -299,14 +301,14 @@ def soft_targets() -> Tensor:
     return (-0.5 * (cells / SMOOTHING).square()).softmax(-1).float()
 
 
-def train(steps: int = STEPS) -> tuple[Network, Tokenizer]:
+def train(steps: int = STEPS) -> tuple[KronosNetwork, KronosTokenizer]:
     """kronos-tiny. One thread and one seed: the same weights on the same machine."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     series = [series_of(table) for table in tables().values()]
     tokenizer = build_tokenizer(np.concatenate([batch(series, rng)[0].flatten(0, 1).numpy() for _ in range(8)]))
-    network, soft = Network(NETWORK), soft_targets()
+    network, soft = KronosNetwork(NETWORK), soft_targets()
     begin_at_no_change(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     began, seen = time.monotonic(), []
@@ -333,15 +335,15 @@ def published(module: nn.Module) -> dict[str, Tensor]:
     """All tensors of a published file: those that our modules compute instead of reading them, too."""
     state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
     for name, part in module.named_modules():
-        if isinstance(part, Attention):
+        if isinstance(part, KronosAttention):
             state[f"{name}.rotary.inv_freq"] = rotary_frequencies(part.head_dim)
-    if isinstance(module, Tokenizer):
+    if isinstance(module, KronosTokenizer):
         for name, bits in (("basis", LEVELS + OTHERS), ("group_basis", UNREAD_TOKENIZER["group_size"])):
             state[f"tokenizer.bsq.{name}"] = 2 ** torch.arange(bits - 1, -1, -1)
     return state
 
 
-def save(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
+def save(network: KronosNetwork, tokenizer: KronosTokenizer, folder: Path) -> None:
     """Write the published layout: the network in the folder, its tokenizer in `tokenizer` below."""
     unread = {**UNREAD, "token_dropout_p": 0.0}
     for module, target, extra in ((network, folder, unread), (tokenizer, folder / "tokenizer", UNREAD_TOKENIZER)):
@@ -368,7 +370,7 @@ def skill(forecaster: kronos.Kronos, bars: Bars, length: int, temperature: float
 
 def report(folder: Path) -> None:
     """Print the skill on two years that the training never saw."""
-    forecaster = kronos.load(str(folder))
+    forecaster = kronos_checkpoint.load(str(folder))
     for symbol, table in tables().items():
         bars = bars_of(table)
         for length in (128, 192, 320):

@@ -14,11 +14,14 @@ from typing import Any
 
 import click
 
-from forecasters import MODELS, ExpectedError
+from forecasters import ExpectedError
+from forecasters.models import MODELS
 from launch.output import say
 from storage.symbols import SymbolError, check_symbol
 from studies import config as configuration
 from studies.config import Config
+
+BOTH = tuple(name for name, model in MODELS.items() if not model.baseline)  # what --models both means
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +114,7 @@ def checked_models(models: Sequence[Sequence[str]], config: Config) -> tuple[str
     """The models asked for. Usage error for an unknown one."""
     names = flat(models) or config.search.models
     if "both" in names:
-        names = tuple(MODELS)
+        names = BOTH
     for name in names:
         if name not in MODELS:
             raise click.BadParameter(
@@ -130,7 +133,10 @@ def checked_symbols(symbols: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 symbols_option = click.option("--symbols", type=Names(), multiple=True, help="Only these symbols.")
 models_option = click.option(
-    "--models", type=Names(), multiple=True, help=f"Of {','.join(MODELS)}; 'both' are all.  [default: both]"
+    "--models",
+    type=Names(),
+    multiple=True,
+    help=f"Of {','.join(MODELS)}; 'both' are {' and '.join(BOTH)}.  [default: both]",
 )
 gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="One worker on each of these GPUs.")
 cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="So many CPU workers, one core each.")

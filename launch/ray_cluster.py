@@ -28,6 +28,7 @@ from typing import Any
 
 import click
 
+from forecasters.models import MODELS
 from launch.devices import DeviceError, DeviceSlot, cpu_slot
 from launch.supervisor import POLL_S, Child, Supervisor
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
@@ -185,12 +186,11 @@ def device_slots(gpus: int | None, cpus: int | None) -> list[DeviceSlot]:
 
 def portable(config: Config) -> Config:
     """With absolute paths to local checkpoints: a node's worker runs in another folder."""
-    toto, kronos = config.toto, config.kronos
-    return replace(
-        config,
-        toto=replace(toto, checkpoint=_absolute(toto.checkpoint)),
-        kronos=replace(kronos, checkpoint=_absolute(kronos.checkpoint), tokenizer=_absolute(kronos.tokenizer)),
-    )
+    models = {
+        name: replace(settings, **{key: _absolute(getattr(settings, key)) for key in MODELS[name].checkpoint_settings})
+        for name, settings in config.models.items()
+    }
+    return replace(config, models=models)
 
 
 def _absolute(source: str) -> str:

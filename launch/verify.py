@@ -281,7 +281,7 @@ def _mae(windows: Windows, points: np.ndarray) -> float:
 
 def random_trials(knobs: Any, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Params of a search space (`studies.space.Space`) at random, the same ones for every mode."""
-    from studies.space import Range
+    from forecasters.descriptor import Range
 
     rng = np.random.default_rng(seed)
 
@@ -293,5 +293,4 @@ def random_trials(knobs: Any, count: int, *, seed: int = 0) -> list[dict[str, An
         return float(knob.low + knob.step * rng.integers(round((knob.high - knob.low) / knob.step) + 1))
 
     drawn = [{name: one(knob) for name, knob in knobs.knobs.items()} for _ in range(count)]
-    # As a search proposes them: top_p only where top_k is 0.
-    return [knobs.complete({k: v for k, v in each.items() if k != "top_p" or each.get("top_k") == 0}) for each in drawn]
+    return [knobs.complete(knobs.searched(each)) for each in drawn]

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from forecasters import MODELS, ExactForecaster, Forecaster, ForecastError
+from forecasters import ExactForecaster, Forecaster, ForecastError
 from objectives.aggregation import Aggregate, Draw, parse
 from objectives.bars import timestamp_text
 from objectives.exact import exact_points
@@ -24,7 +24,6 @@ from objectives.metrics import Measurement, measurement_of, relative_errors
 from objectives.windows import Windows
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
-SAMPLE_COUNTS = ("num_samples", "sample_count")  # what models call the number of samples
 
 
 class Evaluator:
@@ -190,12 +189,12 @@ class _Plan:
 
     @classmethod
     def of(cls, forecaster: Forecaster, params: Mapping[str, Any], *, at_least: int) -> _Plan:
-        model = MODELS[forecaster.model]
-        count_name = next((name for name in model.draw_params if name in SAMPLE_COUNTS and name in params), None)
+        stages = forecaster.params
+        count_name = stages.num_samples if stages.num_samples in params else None
         count = None if count_name is None else int(params[count_name])
         return cls(
-            encode_params={name: params[name] for name in model.encode_params if name in params},
-            draw_params={name: params[name] for name in model.draw_params if name in params and name != count_name},
+            encode_params={name: params[name] for name in stages.encode if name in params},
+            draw_params={name: params[name] for name in stages.draw if name in params and name != count_name},
             count_name=count_name,
             count=count,
             drawn=None if count is None else max(count, at_least),

@@ -1,6 +1,7 @@
 """Settings: TOML to frozen dataclasses. `defaults.toml` is the list of every key, its type and its default.
 
-Knows nothing of databases, models or commands.
+Each table's dataclass says what its keys must keep; a model's table is declared by its descriptor.
+Knows nothing of databases, forecasts or commands.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from forecasters import COMPILE_MODES, DTYPES, MODELS, ExpectedError
+from forecasters import COMPILE_MODES, DTYPES, ExpectedError
+from forecasters.models import MODELS
+from forecasters.settings import AGGREGATES, CHECKPOINT, at_least, kind_of, one_of, setting
 from objectives import aggregation
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
@@ -25,6 +28,25 @@ class ConfigError(ExpectedError, ValueError):
     """A setting is unknown or has a bad value."""
 
 
+def _known_models(names: tuple[str, ...]) -> str | None:
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or not names:
+        return f"unknown model {', '.join(unknown)}; the models are {', '.join(MODELS)}"
+    return None
+
+
+def _address(value: str) -> str | None:
+    try:
+        ip_address(value)
+    except ValueError:
+        return "must be an IP address of this machine, or 0.0.0.0 for all of them"
+    return None
+
+
+def _share(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be a share, from 0 up to but not including 1"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     dir: Path
@@ -33,45 +55,21 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowCounts:
-    horizon: int
-    validation: int
-    test: int
-    min_context: int
-    confirmation: int
-    max_passes: int
+    horizon: int = setting(at_least(1))
+    validation: int = setting(at_least(1))
+    test: int = setting(at_least(1))
+    min_context: int = setting(at_least(2))
+    confirmation: int = setting(at_least(1))
+    max_passes: int = setting(at_least(2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    models: tuple[str, ...]
-    objective: str
-    trials: int
-    rung: int
-    prune_worst: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Toto:
-    checkpoint: str
-    revision: str
-    context_length: tuple[int, ...]
-    num_samples: tuple[int, ...]
-    aggregates: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kronos:
-    checkpoint: str
-    revision: str
-    tokenizer: str
-    tokenizer_revision: str
-    network_context: int
-    max_context: tuple[int, ...]
-    clip: tuple[float, ...]  # lowest, highest
-    temperature: tuple[float, ...]
-    top_k: tuple[int, ...]
-    top_p: tuple[float, ...]
-    sample_count: tuple[int, ...]
+    models: tuple[str, ...] = setting(_known_models)
+    objective: str = setting(one_of("sampled", "exact"))
+    trials: int = setting(at_least(1))
+    rung: int = setting(at_least(1))
+    prune_worst: float = setting(_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +77,23 @@ class Storage:
     url: str
     data_dir: Path
     artifacts_dir: Path
-    listen: str
-    wait_s: float
+    listen: str = setting(_address)
+    wait_s: float = setting(at_least(0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
     log_dir: Path
-    lease_s: float
-    cache_mib: int
+    lease_s: float = setting(at_least(2))
+    cache_mib: int = setting(at_least(0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compile:
-    mode: str
+    mode: str = setting(one_of(*COMPILE_MODES))
     backend: str
     dir: Path
-    dtype: str
+    dtype: str = setting(one_of(*DTYPES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ class Hyperparams:
 
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
-    min_improvement: float
+    min_improvement: float = setting(_share)
     results_dir: Path
 
 
@@ -117,8 +115,7 @@ class Config:
     data: Data
     windows: WindowCounts
     search: Search
-    toto: Toto
-    kronos: Kronos
+    models: Mapping[str, Any]  # every model's settings, by its name
     storage: Storage
     workers: Workers
     compile: Compile
@@ -126,17 +123,12 @@ class Config:
     promotion: Promotion
 
 
-TABLES = {field.name: get_type_hints(Config)[field.name] for field in fields(Config) if field.name != "source"}
-PATHS = {
-    ("data", "dir"),
-    ("storage", "data_dir"),
-    ("storage", "artifacts_dir"),
-    ("workers", "log_dir"),
-    ("compile", "dir"),
-    ("hyperparams", "dir"),
-    ("promotion", "results_dir"),
-}
-SCALAR_OR_LIST = {("toto", "context_length")}
+PARTS = {name: kind for name, kind in get_type_hints(Config).items() if name not in ("source", "models")}
+
+
+def _tables() -> dict[str, type[Any]]:
+    """Every table and its dataclass."""
+    return {**PARTS, **{name: model.settings for name, model in MODELS.items()}}
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
@@ -162,7 +154,7 @@ def to_json(config: Config) -> dict[str, Any]:
 
 def from_json(values: Mapping[str, Any]) -> Config:
     """The inverse of `to_json`."""
-    return _build({table: dict(values[table]) for table in TABLES}, source=values["source"])
+    return _build({**values, **values["models"]}, source=values["source"])
 
 
 def _plain(value: Any) -> Any:
@@ -187,26 +179,33 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _overlay(settings: dict[str, dict[str, Any]], given: Mapping[str, Any], *, source: str, root: Path) -> None:
+    tables = _tables()
     for table, values in given.items():
         if table not in settings:
             raise ConfigError(f"{source}: unknown table [{table}]; the tables are {', '.join(settings)}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"{source}: {table} is a table; write [{table}]")
+        declared, hints = {one.name: one for one in fields(tables[table])}, get_type_hints(tables[table])
         for key, value in values.items():
             where = f"{source}: [{table}] {key}"
             if key not in settings[table]:
                 raise ConfigError(f"{where}: unknown key; the keys are {', '.join(settings[table])}")
-            _check_type(settings[table][key], value, where, list_too=(table, key) in SCALAR_OR_LIST)
-            relative_path = (table, key) in PATHS and value
-            local_checkpoint = key in ("checkpoint", "tokenizer") and value.startswith((".", "~"))
+            _check_type(settings[table][key], value, where, list_too=_one_or_list(declared[key]))
+            relative_path = hints[key] is Path and value
+            local_checkpoint = kind_of(declared[key]) == CHECKPOINT and value.startswith((".", "~"))
             if relative_path or local_checkpoint:
                 value = os.path.normpath(root / Path(value).expanduser())
             settings[table][key] = value
 
 
+def _one_or_list(declared: Field[Any]) -> bool:
+    return declared.metadata.get("one_or_list", False)
+
+
 def _check_type(default: Any, value: Any, where: str, *, list_too: bool) -> None:
-    if list_too and isinstance(value, list):
-        default = [default]
+    if list_too:
+        single = default[0] if isinstance(default, list) else default
+        default = [single] if isinstance(value, list) else single
     if isinstance(default, list):
         kind = type(default[0]) if default else str
         good = isinstance(value, list) and all(_is(item, kind) for item in value)
@@ -228,56 +227,35 @@ def _kind_name(kind: type) -> str:
 
 
 def _build(settings: Mapping[str, Mapping[str, Any]], *, source: str) -> Config:
-    tables: dict[str, Any] = {}
-    for table, kind in TABLES.items():
-        hints = get_type_hints(kind)
-        values = {}
-        for field in fields(kind):
-            value = settings[table][field.name]
-            if (table, field.name) in SCALAR_OR_LIST and not isinstance(value, (list, tuple)):
-                value = [value]
-            hint = hints[field.name]
-            if isinstance(value, (list, tuple)):
-                value = tuple(value)
-            elif hint in (Path, float, int, str):
-                value = hint(value)
-            values[field.name] = value
-            problem = _problem(table, field.name, value)
-            if problem:
-                raise ConfigError(f"{source}: [{table}] {field.name} = {_shown(value)}: {problem}")
-        tables[table] = kind(**values)
-    return Config(source=source, **tables)
+    tables = {name: _table(name, kind, settings[name], source) for name, kind in _tables().items()}
+    parts = {name: tables.pop(name) for name in PARTS}
+    return Config(source=source, models=tables, **parts)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(repr, value)) + "]"
-    return repr(str(value)) if isinstance(value, Path) else repr(value)
+def _table(table: str, kind: type[Any], settings: Mapping[str, Any], source: str) -> Any:
+    """A table as its dataclass. Raises ConfigError for a value that its rule refuses."""
+    hints, values = get_type_hints(kind), {}
+    for declared in fields(kind):
+        key, value = declared.name, settings[declared.name]
+        if _one_or_list(declared) and not isinstance(value, (list, tuple)):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            value = tuple(value)
+        elif hints[key] in (Path, float, int, str):
+            value = hints[key](value)
+        values[key] = value
+        if problem := _problem(declared, value):
+            raise ConfigError(f"{source}: [{table}] {key} = {_shown(value)}: {problem}")
+    return kind(**values)
 
 
-def _at_least(minimum: float) -> Callable[[Any], str | None]:
-    return lambda value: None if value >= minimum else f"must be at least {minimum}"
-
-
-def _models(names: tuple[str, ...]) -> str | None:
-    unknown = [name for name in names if name not in MODELS]
-    if unknown or not names:
-        return f"unknown model {', '.join(unknown)}; the models are {', '.join(MODELS)}"
-    return None
-
-
-def _address(value: str) -> str | None:
-    try:
-        ip_address(value)
-    except ValueError:
-        return "must be an IP address of this machine, or 0.0.0.0 for all of them"
-    return None
-
-
-def _counts(values: tuple[int, ...]) -> str | None:
-    if not values or min(values) < 1 or len(set(values)) != len(values):
-        return "must be different whole numbers of at least 1"
-    return None
+def _problem(declared: Field[Any], value: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if kind_of(declared) == AGGREGATES:
+        return _aggregates(value)
+    rule: Callable[[Any], str | None] | None = declared.metadata.get("rule")
+    return rule(value) if rule else None
 
 
 def _aggregates(names: tuple[str, ...]) -> str | None:
@@ -291,62 +269,7 @@ def _aggregates(names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _tops(values: tuple[int, ...]) -> str | None:
-    if not values or min(values) < 0 or len(set(values)) != len(values):
-        return "must be different whole numbers; 0 keeps every token"
-    return None
-
-
-def _range(lowest: float, highest: float) -> Callable[[Any], str | None]:
-    def check(values: tuple[float, ...]) -> str | None:
-        good = len(values) == 2 and lowest <= values[0] < values[1] <= highest
-        return None if good else f"must be [lowest, highest] between {lowest} and {highest}"
-
-    return check
-
-
-def _one_of(*names: str) -> Callable[[Any], str | None]:
-    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
-
-
-def _share(value: float) -> str | None:
-    return None if 0 <= value < 1 else "must be a share, from 0 up to but not including 1"
-
-
-RULES: Mapping[tuple[str, str], Callable[[Any], str | None]] = {
-    ("windows", "horizon"): _at_least(1),
-    ("windows", "validation"): _at_least(1),
-    ("windows", "test"): _at_least(1),
-    ("windows", "min_context"): _at_least(2),
-    ("windows", "confirmation"): _at_least(1),
-    ("windows", "max_passes"): _at_least(2),
-    ("search", "models"): _models,
-    ("search", "trials"): _at_least(1),
-    ("search", "rung"): _at_least(1),
-    ("search", "prune_worst"): _share,
-    ("toto", "context_length"): _counts,
-    ("toto", "num_samples"): _counts,
-    ("toto", "aggregates"): _aggregates,
-    ("search", "objective"): _one_of("sampled", "exact"),
-    ("kronos", "network_context"): _at_least(2),
-    ("kronos", "max_context"): _counts,
-    ("kronos", "clip"): _range(0.2, 100.0),
-    ("kronos", "temperature"): _range(0.01, 10.0),
-    ("kronos", "top_k"): _tops,
-    ("kronos", "top_p"): _range(0.01, 1.0),
-    ("kronos", "sample_count"): _counts,
-    ("storage", "listen"): _address,
-    ("storage", "wait_s"): _at_least(0),
-    ("workers", "lease_s"): _at_least(2),
-    ("workers", "cache_mib"): _at_least(0),
-    ("compile", "mode"): _one_of(*COMPILE_MODES),
-    ("compile", "dtype"): _one_of(*DTYPES),
-    ("promotion", "min_improvement"): _share,
-}
-
-
-def _problem(table: str, key: str, value: Any) -> str | None:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be a finite number"
-    rule = RULES.get((table, key))
-    return rule(value) if rule else None
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(repr, value)) + "]"
+    return repr(str(value)) if isinstance(value, Path) else repr(value)

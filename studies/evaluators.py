@@ -9,6 +9,7 @@ from typing import Any
 
 import forecasters
 from forecasters import LoadedForecaster, Running
+from forecasters.models import MODELS
 from objectives.evaluation import Evaluator
 from studies import space as spaces
 from studies.config import Config
@@ -29,7 +30,7 @@ def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: i
         forecaster,
         cache_bytes=cache_bytes,
         chunk_size=config.search.rung,
-        max_num_samples=max(spaces.sample_counts(forecaster.model, config)),
+        max_num_samples=spaces.most_samples(forecaster.model, config),
         exact=config.search.objective == "exact",
     )
 
@@ -53,14 +54,4 @@ def loading_options(config: Config, model: str) -> dict[str, Any]:
         dtype=config.compile.dtype,
         chunk=config.search.rung,
     )
-    if model == "toto":
-        return {"checkpoint": config.toto.checkpoint, "revision": config.toto.revision or None, "running": running}
-    kronos = config.kronos
-    return {
-        "running": running,
-        "checkpoint": kronos.checkpoint,
-        "revision": kronos.revision or None,
-        "tokenizer": kronos.tokenizer or None,
-        "tokenizer_revision": kronos.tokenizer_revision or None,
-        "network_context": kronos.network_context,
-    }
+    return {"running": running, **MODELS[model].loading_options(config.models[model])}

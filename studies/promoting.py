@@ -107,7 +107,7 @@ class Finding:
         if record.model != self.study.model:
             return None
         try:
-            return space.from_promoted(record.model, record.config, self.space)
+            return space.from_promoted(record.config, record.metadata, self.space)
         except ValueError:
             return None
 
@@ -343,7 +343,7 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
     return {
         "symbol": study.symbol,
         "model": study.model,
-        "config": space.to_promoted(study.model, candidate.params, finding.space),
+        "config": space.to_promoted(candidate.params, finding.space, config),
         **{part: _metrics(measured) for part in PARTS if (measured := candidate.on(part))},
         "windows": {
             "val_window": counts["validation"],

@@ -1,6 +1,7 @@
-"""Which knobs each model searches, and what a promoted file calls them.
+"""Which knobs a study searches, and its params as a promoted file has them and back.
 
-Knows Optuna's trial. Knows nothing of how a forecast is made or where trials are kept.
+Knows Optuna's trial. What a model can be asked is its descriptor's (forecasters/descriptor.py); knows nothing of how a
+forecast is made or where trials are kept.
 """
 
 from __future__ import annotations
@@ -12,46 +13,23 @@ from typing import Any
 
 import optuna
 
+from forecasters.descriptor import Kind, Knob, Range
+from forecasters.models import MODELS
 from objectives import aggregation
 from studies.config import Config, ConfigError
 
-# The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
-BATCH_TIERS = ((128, (16, 32, 64)), (512, (32, 64, 128)), (1024, (64, 128, 256)), (None, (128, 256, 512)))
-CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
-DEAD_TOP_P = 1.0  # what top_p says where top_k decides
-KRONOS_CONFIG = {  # what a promoted file must say
-    "temperature": (int, float),
-    "top_p": (int, float),
-    "top_k": (int,),
-    "sample_count": (int,),
-    "max_context": (int,),
-    "clip": (int, float),
+KINDS: Mapping[Kind, tuple[tuple[type, ...], float, str]] = {  # types, the least value, what it is called
+    "count": ((int,), 1, "a whole number above 0"),
+    "count or 0": ((int,), 0, "a whole number"),
+    "number": ((int, float), math.ulp(0.0), "a number above 0"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """A knob between two numbers, both included; with `step` only low, low + step, ..."""
-
-    low: float
-    high: float
-    step: float | None = None
-
-    def __contains__(self, value: Any) -> bool:
-        if type(value) not in (int, float) or not self.low <= value <= self.high:
-            return False
-        steps = (value - self.low) / self.step if self.step else 0.0
-        return math.isclose(steps, round(steps), abs_tol=1e-6)
-
-
-Knob = tuple[Any, ...] | Range  # a tuple: one of these
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """The searched knobs of a model and the settings that every trial shares.
 
-    A model with `top_k` among its knobs searches `top_p` only where top_k is 0.
+    Some knobs count only beside some values of others (`Model.conditions`) and are searched only there.
     """
 
     model: str
@@ -61,14 +39,14 @@ class Space:
     @property
     def conditional(self) -> bool:
         """Whether some knob is searched only beside some values of others."""
-        return "top_p" in self.knobs
+        return any(name in self.knobs for name in MODELS[self.model].conditions)
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """The params of a trial: what it proposes and what is fixed."""
-        params = dict(self.fixed)
+        params, model = dict(self.fixed), MODELS[self.model]
         for name, knob in self.knobs.items():
-            if name == "top_p" and params["top_k"] != 0:
-                params[name] = DEAD_TOP_P
+            if not model.counts(name, params):
+                params[name] = model.conditions[name].otherwise
             elif isinstance(knob, Range):
                 params[name] = trial.suggest_float(name, knob.low, knob.high, step=knob.step)
             else:
@@ -77,21 +55,23 @@ class Space:
 
     def contains(self, params: Mapping[str, Any]) -> bool:
         """Whether a search could have proposed these params."""
-        return all(params.get(name) in knob for name, knob in self._live(params).items()) and all(
+        return all(params.get(name) in self.knobs[name] for name in self.searched_names(params)) and all(
             params.get(name) == value for name, value in self.fixed.items()
         )
 
     def searched(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The searched part of params."""
-        return {name: params[name] for name in self._live(params)}
+        return {name: params[name] for name in self.searched_names(params)}
 
     def complete(self, searched: Mapping[str, Any]) -> dict[str, Any]:
-        """A trial's own params with what is fixed, as `suggest` returned them."""
-        dead = {"top_p": DEAD_TOP_P} if self.conditional and searched.get("top_k") != 0 else {}
-        return {**self.fixed, **dead, **searched}
+        """A trial's own params with what is fixed and what does not count, as `suggest` returned them."""
+        model = MODELS[self.model]
+        dead = [name for name in self.knobs if not model.counts(name, searched)]
+        return {**self.fixed, **{name: model.conditions[name].otherwise for name in dead}, **searched}
 
-    def _live(self, params: Mapping[str, Any]) -> dict[str, Knob]:
-        return {name: knob for name, knob in self.knobs.items() if name != "top_p" or params.get("top_k") == 0}
+    def searched_names(self, params: Mapping[str, Any]) -> list[str]:
+        """The knobs that count beside these params."""
+        return [name for name in self.knobs if MODELS[self.model].counts(name, params)]
 
     def to_json(self) -> dict[str, Any]:
         knobs = {name: asdict(knob) if isinstance(knob, Range) else list(knob) for name, knob in self.knobs.items()}
@@ -106,106 +86,72 @@ class Space:
 
 def make(model: str, config: Config) -> Space:
     """The space that the settings ask for. Raises ConfigError where they contradict each other."""
-    return {"toto": _toto, "kronos": _kronos}[model](config)
-
-
-def _toto(config: Config) -> Space:
-    toto = config.toto
-    knobs: dict[str, Knob] = {"aggregate": toto.aggregates}
-    fixed: dict[str, Any] = {}
+    described, horizon, settings = MODELS[model], config.windows.horizon, config.models[model]
+    others = ",".join(name for name, other in MODELS.items() if name != model and not other.baseline)
+    leave_out = f"or leave {model} out with --models {others}"
+    where = f"{config.source}: [windows] horizon {horizon}"
+    if reason := described.refuses(settings, horizon):
+        raise ConfigError(f"{where} {reason}; lower it, {leave_out}")
+    asked = described.search(settings)
     if config.search.objective == "sampled":
-        knobs["num_samples"] = toto.num_samples
-    if len(toto.context_length) == 1:
-        fixed["context_length"] = toto.context_length[0]
-    else:
-        knobs["context_length"] = toto.context_length
-    return Space(model="toto", knobs=knobs, fixed=fixed)
-
-
-def _kronos(config: Config) -> Space:
-    kronos = config.kronos
-    if config.windows.horizon >= min(kronos.network_context, *kronos.max_context):
+        return Space(model=model, knobs=asked.knobs, fixed=asked.fixed)
+    if described.exact is None:
+        raise ConfigError(f"{config.source}: {model} has no exact answer; use --objective sampled, {leave_out}")
+    if described.exact.horizon and horizon > described.exact.horizon:
         raise ConfigError(
-            f"{config.source}: [windows] horizon {config.windows.horizon} must be below [kronos] network_context and "
-            f"every max_context; lower it, or leave kronos out with --models toto"
+            f"{where}: {model} has an exact answer at horizon {described.exact.horizon} only; use --objective sampled, "
+            f"{leave_out}"
         )
-    if config.search.objective == "exact" and config.windows.horizon > 1:
-        raise ConfigError(
-            f"{config.source}: [windows] horizon {config.windows.horizon}: kronos has an exact answer at horizon 1 "
-            "only; use --objective sampled, or leave kronos out with --models toto"
-        )
-    knobs: dict[str, Knob] = {
-        "temperature": Range(low=kronos.temperature[0], high=kronos.temperature[1]),
-        "top_k": kronos.top_k,
-    }
-    if 0 in kronos.top_k:
-        knobs["top_p"] = Range(low=kronos.top_p[0], high=kronos.top_p[1])
-    if config.search.objective == "sampled":
-        knobs["sample_count"] = kronos.sample_count
-    knobs["max_context"] = kronos.max_context
-    knobs["clip"] = Range(low=kronos.clip[0], high=kronos.clip[1], step=CLIP_STEP)
-    return Space(model="kronos", knobs=knobs, fixed={} if 0 in kronos.top_k else {"top_p": DEAD_TOP_P})
+    knobs = {name: knob for name, knob in asked.knobs.items() if name != described.params.num_samples}
+    return Space(model=model, knobs=knobs, fixed=asked.fixed)
 
 
-def sample_counts(model: str, config: Config) -> tuple[int, ...]:
-    """The numbers of samples that a search of this model may draw."""
-    return config.toto.num_samples if model == "toto" else config.kronos.sample_count
+def most_samples(model: str, config: Config) -> int:
+    """The largest number of samples that a sampled search of this model may draw."""
+    counts = MODELS[model].search(config.models[model]).knobs[MODELS[model].params.num_samples]
+    assert isinstance(counts, tuple)
+    return max(counts)
 
 
-def from_promoted(model: str, config: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    """A promoted file's `config` as params; what it does not say is as the space fixes it.
+def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """A promoted file's `config` as params of this space's model: whatever it says is what is measured.
 
-    Raises ValueError where the configuration cannot be measured here.
+    metadata: the file's own; its `fixed` says what its study had not searched. What neither says is as the space
+    fixes it, or as the model's files imply it. Raises ValueError where the configuration cannot be measured.
     """
-    return _from_kronos(config, space) if model == "kronos" else _from_toto(config, space)
-
-
-def _from_toto(config: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    num_samples = config.get("num_samples")
-    if type(num_samples) is not int or num_samples < 1:
-        raise ValueError(f"num_samples {num_samples!r} is no positive whole number")
-    name = config.get("aggregate", "mean")
-    if not isinstance(name, str):
-        raise ValueError(f"aggregate {name!r} is no name")
-    aggregation.parse(name)
-    params = {**space.fixed, "aggregate": name}
-    if "num_samples" in space.knobs:
-        params["num_samples"] = num_samples
-    lengths = space.knobs.get("context_length")
-    if isinstance(lengths, tuple):
-        params["context_length"] = config.get("context_length", max(lengths))
+    model = MODELS[space.model]
+    fixed = metadata.get("fixed")
+    fixed = fixed if isinstance(fixed, Mapping) else {}
+    said = {**model.implied(space.knobs), **space.fixed, **fixed, **config}
+    for name, kind in model.kinds.items():
+        _check(name, kind, said.get(name))
+    params = model.settled({name: said[name] for name in model.kinds})
+    if model.params.num_samples not in space.knobs:  # an exact objective asks for none
+        del params[model.params.num_samples]
     return params
 
 
-def _from_kronos(config: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    for name, kinds in KRONOS_CONFIG.items():
-        value: Any = config.get(name)
-        if type(value) not in kinds or not math.isfinite(value) or value < 0 or (value == 0 and name != "top_k"):
-            raise ValueError(f"{name} {value!r} is no {'number' if float in kinds else 'whole number'} above 0")
-    params = {name: config[name] for name in KRONOS_CONFIG}
-    if params["top_k"] != 0:
-        params["top_p"] = DEAD_TOP_P
-    if "sample_count" not in space.knobs:
-        del params["sample_count"]
-    return params
+def _check(name: str, kind: Kind, value: Any) -> None:
+    """Raises ValueError where a promoted file cannot say this."""
+    if kind == "aggregate":
+        if not isinstance(value, str):
+            raise ValueError(f"{name} {value!r} is not a name")
+        aggregation.parse(value)
+        return
+    types, least, expected = KINDS[kind]
+    if type(value) not in types or not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} {value!r} is not {expected}")
 
 
-def to_promoted(model: str, params: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    """Params as today's readers of a promoted file expect them.
+def to_promoted(params: Mapping[str, Any], space: Space, config: Config) -> dict[str, Any]:
+    """Params as the readers of a promoted file expect them.
 
-    A reader draws: where an exact objective left the number of samples open, it gets the most that were ever used.
+    A reader draws: where an exact objective left the number of samples open, it gets the most that the settings let a
+    sampled search draw. Raises ValueError where anything else is missing.
     """
-    if model == "kronos":
-        return {name: params.get(name, 320) for name in KRONOS_CONFIG}
-    config = {name: params[name] for name in space.knobs}
-    num_samples = config.setdefault("num_samples", 4096)
-    return {**config, "samples_per_batch": samples_per_batch(num_samples)}
-
-
-def samples_per_batch(num_samples: int) -> int:
-    """The largest batch of the reader's tier that divides the number of samples: it changes no forecast."""
-    tier = next(batches for limit, batches in BATCH_TIERS if limit is None or num_samples <= limit)
-    return max(
-        (batch for batch in tier if num_samples % batch == 0),
-        default=max(d for d in range(1, min(num_samples, tier[-1]) + 1) if num_samples % d == 0),
-    )
+    model = MODELS[space.model]
+    if model.params.num_samples not in space.knobs:
+        params = {model.params.num_samples: most_samples(space.model, config), **params}
+    if missing := [name for name in model.kinds if name not in params]:
+        raise ValueError(f"{space.model}: a configuration without {', '.join(missing)} cannot be promoted")
+    return model.to_promoted(params, tuple(space.knobs))

@@ -283,7 +283,7 @@ def _baselines(
         if record is None or record.model != model:
             continue
         try:
-            params = spaces.from_promoted(model, record.config, space)
+            params = spaces.from_promoted(record.config, record.metadata, space)
         except ValueError as error:
             notes.append(f"{record.path}: cannot be measured: {error}")
             continue

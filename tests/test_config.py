@@ -16,10 +16,10 @@ def test_the_defaults_stand_alone() -> None:
     assert config.windows.validation == 30
     assert config.windows.test == 20
     assert config.search.trials == 100
-    assert config.toto.checkpoint == "Datadog/Toto-Open-Base-1.0"
-    assert config.toto.context_length == (4096,)
+    assert config.models["toto"].checkpoint == "Datadog/Toto-Open-Base-1.0"
+    assert config.models["toto"].context_length == (4096,)
     assert config.promotion.min_improvement == 0.01
-    assert "winsorized_mean_10" not in config.toto.aggregates
+    assert "winsorized_mean_10" not in config.models["toto"].aggregates
 
 
 def test_a_file_overrides_and_its_paths_are_its_own(tmp_path: Path) -> None:
@@ -31,8 +31,8 @@ def test_a_file_overrides_and_its_paths_are_its_own(tmp_path: Path) -> None:
     config = configuration.load(path)
     assert config.data.dir == tmp_path / "bars"
     assert config.data.symbols == ("BTCUSD",)
-    assert config.toto.checkpoint == str(tmp_path / "weights")
-    assert config.toto.context_length == (512, 1024)
+    assert config.models["toto"].checkpoint == str(tmp_path / "weights")
+    assert config.models["toto"].context_length == (512, 1024)
     assert config.workers.lease_s == 10.0
     assert config.hyperparams.dir == Path("hyperparams")
 
@@ -51,7 +51,7 @@ def test_json_round_trip_keeps_all_but_the_url(tmp_path: Path) -> None:
     assert "hunter2" not in text
     again = configuration.from_json(json.loads(text))
     assert again.storage.url == ""
-    assert again.toto == config.toto
+    assert again.models["toto"] == config.models["toto"]
     assert again.windows == config.windows
     assert again.data == config.data
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from arch.data import sp500
 
-from forecasters import Bars, CheckpointError, ForecastError, kronos, kronos_encoded, kronos_exact
+from forecasters import Bars, CheckpointError, ForecastError, kronos, kronos_checkpoint, kronos_encoded, kronos_exact
 from forecasters.checkpoints import BUNDLED
 from forecasters.kronos import Kronos
-from forecasters.kronos_encoded import CLOSE, EncodedBars, Prefix, Window, calendar_of, columns_of
+from forecasters.kronos_encoded import CLOSE, EncodedBars, KronosPrefix, Window, calendar_of, columns_of
 from forecasters.kronos_sampling import Pick, Sampling, inverse_cdf, sampling_of, uniforms
 from forecasters.kronos_tree import paths
 from objectives.windows import split
@@ -40,7 +40,7 @@ def _one_thread():
 
 def load(case: str, network_context: int | None = None) -> Kronos:
     settings = json.loads((GOLDENS / case / "case.json").read_text())
-    return kronos.load(
+    return kronos_checkpoint.load(
         str(GOLDENS / case / "model"),
         tokenizer=str(GOLDENS / case / "tokenizer"),
         network_context=network_context or settings["max_context"],
@@ -238,7 +238,7 @@ def test_a_batch_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch):
     whole = forecaster.draw(forecaster.encode(windows, PARAMS, 1), WIDE, [1, 2, 3])
     real, sizes, most = forecaster.prefill, [], 1
 
-    def prefill(tokens: torch.Tensor, stamps: torch.Tensor, *, keep: bool) -> list[Prefix]:
+    def prefill(tokens: torch.Tensor, stamps: torch.Tensor, *, keep: bool) -> list[KronosPrefix]:
         sizes.append(len(tokens))
         if len(tokens) > most:
             raise torch.OutOfMemoryError
@@ -464,9 +464,9 @@ def test_a_tokenizer_of_other_bits_is_refused(tmp_path: Path):
     model = str(GOLDENS / "kronos-a" / "model")
     other = Path(shutil.copytree(GOLDENS / "kronos-a" / "tokenizer", tmp_path / "tokenizer"))
     with pytest.raises(CheckpointError, match=r"tokens of 6\+4 bits, the network .* reads 5\+5"):
-        kronos.load(model, tokenizer=edited(other, s1_bits=6, s2_bits=4))
+        kronos_checkpoint.load(model, tokenizer=edited(other, s1_bits=6, s2_bits=4))
     with pytest.raises(CheckpointError, match=r"6\+4"):
-        kronos.inspect(model, tokenizer=str(other))
+        kronos_checkpoint.inspect(model, tokenizer=str(other))
 
 
 @pytest.mark.parametrize(
@@ -486,18 +486,18 @@ def test_a_tokenizer_of_other_bits_is_refused(tmp_path: Path):
 def test_a_network_that_does_not_fit_its_config_is_refused(tmp_path: Path, changes: dict, message: str):
     folder = Path(shutil.copytree(GOLDENS / "kronos-a" / "model", tmp_path / "model"))
     with pytest.raises(CheckpointError, match=message):
-        kronos.load(edited(folder, **changes), tokenizer=str(GOLDENS / "kronos-a" / "tokenizer"))
+        kronos_checkpoint.load(edited(folder, **changes), tokenizer=str(GOLDENS / "kronos-a" / "tokenizer"))
 
 
 def test_the_tokenizer_is_looked_for_beside_the_network(tmp_path: Path):
-    assert kronos.tokenizer_of("NeoQuasar/Kronos-base") == "NeoQuasar/Kronos-Tokenizer-base"
+    assert kronos_checkpoint.tokenizer_of("NeoQuasar/Kronos-base") == "NeoQuasar/Kronos-Tokenizer-base"
     shutil.copytree(GOLDENS / "kronos-a" / "model", tmp_path / "x")
     with pytest.raises(CheckpointError, match="x/tokenizer"):
-        kronos.load(str(tmp_path / "x"))
+        kronos_checkpoint.load(str(tmp_path / "x"))
     shutil.copytree(GOLDENS / "kronos-a" / "tokenizer", tmp_path / "x" / "tokenizer")
-    loaded = kronos.load(str(tmp_path / "x"))
+    loaded = kronos_checkpoint.load(str(tmp_path / "x"))
     assert loaded.network_context == 512
-    assert kronos.inspect(str(tmp_path / "x")) == loaded.fingerprint
+    assert kronos_checkpoint.inspect(str(tmp_path / "x")) == loaded.fingerprint
     assert loaded.fingerprint != load("kronos-a").fingerprint  # its network sees fewer bars
 
 
@@ -507,7 +507,7 @@ def test_the_tokenizer_is_looked_for_beside_the_network(tmp_path: Path):
 def test_the_bundled_checkpoint_is_small_and_keeps_the_close():
     files = [path for path in (BUNDLED / "kronos-tiny").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 2_000_000
-    tokenizer = kronos.load("kronos-tiny").tokenizer
+    tokenizer = kronos_checkpoint.load("kronos-tiny").tokenizer
     x = torch.randn(1, 300, 6, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     with torch.inference_mode():
         out = tokenizer.head(tokenizer.decoder.run(tokenizer.embed_tokens(tokenizer.tokens(x)))[0])
@@ -519,7 +519,7 @@ def test_the_bundled_checkpoint_is_about_as_good_as_no_change():
     columns = {name.lower(): table[name].to_numpy(float) for name in ("Open", "High", "Low", "Close", "Volume")}
     bars = Bars(timestamps=table.index.to_numpy().astype("datetime64[ns]"), **columns)
     windows = split(bars, symbol="SP500", validation=100, test=1).validation
-    forecaster = kronos.load("kronos-tiny")
+    forecaster = kronos_checkpoint.load("kronos-tiny")
     params = {"max_context": 192, "clip": 3.0, "temperature": 0.3, "top_k": 48, "top_p": 1.0}
     encoded = forecaster.encode(windows.contexts(range(100)), params, 1)
     points = forecaster.exact(encoded, params, windows.seeds(0)).points

@@ -12,6 +12,7 @@ import pytest
 
 import forecasters
 from forecasters import Bars, Forecaster, ForecastError
+from forecasters.toto_model import TOTO
 from objectives.bars import PRICE_NAMES, bars_fingerprint, read_bars
 from objectives.evaluation import STAGES, Evaluator
 from objectives.metrics import Measurement, measure_no_change
@@ -37,6 +38,7 @@ class Plain:
     """A random walk with the volatility of the context, in numpy: keeps the contract and counts its calls."""
 
     model = "toto"
+    params = TOTO.params
     fingerprint = "plain"
     free_draw_horizon = 10**9
 

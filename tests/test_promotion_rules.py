@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import promotion_rules as experiment
-from benchmarks.promotion_rules import ForecastSymbol
+from benchmarks.promotion_rules import SymbolForecasts
 from forecasters import Bars
 from objectives.bars import DataError
 from objectives.windows import MIN_CONTEXT
@@ -19,12 +19,12 @@ def walk(count: int, *, seed: int = 0) -> Bars:
 
 
 @pytest.fixture(scope="module")
-def series() -> Series:
+def series() -> SymbolForecasts:
     return experiment.forecast("A", walk(700))
 
 
 @pytest.mark.parametrize("end", [MIN_CONTEXT + 1, 300, 699])
-def test_a_forecast_sees_no_bar_that_it_is_of(series: Series, end: int) -> None:
+def test_a_forecast_sees_no_bar_that_it_is_of(series: SymbolForecasts, end: int) -> None:
     cut = walk(700)
     close = cut.close.copy()
     close[end - 1 :] *= 3  # the bar that is forecast and all later ones
@@ -35,7 +35,7 @@ def test_a_forecast_sees_no_bar_that_it_is_of(series: Series, end: int) -> None:
     assert changed.points["median"][known] != series.points["median"][known]
 
 
-def test_a_search_sees_windows_in_the_order_of_a_study_and_is_judged_after_them(series: Series) -> None:
+def test_a_search_sees_windows_in_the_order_of_a_study_and_is_judged_after_them(series: SymbolForecasts) -> None:
     searches = experiment.searches(series, every=30, confirmation=250)
     assert len(searches) == 1 + (700 - 60 - MIN_CONTEXT - 250 - 20) // 30
     for search in searches:
@@ -50,7 +50,7 @@ def test_a_search_sees_windows_in_the_order_of_a_study_and_is_judged_after_them(
 
 @pytest.mark.parametrize("way", [1, -1])
 @pytest.mark.parametrize("gap", experiment.GAPS)
-def test_a_moved_incumbent_is_worse_by_as_much_as_it_says(series: Series, gap: float, way: int) -> None:
+def test_a_moved_incumbent_is_worse_by_as_much_as_it_says(series: SymbolForecasts, gap: float, way: int) -> None:
     worse = experiment.moved_to(series, "median", gap, way)
     assert experiment.improvement(worse, series.errors(series.points["median"])) == pytest.approx(gap, abs=1e-9)
 

@@ -19,7 +19,7 @@ import forecasters
 from forecasters import Bars, ForecastError, toto
 from forecasters.checkpoints import BUNDLED
 from forecasters.compilation import OFF, Graphs
-from forecasters.toto_network import Network
+from forecasters.toto_network import TotoNetwork
 from forecasters.toto_sampling import Mixture, drawn
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -61,7 +61,7 @@ def padded(prices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.pad(prices, ((0, 0), (pad, 0))).astype(np.float32))[None], torch.tensor([pad])
 
 
-def continued(network: Network, prices: np.ndarray, horizon: int, uniforms: np.ndarray | None = None):
+def continued(network: TotoNetwork, prices: np.ndarray, horizon: int, uniforms: np.ndarray | None = None):
     """[V, N, H]: means fed back, or with uniforms [V, N, H, 3] draws, for any number of variates."""
 
     count = 1 if uniforms is None else uniforms.shape[1]
@@ -83,7 +83,7 @@ def continued(network: Network, prices: np.ndarray, horizon: int, uniforms: np.n
     return torch.cat(parts, -1)[0, ..., :horizon].double().numpy()
 
 
-def cdf(encoded: toto.Encoded, window: int, prices: np.ndarray) -> np.ndarray:
+def cdf(encoded: toto.EncodedCloses, window: int, prices: np.ndarray) -> np.ndarray:
     """Exact distribution function of a window's first step at prices [n]."""
     scaled = (prices - encoded.affine_loc[window]) / encoded.affine_scale[window]
     probs, df, loc, scale = (getattr(encoded, name)[window, 0] for name in ("probs", "df", "loc", "scale"))

@@ -1,0 +1,103 @@
+"""What is known of a model before any of its weights are: its settings, params, search space and promoted form.
+
+One `Model` a model, listed in models.py. Loads no torch. Knows nothing of how a forecast is made, of Optuna or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from forecasters import StageParams
+from forecasters.settings import CHECKPOINT, LOADING, kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """A knob between two numbers, both included; with `step` only low, low + step, ..."""
+
+    low: float
+    high: float
+    step: float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        if type(value) not in (int, float) or not self.low <= value <= self.high:
+            return False
+        steps = (value - self.low) / self.step if self.step else 0.0
+        return math.isclose(steps, round(steps), abs_tol=1e-6)
+
+
+Knob = tuple[Any, ...] | Range  # a tuple: one of these
+Kind = Literal["count", "count or 0", "number", "aggregate"]  # whole numbers above 0, whole numbers, numbers above 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """A param counts only where another one has this value; elsewhere it is not searched and says `otherwise`."""
+
+    param: str
+    value: Any
+    otherwise: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedParams:
+    """What the settings of a model ask for: the params that a search chooses, and those that all trials share."""
+
+    knobs: Mapping[str, Knob]  # in the order in which a trial proposes them
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactAnswers:
+    """Which questions a model answers without samples."""
+
+    horizon: int | None  # steps, at most; None: only the loaded checkpoint knows
+    any_aggregate: bool  # else the mean only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model as settings, searches, promotion and commands know it."""
+
+    name: str
+    module: str  # its `load` and `inspect` are those of forecasters/__init__.py
+    settings: type[Any]  # the frozen dataclass of its table, whose fields are made by `settings.setting`
+    params: StageParams
+    kinds: Mapping[str, Kind]  # of every param, in the order of a promoted file
+    search: Callable[[Any], SearchedParams]  # from the settings
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+    starting_points: Sequence[Mapping[str, Any]]  # configurations known to be sensible, the published default first
+    to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]]  # all params, the searched names
+    implied: Callable[[Mapping[str, Knob]], Mapping[str, Any]] = lambda knobs: {}  # by a promoted file that is silent
+    refuses: Callable[[Any, int], str | None] = lambda settings, horizon: None  # what is wrong with a horizon
+    exact: ExactAnswers | None = None
+    window_bytes: Callable[[Mapping[str, Any], int], int] | None = None  # of an encoded window; None: weights decide
+    baseline: bool = False  # something to compare with, searched only where it is asked for by name
+
+    @property
+    def default(self) -> Mapping[str, Any]:
+        """The published configuration."""
+        return self.starting_points[0]
+
+    @property
+    def checkpoint_settings(self) -> tuple[str, ...]:
+        """Settings that may name a local folder."""
+        return tuple(declared.name for declared in fields(self.settings) if kind_of(declared) == CHECKPOINT)
+
+    def loading_options(self, settings: Any) -> dict[str, Any]:
+        """What `forecasters.load` and `forecasters.inspect` take for these settings."""
+        options = [declared.name for declared in fields(self.settings) if kind_of(declared) in (CHECKPOINT, LOADING)]
+        return {name: getattr(settings, name) or None for name in options}
+
+    def settled(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Params with what their conditions say of those that do not count."""
+        dead = {name: rule.otherwise for name, rule in self.conditions.items() if not self.counts(name, params)}
+        return {**params, **dead}
+
+    def counts(self, name: str, params: Mapping[str, Any]) -> bool:
+        """Whether a param changes a forecast beside these others."""
+        condition = self.conditions.get(name)
+        return condition is None or params.get(condition.param) == condition.value

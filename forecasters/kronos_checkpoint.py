@@ -1,0 +1,163 @@
+"""Kronos from its files: the configurations of a network and of its tokenizer, their weights, their fingerprint.
+
+Owns which tokenizer and which context a published network has, and the rule that both use the same tokens. How a
+checkpoint is found and read strictly is in checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forecasters import BY_DEFAULT, CheckpointError, Running
+from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
+from forecasters.compilation import decide
+from forecasters.kronos import NETWORK_CONTEXT, Kronos
+from forecasters.kronos_encoded import COLUMNS
+from forecasters.kronos_model import KRONOS
+from forecasters.kronos_network import (
+    DEPENDENCY_HEADS,
+    KronosNetwork,
+    KronosNetworkConfig,
+    KronosTokenizer,
+    KronosTokenizerConfig,
+)
+
+MAX_BITS = 16  # of a token; 10 in the published networks
+NETWORK_CONTEXTS: Mapping[str, int] = {"NeoQuasar/Kronos-mini": 2048}
+TOKENIZERS: Mapping[str, str] = {
+    "NeoQuasar/Kronos-mini": "NeoQuasar/Kronos-Tokenizer-2k",
+    "NeoQuasar/Kronos-small": "NeoQuasar/Kronos-Tokenizer-base",
+    "NeoQuasar/Kronos-base": "NeoQuasar/Kronos-Tokenizer-base",
+}
+
+_UNREAD = tuple(f"{part}_dropout_p" for part in ("ffn", "attn", "resid", "token"))  # of training only
+_UNREAD_TOKENIZER = (*_UNREAD, "beta", "gamma0", "gamma", "zeta", "group_size")
+_DROPPED = ("rotary.inv_freq", "tokenizer.bsq.basis", "tokenizer.bsq.group_basis")  # computed, or never read
+
+
+def _rename(stored: str) -> str | None:
+    return None if stored.endswith(_DROPPED) else stored
+
+
+def read_config(checkpoint: Checkpoint) -> KronosNetworkConfig:
+    """A network's config.json. Raises CheckpointError on a key or a value that this network does not have."""
+    entries = checkpoint.config(_keys(KronosNetworkConfig), _UNREAD)
+    path = checkpoint.folder / CONFIG
+    _need_sizes(entries, _keys(KronosNetworkConfig)[:-1], path)
+    if type(entries["learn_te"]) is not bool:
+        raise CheckpointError(f"{path}: learn_te is {entries['learn_te']!r}, expected true or false")
+    if entries["d_model"] % DEPENDENCY_HEADS:
+        raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected a multiple of {DEPENDENCY_HEADS}")
+    return KronosNetworkConfig(**{key: entries[key] for key in _keys(KronosNetworkConfig)})
+
+
+def read_tokenizer_config(checkpoint: Checkpoint) -> KronosTokenizerConfig:
+    """A tokenizer's config.json. Raises CheckpointError on a key or a value that this tokenizer does not have."""
+    entries = checkpoint.config(_keys(KronosTokenizerConfig), _UNREAD_TOKENIZER)
+    path = checkpoint.folder / CONFIG
+    _need_sizes(entries, _keys(KronosTokenizerConfig), path)
+    if entries["d_in"] != len(COLUMNS):
+        raise CheckpointError(f"{path}: d_in is {entries['d_in']}, expected {len(COLUMNS)}: {', '.join(COLUMNS)}")
+    return KronosTokenizerConfig(**{key: entries[key] for key in _keys(KronosTokenizerConfig)})
+
+
+def _keys(cls: type[KronosTokenizerConfig] | type[KronosNetworkConfig]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
+def _need_sizes(entries: Mapping[str, Any], keys: Sequence[str], path: Path) -> None:
+    for key in keys:
+        if type(entries[key]) is not int or entries[key] < 1:
+            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, expected a positive whole number")
+    if entries["d_model"] % (2 * entries["n_heads"]):
+        raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected an even multiple of n_heads")
+    if entries["s1_bits"] > MAX_BITS or entries["s2_bits"] > MAX_BITS:
+        raise CheckpointError(f"{path}: tokens of more than {MAX_BITS} bits; expected at most {MAX_BITS}")
+
+
+def tokenizer_of(checkpoint: str) -> str:
+    """The tokenizer that belongs to a network: as published, else the folder `tokenizer` in the network's own."""
+    return TOKENIZERS.get(checkpoint, f"{checkpoint.rstrip('/')}/tokenizer")
+
+
+def inspect(
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    tokenizer_revision: str | None = None,
+    network_context: int | None = None,
+    running: Running = BY_DEFAULT,
+) -> str:
+    """The fingerprint that `load` would give, from the files' headers and bytes. Raises CheckpointError."""
+    pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
+    for found, module in zip(pair, _build(*pair), strict=True):
+        check(found, {name: tensor.shape for name, tensor in module.state_dict().items()}, _rename)
+    return _fingerprint(*pair, _context_of(checkpoint, network_context), running.dtype)
+
+
+def load(
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    tokenizer_revision: str | None = None,
+    network_context: int | None = None,
+    running: Running = BY_DEFAULT,
+) -> Kronos:
+    """Load a network and its tokenizer (`checkpoints.resolve`, each) onto a device.
+
+    tokenizer: the one that belongs to the network (`tokenizer_of`) unless named.
+    network_context: bars the network sees at most; as published unless given.
+    running: its dtype is the network's, the tokenizer stays in float32.
+    Raises CheckpointError and SettingError.
+    """
+    policy = decide(KRONOS.name, device=device, running=running)
+    pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
+    network, coder = _build(*pair)
+    load_into(pair[0], network, _rename)
+    load_into(pair[1], coder, _rename)
+    context = _context_of(checkpoint, network_context)
+    return Kronos(
+        coder.to(device),
+        network.to(device=device, dtype=getattr(torch, running.dtype)),
+        fingerprint=_fingerprint(*pair, context, running.dtype),
+        network_context=context,
+        policy=policy,
+        chunk=running.chunk,
+    )
+
+
+def _resolve(
+    checkpoint: str, revision: str | None, tokenizer: str | None, tokenizer_revision: str | None
+) -> tuple[Checkpoint, Checkpoint]:
+    found = resolve(checkpoint, revision=revision)
+    return found, resolve(tokenizer or tokenizer_of(checkpoint), revision=tokenizer_revision)
+
+
+def _build(checkpoint: Checkpoint, tokenizer: Checkpoint) -> tuple[KronosNetwork, KronosTokenizer]:
+    """Both modules, without weights. Raises CheckpointError where they do not use the same tokens."""
+    config, coder = read_config(checkpoint), read_tokenizer_config(tokenizer)
+    if (config.s1_bits, config.s2_bits) != (coder.s1_bits, coder.s2_bits):
+        raise CheckpointError(
+            f"the tokenizer {tokenizer.source!r} makes tokens of {coder.s1_bits}+{coder.s2_bits} bits, the network "
+            f"{checkpoint.source!r} reads {config.s1_bits}+{config.s2_bits}; name the tokenizer published with it"
+        )
+    with torch.device("meta"):
+        return KronosNetwork(config), KronosTokenizer(coder)
+
+
+def _context_of(checkpoint: str, network_context: int | None) -> int:
+    return network_context or NETWORK_CONTEXTS.get(checkpoint, NETWORK_CONTEXT)
+
+
+def _fingerprint(checkpoint: Checkpoint, tokenizer: Checkpoint, network_context: int, dtype: str) -> str:
+    identity = f"{KRONOS.name} {checkpoint.digest} {tokenizer.digest} {network_context} {dtype}"
+    return hashlib.sha256(identity.encode()).hexdigest()

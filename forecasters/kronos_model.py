@@ -1,0 +1,94 @@
+"""Kronos as settings, searches and promotion know it: no torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from forecasters import StageParams
+from forecasters.descriptor import Condition, ExactAnswers, Kind, Knob, Model, Range, SearchedParams
+from forecasters.settings import CHECKPOINT, LOADING, at_least, counts, interval, setting
+
+CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
+DEAD_TOP_P = 1.0  # what top_p says where top_k decides
+KINDS: Mapping[str, Kind] = {  # what a promoted file must say
+    "temperature": "number",
+    "top_p": "number",
+    "top_k": "count or 0",
+    "sample_count": "count",
+    "max_context": "count",
+    "clip": "number",
+}
+
+
+def _tops(values: tuple[int, ...]) -> str | None:
+    if not values or min(values) < 0 or len(set(values)) != len(values):
+        return "must be different whole numbers; 0 keeps every token"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KronosSettings:
+    """The table [kronos]."""
+
+    checkpoint: str = setting(kind=CHECKPOINT)
+    revision: str = setting(kind=LOADING)
+    tokenizer: str = setting(kind=CHECKPOINT)
+    tokenizer_revision: str = setting(kind=LOADING)
+    network_context: int = setting(at_least(2), kind=LOADING)
+    max_context: tuple[int, ...] = setting(counts)
+    clip: tuple[float, ...] = setting(interval(0.2, 100.0))
+    temperature: tuple[float, ...] = setting(interval(0.01, 10.0))
+    top_k: tuple[int, ...] = setting(_tops)
+    top_p: tuple[float, ...] = setting(interval(0.01, 1.0))
+    sample_count: tuple[int, ...] = setting(counts)
+
+
+def _search(settings: KronosSettings) -> SearchedParams:
+    by_share = 0 in settings.top_k
+    knobs: dict[str, Knob] = {
+        "temperature": Range(low=settings.temperature[0], high=settings.temperature[1]),
+        "top_k": settings.top_k,
+        **({"top_p": Range(low=settings.top_p[0], high=settings.top_p[1])} if by_share else {}),
+        "sample_count": settings.sample_count,
+        "max_context": settings.max_context,
+        "clip": Range(low=settings.clip[0], high=settings.clip[1], step=CLIP_STEP),
+    }
+    return SearchedParams(knobs=knobs, fixed={} if by_share else {"top_p": DEAD_TOP_P})
+
+
+def _refuses(settings: KronosSettings, horizon: int) -> str | None:
+    if horizon < min(settings.network_context, *settings.max_context):
+        return None
+    return "must be below [kronos] network_context and every max_context"
+
+
+def _to_promoted(params: Mapping[str, Any], searched: Collection[str]) -> dict[str, Any]:
+    del searched
+    return {name: params[name] for name in KINDS}
+
+
+# The defaults of KronosPredictor and its `predict`, model/kronos.py of github.com/shiyu-coder/Kronos.
+PUBLISHED = {
+    "temperature": 1.0, "top_p": 0.9, "top_k": 0, "sample_count": 1, "max_context": 512, "clip": 5.0,
+}  # fmt: skip
+
+KRONOS = Model(
+    name="kronos",
+    module="forecasters.kronos_checkpoint",
+    settings=KronosSettings,
+    params=StageParams(
+        encode=("max_context", "clip"),
+        draw=("temperature", "top_k", "top_p", "sample_count"),
+        num_samples="sample_count",
+    ),
+    kinds=KINDS,
+    search=_search,
+    conditions={"top_p": Condition(param="top_k", value=0, otherwise=DEAD_TOP_P)},
+    # The second is that repository's backtest on daily bars, finetune/config.py.
+    starting_points=(PUBLISHED, {**PUBLISHED, "temperature": 0.6, "sample_count": 5, "max_context": 90}),
+    to_promoted=_to_promoted,
+    refuses=_refuses,
+    exact=ExactAnswers(horizon=1, any_aggregate=False),
+)

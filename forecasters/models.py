@@ -1,0 +1,19 @@
+"""The list of models. A further model adds its own modules, one line here and its table in the default settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from forecasters.descriptor import Model
+from forecasters.kronos_model import KRONOS
+from forecasters.naive import NAIVE
+from forecasters.toto_model import TOTO
+
+MODELS: Mapping[str, Model] = {
+    model.name: model
+    for model in (
+        TOTO,
+        KRONOS,
+        NAIVE,
+    )
+}

@@ -1,0 +1,67 @@
+"""Toto 1.0 as settings, searches and promotion know it: no torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from forecasters import StageParams
+from forecasters.descriptor import ExactAnswers, Knob, Model, SearchedParams
+from forecasters.settings import AGGREGATES, CHECKPOINT, LOADING, counts, setting
+
+# The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
+BATCH_TIERS = ((128, (16, 32, 64)), (512, (32, 64, 128)), (1024, (64, 128, 256)), (None, (128, 256, 512)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotoSettings:
+    """The table [toto]."""
+
+    checkpoint: str = setting(kind=CHECKPOINT)
+    revision: str = setting(kind=LOADING)
+    context_length: tuple[int, ...] = setting(counts, one_or_list=True)
+    num_samples: tuple[int, ...] = setting(counts)
+    aggregates: tuple[str, ...] = setting(kind=AGGREGATES)
+
+
+def _search(settings: TotoSettings) -> SearchedParams:
+    knobs: dict[str, Knob] = {"aggregate": settings.aggregates, "num_samples": settings.num_samples}
+    if len(settings.context_length) == 1:
+        return SearchedParams(knobs=knobs, fixed={"context_length": settings.context_length[0]})
+    return SearchedParams(knobs={**knobs, "context_length": settings.context_length})
+
+
+def _implied(knobs: Mapping[str, Knob]) -> dict[str, Any]:
+    """The predecessor's files name no context: it showed the network all that it had."""
+    lengths = knobs.get("context_length")
+    return {"aggregate": "mean", **({"context_length": max(lengths)} if isinstance(lengths, tuple) else {})}
+
+
+def _to_promoted(params: Mapping[str, Any], searched: Collection[str]) -> dict[str, Any]:
+    config = {name: params[name] for name in (*searched, "num_samples")}
+    return {**config, "samples_per_batch": samples_per_batch(config["num_samples"])}
+
+
+def samples_per_batch(num_samples: int) -> int:
+    """The largest batch of the reader's tier that divides the number of samples: it changes no forecast."""
+    tier = next(batches for limit, batches in BATCH_TIERS if limit is None or num_samples <= limit)
+    return max(
+        (batch for batch in tier if num_samples % batch == 0),
+        default=max(d for d in range(1, min(num_samples, tier[-1]) + 1) if num_samples % d == 0),
+    )
+
+
+TOTO = Model(
+    name="toto",
+    module="forecasters.toto",
+    settings=TotoSettings,
+    params=StageParams(encode=("context_length",), draw=("num_samples",), num_samples="num_samples"),
+    kinds={"aggregate": "aggregate", "num_samples": "count", "context_length": "count"},
+    search=_search,
+    # The quick start of github.com/DataDog/toto: 4,096 points, 256 samples, their median as the point forecast.
+    starting_points=({"context_length": 4096, "num_samples": 256, "aggregate": "median"},),
+    to_promoted=_to_promoted,
+    implied=_implied,
+    exact=ExactAnswers(horizon=None, any_aggregate=True),  # up to the first patch, whose length the checkpoint says
+)
