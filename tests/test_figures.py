@@ -7,50 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evidence_builder import COUNTS, evidence, forecasts, measured_configuration
 from PIL import Image
 
 from launch.views import figures
+from studies.evidence import Part, to_json
 
-CONFIRMED, TEST = 60, 20
-
-
-def measured(level: float, seed: int) -> dict[str, Any]:
-    """A configuration's numbers on the windows of confirmation and test."""
-    random = np.random.default_rng(seed)
-
-    def part(count: int) -> dict[str, Any]:
-        errors = (level * random.uniform(0.5, 1.5, count)).tolist()
-        return {"mae": float(np.mean(errors)), "errors": errors, "windows": count, "skill": 0.01}
-
-    return {"confirmation": part(CONFIRMED), "test": part(TEST)}
+CONFIRMED, TEST = COUNTS["confirmation"], COUNTS["test"]
 
 
-def forecasts(horizon: int, *, band: bool = True) -> dict[str, Any]:
-    """Two windows' worth of times in each part, of `horizon` bars each."""
-
-    def part(first: int) -> dict[str, Any]:
-        count = 2 * horizon
-        actual = [100.0 + first + place for place in range(count)]
-        points = [value + 0.5 for value in actual]
-        quantiles = {"low": [v - 1 for v in points], "high": [v + 1 for v in points]} if band else {}
-        series = {"best": {"trial": 7, "points": points, **quantiles}, "incumbent": {"points": actual, **quantiles}}
-        times = [f"2018-01-{first + place + 1:02d}" for place in range(count)]
-        return {"times": times, "actual": actual, "starts": [0, horizon], "series": series}
-
-    return {"validation": part(0), "test": part(2 * horizon)}
-
-
-def result(*, incumbent: bool = True, horizon: int = 1) -> dict[str, Any]:
+def result(*, incumbent: bool = True, horizon: int = 1, band: bool = True) -> dict[str, Any]:
     """A study's confirmation: of its two candidates the second is the better one."""
-    candidates = [{"trial": 3, **measured(0.02, 1)}, {"trial": 7, **measured(0.01, 2)}]
-    parts = {"first": "2017-01-01", "last": "2018-12-31", "count": CONFIRMED}
-    return {
-        "windows": {"validation": parts, "confirmation": parts, "test": parts},
-        "candidates": candidates,
-        "baselines": {"incumbent": measured(0.015, 3)} if incumbent else {},
-        "no_change": measured(0.016, 4),
-        "forecasts": forecasts(horizon),
-    }
+    candidates = measured_configuration(0.02, trial=3, seed=1), measured_configuration(0.01, trial=7, seed=2)
+    in_use = measured_configuration(0.015, seed=3) if incumbent else None
+    return to_json(evidence(*candidates, incumbent=in_use, shown=forecasts(horizon, band=band, best=7)))
 
 
 def values(figure: Any, name: str, mode: str) -> np.ndarray:
@@ -135,8 +105,7 @@ def test_forecasts_join_windows_of_one_bar_and_keep_longer_ones_apart(horizon: i
 
 
 def test_a_forecast_without_samples_has_no_band() -> None:
-    found = result()
-    found["forecasts"] = forecasts(1, band=False)
+    found = result(band=False)
     figure: Any = figures.forecast(found)
     assert figure is not None
     assert [one for one in figure.data if one.fill] == []
@@ -187,11 +156,9 @@ def test_improvements_with_and_without_an_interval() -> None:
 
 
 def test_what_the_database_keeps_of_a_study_is_small() -> None:
-    found = result()
-    long = {
-        part: {**one, "errors": one["errors"] * 4} for part, one in found["candidates"][1].items() if part != "trial"
-    }
-    found["candidates"], found["baselines"] = [{"trial": 7, **long}], {"incumbent": long}
+    counts: dict[Part, int] = {part: 4 * count for part, count in COUNTS.items()}
+    long = measured_configuration(0.01, trial=7, counts=counts, seed=2)
+    found = to_json(evidence(long, incumbent=long, counts=counts, shown=forecasts(best=7)))
     drawn: tuple[Any, ...] = (
         figures.error_by_window(found),
         figures.forecast(found),
