@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# One process for each core, four at most: each has a Postgres server of its own.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .PHONY: search test test-slow check format clean
 
@@ -11,7 +13,7 @@ search: $(INSTALLED)
 	$(BIN)/promote --config demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST)
 
 # What takes a compiler or more than ten seconds, beside the others.
 test-slow: $(INSTALLED)
@@ -21,7 +23,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
-	$(BIN)/pytest
+	$(PYTEST)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,18 +49,20 @@ class Tab:
         assert counts.max() < 0.99 * counts.sum()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """A headless Chromium with a profile of its own. Skips the test where there is none."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here, so pages are not looked at; on Debian: apt-get install chromium")
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)  # a profile of its own each time
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
         yield opened
         opened.close()
 
 
-@pytest.fixture
-def tab(browser: Browser) -> Iterator[Tab]:
+@contextmanager
+def open_tab(browser: Browser) -> Iterator[Tab]:
+    """An empty page whose complaints are kept."""
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     found = Tab(page)
 

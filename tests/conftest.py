@@ -9,25 +9,32 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg2
 import pytest
+from filelock import FileLock
 
 from storage import embedded
 from storage.database import create_schema
+
+if TYPE_CHECKING:
+    from browser import Tab
+    from places import Place, StudyPlace
+    from playwright.sync_api import Browser
+    from ray_nodes import Nodes
+
+    from studies.study import Study
 
 # A developer's own settings must not leak into a test: scrubbed before any test module is imported.
 SCRUBBED = ("PG", "OPTUNA_", "STUDIES_", "CUDA_VISIBLE_DEVICES", "HYPERPARAM_ROOT", "RAY_ADDRESS", "FORCE_COLOR")
 for _name in [name for name in os.environ if name.startswith(SCRUBBED)]:
     del os.environ[_name]
 
-# Everything that a run reads and writes, beside its settings. Dotted keys: a test can set more of the same tables.
-FOLDERS = """
-data.dir = "bars"
-workers.log_dir = "logs"
-hyperparams.dir = "hyperparams"
-promotion.results_dir = "results"
-"""
+# One thread for each process: the suite and each run it starts have several processes, and more threads than cores only
+# wait for each other. Numbers are compared within a run of the suite, so that all of them have the same threads.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,6 +83,59 @@ def database_url(database_server: embedded.PrivateServer) -> Iterator[str]:
     execute(database_server.url, f"create database {name} template template_studies")
     yield database_server.url.rsplit("/", 1)[0] + "/" + name
     execute(database_server.url, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path, database_url: str) -> Iterator[Place]:
+    """What the test's module calls Place: a kind of places.Place."""
+    found = request.module.Place(tmp_path, database_url)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def study(place: StudyPlace) -> Study:
+    """A study that is confirmed, with an incumbent."""
+    from places import INCUMBENT
+
+    place.put("best", INCUMBENT)
+    opened = place.open().study
+    place.finish(opened)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real browser, for the tests of pages only: its library takes long to import."""
+    from browser import open_browser
+
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def tab(browser: Browser) -> Iterator[Tab]:
+    """A page of its own."""
+    from browser import open_tab
+
+    with open_tab(browser) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A Ray cluster, of the one process of the suite that has it now: two on one machine take each other's ports."""
+    from ray_nodes import Nodes
+
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets need a short path
+    with FileLock("/tmp/forecast-studies-tests-ray.lock"), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TMPDIR", str(folder))
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        (folder / "ray").mkdir()
+        nodes = Nodes()
+        yield nodes
+        nodes.cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def execute(url: str, *statements: str) -> None:

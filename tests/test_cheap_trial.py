@@ -249,11 +249,11 @@ def test_what_is_deferred_is_shown_to_others_in_time(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of nan and inf among what is compared
-def test_our_pruner_decides_as_optunas(database_url: str) -> None:
+def test_our_pruner_decides_as_optunas() -> None:
     rng = random.Random(0)
     pruners = sampler.make_pruner(0.25), PercentilePruner(75, n_startup_trials=sampler.STARTUP_TRIALS)
     for direction in ("minimize", "maximize"):
-        study = optuna.create_study(storage=database_url, direction=direction)
+        study = optuna.create_study(direction=direction)
         decided = set()
         for _ in range(60):
             trial = study.ask()

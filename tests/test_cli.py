@@ -5,59 +5,43 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import numpy as np
+import places
 import pytest
 from click.testing import CliRunner, Result
-from conftest import FOLDERS
 from safetensors.numpy import load_file, save_file
 from sqlalchemy import text
 
 import forecasters
 from launch import cli
-from storage import database, slots
+from storage import slots
 from storage.progress import free_counts, stage_results, study_progress
 from studies import config as configuration
 from studies import study as studying
 from studies.evaluators import checkpoint_fingerprint
-from studies.series import demo_bars, read_series
+from studies.series import read_series
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
 
 
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The last lines of a real price file, header first."""
-    folder = tmp_path_factory.mktemp("bars")
-    lines = demo_bars(folder)[0].read_text().splitlines()
-    return [lines[0], *lines[-300:]]
+class CommandPlace(places.Place):
+    """For commands in this process, and what they refuse."""
 
+    SETTINGS = (
+        places.FOLDERS + '[search]\nmodels = ["toto"]\n'
+        '[kronos]\ncheckpoint = "kronos-tiny"\n[toto]\ncheckpoint = "toto-tiny"\n'
+    )
+    BARS: ClassVar[Mapping[str, int]] = {"SP500": 300}
 
-class Place:
-    def __init__(self, folder: Path, url: str, bars: list[str]) -> None:
-        self.folder, self.url, self.bars = folder, url, bars
-        self.data = folder / "bars"
-        self.data.mkdir()
-        self.write("SP500.csv", bars)
-        self.settings = folder / "studies.toml"
-        self.settings.write_text(
-            FOLDERS + '[search]\nmodels = ["toto"]\n'
-            '[kronos]\ncheckpoint = "kronos-tiny"\n[toto]\ncheckpoint = "toto-tiny"\n'
-        )
-        self.storage = database.open_storage(url, wait_s=5, create=False)
-
-    def write(self, name: str, lines: list[str]) -> Path:
-        path = self.data / name
-        path.write_text("\n".join([*lines, ""]))
-        return path
-
-    def invoke(self, command: click.Command, *words: str, url: str | None = None) -> Result:
-        options = ["--config", str(self.settings), "--storage", url or self.url]
-        return CliRunner().invoke(command, [*words, *options])
+    @property
+    def bars(self) -> list[str]:
+        """The lines of a real price file, header first."""
+        return places.last_bars("SP500", 300)
 
     def launch(self, *words: str, url: str | None = None) -> Result:
         return self.invoke(cli.launch_workers, "--cpus", "1", *words, url=url)
@@ -76,11 +60,7 @@ class Place:
         return lines[0]
 
 
-@pytest.fixture
-def place(tmp_path: Path, database_url: str, bars: list[str]) -> Iterator[Place]:
-    found = Place(tmp_path, database_url, bars)
-    yield found
-    found.storage.engine.dispose()
+Place = CommandPlace
 
 
 def with_cell(lines: list[str], row: int, column: int, value: str) -> list[str]:

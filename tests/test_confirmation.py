@@ -4,132 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-from click.testing import CliRunner, Result
-from conftest import FOLDERS
 from optuna.trial import TrialState
+from places import StudyPlace as Place
 
-import forecasters
 from forecasters import ForecastError
 from launch import cli
 from objectives import windows
 from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import Measurement
-from storage import database, slots
-from storage.progress import read_confirmations, worker_seconds
-from storage.retrying import RetryingStorage
-from studies import config as configuration
-from studies import confirmation, working
-from studies import study as studying
-from studies.config import Config
-from studies.series import Series, demo_bars, read_series
-from studies.study import Study
+from storage import slots
+from storage.progress import worker_seconds
+from studies import confirmation
 
-SETTINGS = f"""{FOLDERS}
-[windows]
-confirmation = 60
-max_passes = 4
-[search]
-models = ["toto"]
-[toto]
-checkpoint = "toto-tiny"
-context_length = 256
-num_samples = [64, 128]
-aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
-[kronos]
-checkpoint = "kronos-tiny"
-"""
-TRIALS = 6
-INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
-
-
-@pytest.fixture(scope="module")
-def forecaster() -> forecasters.Forecaster:
-    return forecasters.load("toto", checkpoint="toto-tiny", device="cpu")
-
-
-@dataclass
-class Place:
-    """A folder with the last bars of an index, and a database."""
-
-    folder: Path
-    url: str
-    storage: RetryingStorage
-    forecaster: forecasters.Forecaster
-
-    def config(self, **searching: Any) -> Config:
-        config = configuration.load(self.folder / "studies.toml")
-        return replace(config, search=replace(config.search, trials=TRIALS, **searching))
-
-    def series(self) -> Series:
-        return read_series(self.config(), [])[0][0]
-
-    def open(self, **searching: Any) -> studying.Opened:
-        config = self.config(**searching)
-        checkpoints = {"toto": self.forecaster.fingerprint}
-        return studying.open_studies(self.storage, config, [self.series()], ["toto"], checkpoints)[0]
-
-    def run(self, study: Study, **searching: Any) -> studying.StudyRun:
-        return studying.start(self.storage, self.config(**searching), study, self.series(), self.forecaster.fingerprint)
-
-    def evaluator(self, **options: Any) -> Evaluator:
-        return Evaluator(self.forecaster, cache_bytes=1 << 26, max_num_samples=128, **options)
-
-    def finish(self, study: Study, evaluator: Evaluator | None = None, **searching: Any) -> Mapping[str, Any]:
-        """Do every slot of a study, as a worker does. Returns what its confirmation says."""
-        run = self.run(study, **searching)
-        evaluator = evaluator or self.evaluator(exact=searching.get("objective") == "exact")
-        watch = working.StageClock(self.storage, [evaluator])
-        while slot := slots.claim(self.storage, study.study_id, worker="host:1", lease_s=60):
-            working.work(self.storage, run, slot, evaluator, attrs={"worker": "host:1", "device": "cpu"}, watch=watch)
-        return self.result(study)
-
-    def result(self, study: Study) -> Any:
-        return read_confirmations(self.storage, [study.study_id])[study.study_id].result
-
-    def trials(self, study: Study) -> dict[int, optuna.trial.FrozenTrial]:
-        found = optuna.load_study(study_name=study.name, storage=self.storage).get_trials(deepcopy=False)
-        return {trial.number: trial for trial in found}
-
-    def put(self, folder: str, config: Mapping[str, Any], model: str = "toto") -> None:
-        path = self.folder / "hyperparams" / folder / "SP500.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        validation = {"price_mae": 1.0, "pct_return_mae": 0.5, "latency_s": 1.0}
-        path.write_text(json.dumps({"symbol": "SP500", "model": model, "config": config, "validation": validation}))
-
-    def invoke(self, command: Any, *words: str) -> Result:
-        options = ["--config", str(self.folder / "studies.toml"), "--storage", self.url]
-        return CliRunner().invoke(command, [*words, *options])
-
-
-@pytest.fixture
-def place(tmp_path: Path, database_url: str, forecaster: forecasters.Forecaster) -> Iterator[Place]:
-    (tmp_path / "bars").mkdir()
-    path, other = demo_bars(tmp_path / "bars")
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], *lines[-400:], ""]))
-    other.unlink()
-    (tmp_path / "studies.toml").write_text(SETTINGS)
-    storage = database.open_storage(database_url, wait_s=10, create=False)
-    yield Place(folder=tmp_path, url=database_url, storage=storage, forecaster=forecaster)
-    storage.engine.dispose()
-
-
-@pytest.fixture
-def study(place: Place) -> Study:
-    """A study that is confirmed, with an incumbent."""
-    place.put("best", INCUMBENT)
-    opened = place.open().study
-    place.finish(opened)
-    return opened
+TRIALS = Place.TRIALS
 
 
 def test_the_best_five_and_what_is_in_use_on_more_windows(place: Place) -> None:

@@ -1,7 +1,5 @@
 """The dashboard: what is written for it, what a browser shows of it, and that its server outlasts the database's."""
 
-# ruff: noqa: F811 - fixtures are imported
-
 from __future__ import annotations
 
 import json
@@ -22,8 +20,9 @@ from typing import Any
 import optuna
 import optuna_dashboard
 import pytest
-from browser import Tab, browser, tab  # noqa: F401 - fixtures
-from test_confirmation import INCUMBENT, TRIALS, Place, forecaster, place, study  # noqa: F401 - three are fixtures
+from browser import Tab
+from places import INCUMBENT
+from places import StudyPlace as Place
 
 from launch import cli
 from launch.views import dashboard, facts, notes
@@ -217,7 +216,7 @@ def test_what_is_parked_is_told_without_meaning_anything(place: Place, folder: P
     assert "## Parked work" in note
     assert "`<script>alert(1)</script> / 'rm'`" in note
     assert "and 2 more; see `studies show" in note  # 7 slots: 6 trials and the confirmation
-    assert f"0 of {TRIALS} trials, 7 parked" in attributes(place, study)["progress"]
+    assert f"0 of {Place.TRIALS} trials, 7 parked" in attributes(place, study)["progress"]
 
 
 def test_a_folder_that_takes_no_image_costs_the_image_only(place: Place, study: Study) -> None:

@@ -8,57 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evidence_builder import COUNTS, evidence, forecasts, measured_configuration
 from PIL import Image
 
 from launch.views import figures
-from studies import evidence
-from studies.evidence import StudyEvidence
+from studies.evidence import Part, StudyEvidence
 from studies.promoting import SymbolDecision
 
-CONFIRMED, TEST = 60, 20
+CONFIRMED, TEST = COUNTS["confirmation"], COUNTS["test"]
 
 
-def measured(level: float, seed: int) -> dict[str, Any]:
-    """A configuration's numbers on every part of the windows."""
-    random = np.random.default_rng(seed)
-
-    def part(count: int) -> dict[str, Any]:
-        errors = (level * random.uniform(0.5, 1.5, count)).tolist()
-        rest = {"price_mae": 1.0, "mae_percent": 1.0, "no_change_mae": 0.016, "sampling_error": None, "seconds": {}}
-        return {"mae": float(np.mean(errors)), "errors": errors, "windows": count, "skill": 0.01, **rest}
-
-    return {"params": {}, "validation": part(30), "confirmation": part(CONFIRMED), "test": part(TEST)}
-
-
-def forecasts(horizon: int, *, band: bool = True) -> dict[str, Any]:
-    """Two windows' worth of times in each part, of `horizon` bars each."""
-
-    def part(first: int) -> dict[str, Any]:
-        count = 2 * horizon
-        actual = [100.0 + first + place for place in range(count)]
-        points = [value + 0.5 for value in actual]
-        quantiles = {"low": [v - 1 for v in points], "high": [v + 1 for v in points]} if band else {}
-        series = {"best": {"trial": 7, "points": points, **quantiles}, "incumbent": {"points": actual, **quantiles}}
-        times = [f"2018-01-{first + place + 1:02d}" for place in range(count)]
-        return {"times": times, "actual": actual, "starts": [0, horizon], "series": series}
-
-    return {"validation": part(0), "test": part(2 * horizon)}
-
-
-def result(*, incumbent: bool = True, horizon: int = 1, band: bool = True, **changes: Any) -> StudyEvidence:
-    """A study's confirmation, of whose two candidates the second is the better one."""
-    candidates = [{"trial": 3, **measured(0.02, 1)}, {"trial": 7, **measured(0.01, 2)}]
-    parts = {"first": "2017-01-01", "last": "2018-12-31", "count": CONFIRMED}
-    values = {
-        "windows": {"validation": parts, "confirmation": parts, "test": parts},
-        "passes": 2,
-        "sampling_error": 0.0,
-        "candidates": candidates,
-        "baselines": {"incumbent": measured(0.015, 3)} if incumbent else {},
-        "no_change": {part: measured(0.016, 4)[part] for part in evidence.PARTS},
-        "forecasts": forecasts(horizon, band=band),
-    }
-    return evidence.from_json("toto", values | changes)
+def result(*, incumbent: bool = True, horizon: int = 1, band: bool = True) -> StudyEvidence:
+    """A study's confirmation: of its two candidates the second is the better one."""
+    candidates = measured_configuration(0.02, trial=3, seed=1), measured_configuration(0.01, trial=7, seed=2)
+    in_use = measured_configuration(0.015, seed=3) if incumbent else None
+    return evidence(*candidates, incumbent=in_use, shown=forecasts(horizon, band=band, best=7))
 
 
 def values(figure: Any, name: str, mode: str) -> np.ndarray:
@@ -194,11 +158,9 @@ def test_improvements_with_and_without_an_interval() -> None:
 
 
 def test_what_the_database_keeps_of_a_study_is_small() -> None:
-    long = {
-        part: {**one, "errors": one["errors"] * 4} if part in ("confirmation", "test") else one
-        for part, one in measured(0.01, 2).items()
-    }
-    found = result(candidates=[{"trial": 7, **long}], baselines={"incumbent": long})
+    counts: dict[Part, int] = {part: 4 * count for part, count in COUNTS.items()}
+    long = measured_configuration(0.01, trial=7, counts=counts, seed=2)
+    found = evidence(long, incumbent=long, counts=counts, shown=forecasts(best=7))
     drawn: tuple[Any, ...] = (
         figures.error_by_window(found),
         figures.forecast(found),

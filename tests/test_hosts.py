@@ -14,14 +14,12 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from test_run import SETTINGS as SHORT_RUN
-from test_run import bars  # noqa: F401 - a fixture
+from places import BIN, RUN_SETTINGS, RunPlace, write_bars
 
 from storage import embedded
 
-BIN = Path(sys.executable).parent
 BUDGET = 40
-SETTINGS = SHORT_RUN.replace("lease_s = 2.0", "lease_s = 5.0") + "[storage]\n"
+SETTINGS = RUN_SETTINGS.replace("lease_s = 2.0", "lease_s = 5.0") + "[storage]\n"
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, bars: Path, scratch: Path, hosts: tuple[Host, Host]) -> Iterator[Run]:  # noqa: F811 - its fixture
-    shutil.copytree(bars, tmp_path / "bars")
+def run(tmp_path: Path, scratch: Path, hosts: tuple[Host, Host]) -> Iterator[Run]:
+    write_bars(tmp_path / "bars", RunPlace.BARS)
     data = scratch / f"hosts-{uuid.uuid4().hex[:6]}"
     served = f'data_dir = "{data}"\nlisten = "{hosts[0].address}"\n'
     (tmp_path / "studies.toml").write_text(SETTINGS + served)

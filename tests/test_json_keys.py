@@ -8,7 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 import click
-from test_run import SETTINGS, Place, bars, incumbent, place  # noqa: F401 - two are fixtures
+from places import INCUMBENT
+from places import StudyPlace as Place
 
 from launch import cli, verify
 
@@ -67,22 +68,23 @@ def test_keys_of_verify_compile() -> None:
     assert {field.name for field in fields(verify.ModeRow)} == VERIFY
 
 
-def test_keys(place: Place) -> None:  # noqa: F811
-    def printed(*words: str) -> Any:
-        return json.loads(place.run(*words, "--json").stdout)
+def test_keys(place: Place) -> None:
+    def printed(command: click.Command, *words: str) -> Any:
+        ended = place.invoke(command, *words, "--json")
+        assert ended.exit_code == 0, ended.output
+        return json.loads(ended.stdout)
 
-    assert printed("studies", "list") == []
-    (place.folder / "studies.toml").write_text(SETTINGS.replace("[search]", "[search]\nprune_worst = 0.0"))
-    incumbent(place, "SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
-    place.run("launch-workers", "--cpus", "2", "--trials", "22", "--symbols", "SP500")
+    assert printed(cli.studies, "list") == []
+    place.put("best", {**INCUMBENT, "samples_per_batch": 16})
+    place.finish(place.open(trials=22, prune_worst=0.0).study, trials=22, prune_worst=0.0)
 
-    (row,) = printed("studies", "list")
+    (row,) = printed(cli.studies, "list")
     assert set(row) == LIST
     assert (row["state"], row["done"], row["budget"], row["parked"], row["parked_reason"]) == (
         "finished", 22, 22, 0, None,
     )  # fmt: skip
 
-    show = printed("studies", "show", row["study"])
+    show = printed(cli.studies, "show", row["study"])
     assert set(show) == SHOW
     assert {key: value for key, value in show.items() if key in LIST and key != "parked"} == {
         key: value for key, value in row.items() if key != "parked"
@@ -107,9 +109,9 @@ def test_keys(place: Place) -> None:  # noqa: F811
     assert set(confirmation["forecasts"]) == {"validation", "test"}
 
     for dry in (["--dry-run"], []):
-        (decided,) = printed("promote", *dry)
+        (decided,) = printed(cli.promote, *dry)
         assert set(decided) == PROMOTE
         assert [set(pair) for pair in decided["pairs"]] == [PAIR]
         assert decided["decision"] == "promoted"
     for dry in (["--dry-run"], []):
-        assert set(printed("promote", "--rollback", "SP500", *dry)) == ROLLBACK
+        assert set(printed(cli.promote, "--rollback", "SP500", *dry)) == ROLLBACK

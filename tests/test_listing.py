@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from evidence_builder import evidence, measured_configuration, unmeasured
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
@@ -19,6 +20,7 @@ from storage import database, slots, study_rows
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import promoting as promote
+from studies.evidence import MeasuredConfiguration, to_json
 
 DEFINITION = {
     "no_change_mae": 0.0125,
@@ -68,29 +70,16 @@ def claim(storage: RetryingStorage, study_id: int) -> slots.Slot:
     return slot
 
 
-def measured(mae: float, skill: float) -> dict[str, Any]:
-    rest = {"price_mae": 1.0, "mae_percent": 1.0, "no_change_mae": 0.0125, "sampling_error": None, "seconds": {}}
-    return {"mae": mae, "skill": skill, "windows": 250, "errors": [mae] * 250, **rest}
+def confirmation(incumbent: MeasuredConfiguration) -> dict[str, Any]:
+    """The result of a confirmation of three candidates, the second of them the best."""
+    maes = {0: 0.0121, 7: 0.0119, 3: 0.0120}
+    candidates = [
+        measured_configuration(mae, validation=0.01, trial=trial, no_change_mae=1.0) for trial, mae in maes.items()
+    ]
+    return to_json(evidence(*candidates, incumbent=incumbent))
 
 
-def confirmation(incumbent: dict[str, Any]) -> dict[str, Any]:
-    def one(trial: int, mae: float) -> dict[str, Any]:
-        numbers = {name: measured(mae + more, 1 - mae) for name, more in (("confirmation", 0), ("test", 0.001))}
-        return {"trial": trial, "params": {"num_samples": 64}, "validation": measured(0.01, 0.2), **numbers}
-
-    parts = ("validation", "confirmation", "test")
-    return {
-        "windows": {name: {"count": 250, "first": "2025-01-01", "last": "2025-12-31"} for name in parts},
-        "passes": 2,
-        "sampling_error": 0.0,
-        "candidates": [one(0, 0.0121), one(7, 0.0119), one(3, 0.0120)],
-        "baselines": {"incumbent": incumbent},
-        "no_change": {name: {"mae": 0.0125, "errors": []} for name in parts},
-    }
-
-
-INCUMBENT = {"params": {"aggregate": "mean"}, "validation": measured(0.0113, 0.1), "confirmation": measured(0.0125, 0),
-             "test": measured(0.0126, 0)}  # fmt: skip
+INCUMBENT = measured_configuration(0.0125, validation=0.0113, params={"aggregate": "mean"})
 
 
 def test_a_search_under_way(storage: RetryingStorage) -> None:
@@ -121,7 +110,7 @@ def test_confirmed_numbers_are_compared_on_their_own_windows(storage: RetryingSt
 
 def test_an_incumbent_that_could_not_be_confirmed(storage: RetryingStorage) -> None:
     study_id = make(storage, trials=4, baseline=0.0111)
-    broken = {"params": {"aggregate": "mean"}, "error": "out of memory on cuda:0"}
+    broken = unmeasured("out of memory on cuda:0", params={"aggregate": "mean"})
     slots.finish(storage, claim(storage, study_id), result=confirmation(broken))
     (row,) = listing.rows(storage)
     assert (row.incumbent_mae, row.confirmed_incumbent_mae, row.confirmed_improvement) == (0.0111, None, None)

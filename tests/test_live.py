@@ -20,10 +20,11 @@ from typing import Any
 
 import pyte
 import pytest
+from places import RunPlace as Place
+from processes import wait_until_gone, workers_of
 from pyte.screens import HistoryScreen
+from ray_nodes import Nodes, with_ray
 from rich.console import Console
-from test_ray import Nodes, nodes, with_ray  # noqa: F401 - one is a fixture
-from test_run import SETTINGS, Place, bars, incumbent, place, wait_until_gone, workers_of  # noqa: F401 - two are fixtures
 
 from launch.devices import DeviceSlot, cpu_slot
 from launch.supervisor import Child
@@ -136,7 +137,7 @@ def none_left() -> Iterator[None]:
             terminal.hang_up()
 
 
-def launch(place: Place, *words: str, columns: int = 80, lines: int = 40) -> Terminal:  # noqa: F811
+def launch(place: Place, *words: str, columns: int = 80, lines: int = 40) -> Terminal:
     command = place.command("launch-workers", "--cpus", "2", *words)
     started.append(Terminal(command, place.environment, columns=columns, lines=lines))
     return started[-1]
@@ -157,6 +158,12 @@ def is_drawn(lines: list[str]) -> bool:
     return tuple(map(len, table)) == (2, 2, 1) and table[2][0][1] != "0"
 
 
+def assert_heading(lines: list[str]) -> None:
+    (heading,) = [line for line in lines if line.startswith("study ")]
+    assert heading.split("  ")[0] == "study"
+    assert heading.split()[1:] == ["trials", "best", "incumbent", "better", "by", "left"]
+
+
 def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
     """The end is told once, nothing of the table is left on the screen, and the cursor is there."""
     ends = [line for line in lines if re.match(rf"(NASDAQ|SP500)/toto\S* +finished +{trials}/{trials} ", line)]
@@ -167,40 +174,38 @@ def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
     assert not terminal.screen.cursor.hidden
 
 
-@pytest.mark.parametrize("columns", [80, 200])
-def test_a_run_on_a_terminal(place: Place, columns: int) -> None:  # noqa: F811
-    incumbent(place, "SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
-    terminal = launch(place, "--trials", "400", columns=columns)
+def test_a_run_on_a_terminal(place: Place) -> None:
+    place.put_promoted("SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
+    terminal = launch(place, "--trials", "150")
     lines = terminal.wait_for(is_drawn)
     text = "\n".join(lines)
     assert [found[1] for found in matches(lines, WORKER)] == ["0", "1"], text
     assert [found[1] for found in matches(lines, STUDY)] == ["NASDAQ", "SP500"], text
-    assert matches(lines, BAR)[0][2] == "800"
-    (heading,) = [line for line in lines if line.startswith("study ")]
-    assert heading.split("  ")[0] == "study"
-    assert heading.split()[1:] == ["trials", "best", "incumbent", "improvement", "left"]
+    assert matches(lines, BAR)[0][2] == "300"
+    assert_heading(lines)
     assert all(line == "" for line in lines[lines.index(matches(lines, BAR)[0][0]) + 1 :]), text
 
     killed = workers_of(terminal.process.pid)[0]
     os.kill(killed, signal.SIGKILL)
     text = "".join(terminal.wait_for(lambda now: any("died of signal SIGKILL" in line for line in now)))
     assert re.search(r"worker \d \(cpu\) died of signal SIGKILL; starting it again in 1 s; see \S+/worker-\d.log", text)
-    assert_ended(terminal, terminal.end(0), 400)
-    place.assert_exact(400, "SP500", "NASDAQ")
+    assert_ended(terminal, terminal.end(0), 150)
+    place.assert_exact(150, "SP500", "NASDAQ")
 
 
-def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(place: Place) -> None:  # noqa: F811
+def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(place: Place) -> None:
     terminal = launch(place, "--trials", "2000", columns=120, lines=30)
     terminal.wait_for(is_drawn)
-    for columns, lines in ((50, 30), (90, 12), (40, 24), (140, 50)):
+    for columns, lines in ((50, 30), (90, 12), (40, 24), (200, 50)):
         terminal.resize(columns, lines)
-        time.sleep(2.5)  # it is drawn anew within a second or two
+        time.sleep(1.5)  # it is drawn anew every second
         terminal.wait_for(is_drawn)
+    assert_heading(terminal.lines())
     terminal.process.send_signal(signal.SIGSTOP)
     time.sleep(0.5)
     terminal.show("\r\n[1]+  Stopped\r\n$ fg\r\n")
     terminal.process.send_signal(signal.SIGCONT)
-    time.sleep(2.5)
+    time.sleep(1.5)
     terminal.wait_for(is_drawn)
     os.write(terminal.master, b"\x03")
     terminal.wait_for(lambda now: "stopping after the trials at hand; once more to stop at once" in now)
@@ -212,8 +217,10 @@ def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(plac
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:  # noqa: F811
-    text = SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace("[64, 128, 256]", "[20000, 24000]")
+def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:
+    text = Place.SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace(
+        "[64, 128, 256]", "[20000, 24000]"
+    )
     (place.folder / "studies.toml").write_text(text.replace("lease_s = 2.0", "lease_s = 30.0"))
     terminal = launch(place, "--trials", "500")
     place.wait_for("select count(*) from trials where state = 'RUNNING'", 2)
@@ -228,7 +235,7 @@ def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:  # noqa:
     place.wait_for("select count(*) from trials where state = 'RUNNING'", 0, seconds=0)
 
 
-def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None:  # noqa: F811
+def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None:
     terminal = launch(place, "--trials", "2000")
     terminal.wait_for(is_drawn)
     workers = workers_of(terminal.process.pid)
@@ -240,7 +247,7 @@ def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None: 
 
 
 @pytest.mark.slow
-def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:  # noqa: F811
+def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:
     command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
     command += place.command("launch-workers", "--cpus", "2", "--trials", "400")
     terminal = Terminal(command, place.environment, columns=80)
@@ -252,7 +259,7 @@ def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:  # noqa:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:  # noqa: F811
+def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:
     run = place.launch("--trials", "60")
     assert run.stderr is not None
     run.stderr.readline()
@@ -266,22 +273,22 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:  # 
     place.assert_exact(60, "SP500", "NASDAQ")
 
 
-def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) -> None:  # noqa: F811
+def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) -> None:
     terminal = launch(place, "--trials", "20", "--plain")
     lines = terminal.end(0)
     assert re.findall(rb"[^\x20-\x7e\r\n]", terminal.written) == []
     assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/toto\S* +finished +20/20 ", line)]) == 2
     place.environment["FORCE_COLOR"] = ""
-    piped = place.run("launch-workers", "--cpus", "2", "--trials", "40")
+    piped = place.run("launch-workers", "--cpus", "1", "--trials", "24")
     assert re.findall(r"[^\x20-\x7e\n]", piped.stdout + piped.stderr) == []
-    assert len(re.findall(r"finished +40/40 ", piped.stdout)) == 2
+    assert len(re.findall(r"finished +24/24 ", piped.stdout)) == 2
 
 
 @pytest.mark.slow
-def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Path) -> None:  # noqa: F811
+def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Path) -> None:
     del place.environment["OPTUNA_STORAGE"]
     server = scratch / f"restarted-{os.getpid()}"
-    (place.folder / "studies.toml").write_text(f'{SETTINGS}[storage]\ndata_dir = "{server}"\n')
+    (place.folder / "studies.toml").write_text(f'{Place.SETTINGS}[storage]\ndata_dir = "{server}"\n')
     terminal = launch(place, "--trials", "400", columns=100)
     try:
         terminal.wait_for(is_drawn)
@@ -296,13 +303,13 @@ def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Pat
 
 
 @with_ray
-def test_a_run_on_a_ray_cluster_has_the_same_table(place: Place, nodes: Nodes) -> None:  # noqa: F811
+def test_a_run_on_a_ray_cluster_has_the_same_table(place: Place, nodes: Nodes) -> None:
     node = nodes.add()
-    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", "2", "--trials", "400")
+    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", "2", "--trials", "150")
     started.append(Terminal(command, place.environment, columns=100))
     started[-1].wait_for(is_drawn)
-    assert_ended(started[-1], started[-1].end(0), 400)
-    place.assert_exact(400, "SP500", "NASDAQ")
+    assert_ended(started[-1], started[-1].end(0), 150)
+    place.assert_exact(150, "SP500", "NASDAQ")
     nodes.lose(node)
 
 
@@ -373,7 +380,7 @@ def test_wide_terminals_say_more() -> None:
     assert narrow[1].split() == ["0", "SYM0/toto", "trial", "0/100", "18.0/min"]
 
 
-def test_what_workers_and_studies_are_at(place: Place) -> None:  # noqa: F811
+def test_what_workers_and_studies_are_at(place: Place) -> None:
     storage = place.storage
 
     def fill(connection: Any, study_id: int) -> None:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import places
 import pytest
-from click.testing import CliRunner, Result
-from conftest import FOLDERS
+from click.testing import Result
+from evidence_builder import evidence, measured_configuration
 
 from launch import cli
-from storage import database, slots, study_rows
-from storage.retrying import RetryingStorage
+from storage import slots, study_rows
 from studies import config as configuration
 from studies import space
+from studies.evidence import MeasuredConfiguration, Part, to_json
 
 AS_OF = "2026-03-19"
-RNG = np.random.default_rng(5)
-NOISE = {
-    "validation": RNG.uniform(0.5, 1.5, 30),
-    "confirmation": RNG.uniform(0.5, 1.5, 250),
-    "test": RNG.uniform(0.5, 1.5, 20),
-}
+COUNTS: Mapping[Part, int] = {"validation": 30, "confirmation": 250, "test": 20}
 OLD = {"context_length": 4096, "aggregate": "mean", "num_samples": 64}
 NEW = {"context_length": 4096, "aggregate": "median", "num_samples": 128}
 KRONOS = {"temperature": 0.15, "top_p": 1.0, "top_k": 16, "sample_count": 208, "max_context": 224, "clip": 1.8}
@@ -35,39 +30,25 @@ KRONOS = {"temperature": 0.15, "top_p": 1.0, "top_k": 16, "sample_count": 208, "
 
 def measured(
     mae: float, *, test: float | None = None, wobble: float = 0.0, search: float | None = None
-) -> dict[str, Any]:
-    """What a confirmation says of a configuration with these MAEs; wobble: how its errors differ window by window."""
-
-    def part(name: str, mae: float) -> dict[str, Any]:
-        noise = NOISE[name] + wobble * np.random.default_rng(7).uniform(-1, 1, len(NOISE[name]))
-        errors = mae * noise / noise.mean()
-        values = dict.fromkeys(("price_mae", "mae_percent", "no_change_mae"), 1.0)
-        seconds = {"encode": 0.1, "draw": 0.2, "aggregate": 0.0}
-        return {
-            **values, "mae": float(errors.mean()), "skill": 1 - mae / 0.01, "windows": len(errors), "seconds": seconds,
-            "sampling_error": 0.0, "errors": errors.tolist(),
-        }  # fmt: skip
-
-    return {
-        "validation": part("validation", search or mae),
-        "confirmation": part("confirmation", mae),
-        "test": part("test", test or mae),
-    }
+) -> MeasuredConfiguration:
+    """A configuration with these errors; wobble: how they differ window by window from those of others."""
+    return measured_configuration(
+        mae, validation=search, test=test, counts=COUNTS, seed=5, wobble=wobble, no_change_mae=0.01
+    )
 
 
-@dataclass
-class Place:
-    folder: Path
-    url: str
-    storage: RetryingStorage
+class PromotionPlace(places.Place):
+    """For promotion over studies whose evidence is given."""
+
+    SETTINGS = places.FOLDERS + '[toto]\ncheckpoint = "toto-tiny"\n[kronos]\ncheckpoint = "kronos-tiny"\n'
 
     def study(
         self,
-        candidates: Sequence[tuple[Mapping[str, Any], dict[str, Any]]],
+        candidates: Sequence[tuple[Mapping[str, Any], MeasuredConfiguration]],
         *,
         symbol: str = "BTCUSD",
         model: str = "toto",
-        baselines: Mapping[str, tuple[Mapping[str, Any], dict[str, Any]]] | None = None,
+        baselines: Mapping[str, tuple[Mapping[str, Any], MeasuredConfiguration]] | None = None,
         as_of: str = AS_OF,
         bars: str = "bars",
         confirmation: int = 250,
@@ -79,19 +60,13 @@ class Place:
             "bars": bars, "windows": {"horizon": 1, "validation": 30, "test": 20, "min_context": 128, "rung": 10},
             "space": space.make(model, config).to_json(), "checkpoint": "c", "no_change_mae": 0.01,
         }  # fmt: skip
-        result = {
-            "windows": {
-                name: {"count": count, "first": "2025-01-01", "last": as_of}
-                for name, count in (("validation", 30), ("confirmation", confirmation), ("test", 20))
-            },
-            "passes": 2,
-            "sampling_error": 0.0005,
-            "candidates": [
-                {"trial": number, "params": dict(params), **one} for number, (params, one) in enumerate(candidates)
-            ],
-            "baselines": {label: {"params": dict(p), **one} for label, (p, one) in (baselines or {}).items()},
-            "no_change": {name: {"mae": 0.01, "errors": []} for name in NOISE},
-        }
+        result = evidence(
+            *(replace(one, params=params, trial=number) for number, (params, one) in enumerate(candidates)),
+            in_use={label: replace(one, params=params) for label, (params, one) in (baselines or {}).items()},
+            counts={**COUNTS, "confirmation": confirmation},
+            no_change_mae=0.01,
+            last=as_of,
+        )
 
         def fill(connection: Any, study_id: int) -> None:
             slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params={})
@@ -100,45 +75,27 @@ class Place:
         study_id = study_rows.create_study(self.storage, name, {"definition": definition}, "pct_return_mae", fill)
         slot = slots.claim(self.storage, study_id, worker="w:1", lease_s=60)
         assert slot is not None
-        assert slots.finish(self.storage, slot, result=result)
+        assert slots.finish(self.storage, slot, result=to_json(result))
         return study_id
 
-    def put(self, config: Mapping[str, Any], *, model: str = "toto", symbol: str = "BTCUSD", **more: Any) -> Path:
-        path = self.folder / "hyperparams" / "best" / f"{symbol}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "symbol": symbol,
-            "model": model,
-            "config": dict(config),
-            "validation": {"pct_return_mae": 0.5},
-            **more,
-        }
-        path.write_text(json.dumps(record))
-        return path
+    def put(self, config: Mapping[str, Any], *, symbol: str = "BTCUSD", **more: Any) -> Path:
+        return self.put_promoted(symbol, config, **more)
 
-    def invoke(self, *words: str) -> Result:
-        options = ["--config", str(self.folder / "studies.toml"), "--storage", self.url]
-        return CliRunner().invoke(cli.promote, [*words, *options])
+    def promote(self, *words: str) -> Result:
+        return self.invoke(cli.promote, *words)
 
     def row(self, *words: str) -> dict[str, Any]:
-        (row,) = json.loads(self.invoke("--json", *words).stdout)
+        (row,) = json.loads(self.promote("--json", *words).stdout)
         return row
 
     def promoted(self, folder: str = "best", symbol: str = "BTCUSD") -> dict[str, Any]:
-        return json.loads((self.folder / "hyperparams" / folder / f"{symbol}.json").read_text())
+        return json.loads(self.promoted_file(symbol, folder).read_text())
 
     def summaries(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in sorted((self.folder / "results").glob("*.json"))]
 
 
-@pytest.fixture
-def place(tmp_path: Path, database_url: str) -> Iterator[Place]:
-    (tmp_path / "studies.toml").write_text(
-        FOLDERS + '[toto]\ncheckpoint = "toto-tiny"\n[kronos]\ncheckpoint = "kronos-tiny"\n'
-    )
-    storage = database.open_storage(database_url, wait_s=10, create=False)
-    yield Place(folder=tmp_path, url=database_url, storage=storage)
-    storage.engine.dispose()
+Place = PromotionPlace
 
 
 @pytest.mark.parametrize(("new", "promoted"), [(0.009901, False), (0.0099, False), (0.009899, True)])
@@ -171,7 +128,7 @@ def test_on_validation_is_the_predecessors_rule_and_warns(place: Place) -> None:
         baselines={"incumbent": (OLD, measured(0.01, search=0.01))},
     )
     place.put(OLD)
-    result = place.invoke("--on", "validation", "--json")
+    result = place.promote("--on", "validation", "--json")
     assert "warning" in result.stderr
     assert "82 %" in result.stderr
     row = json.loads(result.stdout)[0]
@@ -268,14 +225,14 @@ def test_rollback_gives_back_what_was_replaced(place: Place) -> None:
     assert place.row("--models", "toto")["decision"] == "promoted"
     first = place.promoted()
     assert place.row()["model"] == "kronos"
-    shown = place.invoke("--rollback", "BTCUSD", "--dry-run")
+    shown = place.promote("--rollback", "BTCUSD", "--dry-run")
     assert shown.exit_code == 0
     assert place.promoted()["model"] == "kronos"
-    assert place.invoke("--rollback", "BTCUSD").exit_code == 0
+    assert place.promote("--rollback", "BTCUSD").exit_code == 0
     assert place.promoted() == place.promoted("toto") == first
-    assert place.invoke("--rollback", "BTCUSD").exit_code == 0
+    assert place.promote("--rollback", "BTCUSD").exit_code == 0
     assert (place.folder / "hyperparams/best/BTCUSD.json").read_bytes() == before
-    last = place.invoke("--rollback", "BTCUSD")
+    last = place.promote("--rollback", "BTCUSD")
     assert last.exit_code == 1
     assert "BTCUSD" in last.stderr
 
@@ -285,7 +242,7 @@ def test_a_summary_of_every_symbol_in_the_predecessors_shape(place: Place) -> No
     place.study([(KRONOS, measured(0.02))], model="kronos")
     place.study([], symbol="AAPL")
     place.put(OLD)
-    assert place.invoke().exit_code == 0
+    assert place.promote().exit_code == 0
     (summary,) = place.summaries()
     assert {"results", "total_time_s", "config"} == set(summary)
     assert set(summary["config"]) == {"symbols", "trials", "workers", "model", "eval_runs"}
@@ -300,8 +257,8 @@ def test_a_summary_of_every_symbol_in_the_predecessors_shape(place: Place) -> No
         ("BTCUSD", "kronos"): ("success", False, None),  # its own file, the first
     }
     assert summary["results"][1]["val_mae"] == pytest.approx(0.008)  # the search's, not the confirmation's
-    place.invoke()
-    place.invoke()
+    place.promote()
+    place.promote()
     assert len(place.summaries()) == 2  # what says the same is not written again
     assert {entry["status"] for entry in place.summaries()[1]["results"]} == {"no_improvement", "failed"}
 

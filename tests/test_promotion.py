@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from arch.bootstrap import SPA
-from evidence_builder import measurement
+from evidence_builder import of_errors
 
 from studies import promotion
 from studies.evidence import MeasuredConfiguration
@@ -37,9 +37,9 @@ def measured(
     return MeasuredConfiguration(
         model=model,
         params=params,
-        confirmation=None if errors is None else measurement(errors),
-        validation=None if validation is None else measurement((), mae=validation),
-        test=None if test is None else measurement((), mae=test),
+        confirmation=None if errors is None else of_errors(errors),
+        validation=None if validation is None else of_errors((), mae=validation),
+        test=None if test is None else of_errors((), mae=test),
     )
 
 
@@ -100,6 +100,7 @@ def test_strictly_more_than_one_per_cent(old: float, new: float, promoted: bool,
     assert decision.improvement == pytest.approx((old - new) / old)
 
 
+# In binary arithmetic (0.07 - 0.0693) / 0.07 is more than 0.01.
 @pytest.mark.parametrize("windows", [3, 7, 30, 250])
 def test_a_mean_over_windows_adds_no_rounding_to_exactly_one_per_cent(windows: int) -> None:
     decision = told([measured(0.0693, windows=windows)], measured(0.07, OLD, windows=windows))

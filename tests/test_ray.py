@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import Place, bars, place, wait_until_gone  # noqa: F401 - two are fixtures
+from places import RunPlace as Place
+from processes import wait_until_gone
+from ray_nodes import Nodes, with_ray
 
 from launch import ray_cluster
 from launch.ray_cluster import Cluster, ClusterError
-
-with_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'"
-)
-
-
-class Nodes:
-    """A head node that takes the driver, and nodes for the workers, which may be killed."""
-
-    def __init__(self) -> None:
-        utils: Any = importlib.import_module("ray.cluster_utils")
-        self.cluster = utils.Cluster()
-        self.add(include_dashboard=False)
-        self.address: str = self.cluster.address
-
-    def add(self, **options: Any) -> Any:
-        """A node of one core, which does not know the database's password."""
-        with pytest.MonkeyPatch.context() as environment:
-            environment.delenv("PGPASSFILE", raising=False)
-            return self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, **options)
-
-    def lose(self, node: Any) -> None:
-        self.cluster.remove_node(node, allow_graceful=False)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets need a short path
-    environment = pytest.MonkeyPatch()
-    environment.setenv("RAY_TMPDIR", str(folder))
-    environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    (folder / "ray").mkdir()
-    nodes = Nodes()
-    yield nodes
-    nodes.cluster.shutdown()
-    environment.undo()
-    shutil.rmtree(folder, ignore_errors=True)
-
 
 started: list[subprocess.Popen[str]] = []
 
@@ -70,7 +30,7 @@ def none_left() -> Iterator[None]:
         started.pop().kill()
 
 
-def launch(place: Place, nodes: Nodes, cpus: int, *words: str) -> subprocess.Popen[str]:  # noqa: F811
+def launch(place: Place, nodes: Nodes, cpus: int, *words: str) -> subprocess.Popen[str]:
     command = place.command("launch-workers", "--ray", nodes.address, "--cpus", str(cpus), *words)
     run = subprocess.Popen(command, env=place.environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     started.append(run)
@@ -101,7 +61,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 @with_ray
-def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes: Nodes, database_server: Any) -> None:  # noqa: F811
+def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes: Nodes, database_server: Any) -> None:
     password = database_server.passfile.read_text().strip().rsplit(":", 1)[1]
     node = nodes.add()
     run = launch(place, nodes, 2, "--trials", "60")
@@ -138,7 +98,7 @@ def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes:
 
 
 @with_ray
-def test_signals_reach_the_actors_and_nothing_outlives_the_driver(place: Place, nodes: Nodes) -> None:  # noqa: F811
+def test_signals_reach_the_actors_and_nothing_outlives_the_driver(place: Place, nodes: Nodes) -> None:
     url = place.environment["OPTUNA_STORAGE"]
     run = launch(place, nodes, 1, "--trials", "500")
     place.wait_for_trials(3)
@@ -170,7 +130,7 @@ def test_signals_reach_the_actors_and_nothing_outlives_the_driver(place: Place, 
 
 
 @with_ray
-def test_what_cannot_work_is_one_line(place: Place, nodes: Nodes) -> None:  # noqa: F811
+def test_what_cannot_work_is_one_line(place: Place, nodes: Nodes) -> None:
     assert "not 64" in place.run("launch-workers", "--ray", nodes.address, "--cpus", "64", code=1).stderr
     nothing = place.run("launch-workers", "--ray", "127.0.0.1:1", "--cpus", "1", code=1).stderr
     assert "no Ray cluster answers" in nothing
@@ -181,7 +141,7 @@ def test_what_cannot_work_is_one_line(place: Place, nodes: Nodes) -> None:  # no
     assert "planted" not in refused
 
 
-def test_without_ray_one_line_names_the_extra(place: Place) -> None:  # noqa: F811
+def test_without_ray_one_line_names_the_extra(place: Place) -> None:
     hide = "import sys; sys.modules['ray'] = None\nfrom launch.cli import launch_workers; launch_workers()"
     words = ["--ray", "auto", "--cpus", "1", "--config", str(place.folder / "studies.toml")]
     ended = subprocess.run(
@@ -192,7 +152,7 @@ def test_without_ray_one_line_names_the_extra(place: Place) -> None:  # noqa: F8
 
 
 @pytest.mark.parametrize("words", [["--gpus-total", "2"], ["--ray", "auto"], ["--ray", "auto", "--gpus", "0"]])
-def test_options_that_do_not_go_together(place: Place, words: list[str]) -> None:  # noqa: F811
+def test_options_that_do_not_go_together(place: Place, words: list[str]) -> None:
     place.run("launch-workers", *words, code=2)
 
 

@@ -1,7 +1,5 @@
 """The report: one page that opens from disk without a network, and the same as Markdown."""
 
-# ruff: noqa: F811 - fixtures are imported
-
 from __future__ import annotations
 
 import json
@@ -9,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import Tab, browser, tab  # noqa: F401 - fixtures
-from test_confirmation import Place, forecaster, place, study  # noqa: F401 - fixtures
+from browser import Tab
+from places import StudyPlace as Place
 
 from launch import cli
 from launch.views import figures

@@ -7,157 +7,30 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-import sqlalchemy
-from conftest import FOLDERS, execute
+from conftest import execute
 from optuna.trial import TrialState
+from places import RunPlace as Place
+from processes import wait_until_gone, workers_of
 from safetensors.numpy import load_file, save_file
 
 from forecasters.checkpoints import BUNDLED
 from launch.views import listing
 from storage import database, embedded, slots
 from storage.progress import parked_slots, read_confirmations, study_progress
-from storage.retrying import RetryingStorage
 from studies import study as studying
-from studies.series import demo_bars
 
-BIN = Path(sys.executable).parent
-BARS = 420  # of the packaged index bars: enough for the windows, quick to read
-SETTINGS = f"""{FOLDERS}
-workers.lease_s = 2.0
-[windows]
-min_context = 64
-confirmation = 40
-[toto]
-checkpoint = "toto-tiny"
-context_length = 256
-num_samples = [64, 128, 256]
-aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
-[kronos]
-checkpoint = "kronos-tiny"
-max_context = [128, 192]
-clip = [1.0, 1.4]
-sample_count = [96, 128]
-[search]
-models = ["toto"]
-"""
-
-
-@dataclass
-class Place:
-    """A folder with bars and settings, and a database of its own."""
-
-    folder: Path
-    storage: RetryingStorage
-    environment: dict[str, str]
-
-    def command(self, *words: str) -> list[str]:
-        return [str(BIN / words[0]), *words[1:], "--config", str(self.folder / "studies.toml")]
-
-    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        ended = subprocess.run(
-            self.command(*words), env=self.environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert ended.returncode == code, f"{words}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
-        return ended
-
-    def launch(self, *words: str) -> subprocess.Popen[str]:
-        command = self.command("launch-workers", "--cpus", "2", *words)
-        return subprocess.Popen(
-            command, env=self.environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def wait_for_trials(self, count: int) -> None:
-        deadline = time.monotonic() + 60
-        while sum(p.done for p in study_progress(self.storage).values()) < count:
-            assert time.monotonic() < deadline, "the run does not get on"
-            time.sleep(0.02)
-
-    def wait_for(self, query: str, wanted: int, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while (found := self.storage.transaction(lambda c: c.execute(sqlalchemy.text(query)).scalar())) != wanted:
-            assert time.monotonic() < deadline, f"{query}: {found}, not {wanted}"
-            time.sleep(0.02)
-
-    def trials(self, symbol: str, model: str = "toto") -> list[optuna.trial.FrozenTrial]:
-        names = (symbol, model)
-        (study,) = [study for study in studying.list_studies(self.storage) if (study.symbol, study.model) == names]
-        return optuna.load_study(study_name=study.name, storage=self.storage).get_trials(deepcopy=False)
-
-    def assert_exact(self, budget: int, *symbols: str, model: str = "toto") -> None:
-        for symbol in symbols:
-            trials = self.trials(symbol, model)
-            states = [trial.state for trial in trials]
-            assert states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED) == budget
-            assert TrialState.RUNNING not in states
-            claims = [t.system_attrs["claim"] for t in trials if t.state != TrialState.FAIL]
-            assert len(set(claims)) == budget
-
-
-def workers_of(pid: int) -> list[int]:
-    """The worker processes that this supervisor started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if b"launch.worker" in command and f"STUDIES_SUPERVISOR_PID={pid}\0".encode() in environment + b"\0":
-                found.append(int(entry.name))
-    return found
-
-
-def wait_until_gone(pids: list[int], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
-        assert time.monotonic() < deadline, f"{pids} live on"
-        time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last bars of the packaged indices."""
-    folder = tmp_path_factory.mktemp("bars")
-    for path in demo_bars(folder):
-        lines = path.read_text().splitlines()
-        path.write_text("\n".join([lines[0], *lines[-BARS:], ""]))
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path: Path, bars: Path, database_url: str) -> Iterator[Place]:
-    (tmp_path / "bars").mkdir()
-    for path in bars.iterdir():
-        (tmp_path / "bars" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "studies.toml").write_text(SETTINGS)
-    storage = database.open_storage(database_url, wait_s=10, create=False)
-    environment = {**os.environ, "OPTUNA_STORAGE": database_url}
-    yield Place(folder=tmp_path, storage=storage, environment=environment)
-    storage.engine.dispose()
-
-
-def incumbent(place: Place, symbol: str, config: dict[str, Any], model: str = "toto") -> Path:
-    path = place.folder / "hyperparams" / "best" / f"{symbol}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    validation = {"price_mae": 1.0, "pct_return_mae": 0.5, "latency_s": 1.0}
-    path.write_text(json.dumps({"symbol": symbol, "model": model, "config": config, "validation": validation}))
-    return path
+SETTINGS = Place.SETTINGS
 
 
 def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
-    incumbent(place, "SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
+    place.put_promoted("SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
     place.run("launch-workers", "--cpus", "2", "--trials", "15")
     place.assert_exact(15, "SP500", "NASDAQ")
 
@@ -191,7 +64,7 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     files = {path: path.read_bytes() for path in (place.folder / "hyperparams").rglob("*.json")}
     again = place.run("launch-workers", "--cpus", "2", "--trials", "15")
     assert "nothing to do" in again.stderr
-    rows = json.loads(place.run("promote", "--json").stdout)
+    rows = place.promote()
     assert {(row["decision"], row["reason"]) for row in rows} == {("kept", "unchanged")}
     assert {path: path.read_bytes() for path in (place.folder / "hyperparams").rglob("*.json")} == files
 
@@ -204,21 +77,21 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
 @pytest.mark.parametrize("objective", ["sampled", "exact"])
 def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -> None:
     kronos = {"temperature": 0.15, "top_p": 0.82, "top_k": 16, "sample_count": 208, "max_context": 192, "clip": 1.8}
-    incumbent(place, "SP500", kronos, model="kronos")
-    place.run("launch-workers", "--cpus", "2", "--models", "both", "--trials", "12", "--objective", objective)
+    place.put_promoted("SP500", kronos, model="kronos")
+    place.run("launch-workers", "--cpus", "2", "--models", "both", "--trials", "6", "--objective", objective)
     for model in ("toto", "kronos"):
-        place.assert_exact(12, "SP500", "NASDAQ", model=model)
+        place.assert_exact(6, "SP500", "NASDAQ", model=model)
     counts = {"toto": "num_samples", "kronos": "sample_count"}
     for model, name in counts.items():
         assert all((name in t.params) is (objective == "sampled") for t in place.trials("SP500", model))
 
-    rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--json").stdout)}
+    rows = {row["symbol"]: row for row in place.promote()}
     studies = {study.name: study for study in studying.list_studies(place.storage)}
     for row in rows.values():
         assert [pair["model"] for pair in row["pairs"]] == ["toto"]
         assert studies[row["study"]].definition["objective"] == objective
     # The settings say toto alone, so promote considered toto alone; asked for both, the better one is promoted.
-    rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--models", "both", "--json").stdout)}
+    rows = {row["symbol"]: row for row in place.promote("--models", "both")}
     row = rows["SP500"]
     confirmed = {pair["model"]: pair["mae"] for pair in row["pairs"]}
     assert set(confirmed) == {"toto", "kronos"}
@@ -230,18 +103,18 @@ def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -
     assert files["kronos"]["model"] == "kronos"
     assert files["toto"]["model"] == "toto"
     assert files["best"] == files[files["best"]["model"]]
-    again = json.loads(place.run("promote", "--models", "both", "--json").stdout)
+    again = place.promote("--models", "both")
     assert [row["written"] for row in again] == [[], []]
 
 
 def test_an_incumbent_of_the_other_model_is_compared_where_it_was_measured(place: Place) -> None:
     kronos = {"temperature": 0.4, "top_p": 0.95, "top_k": 0, "sample_count": 96, "max_context": 128, "clip": 1.0}
-    incumbent(place, "SP500", kronos, model="kronos")
-    place.run("launch-workers", "--cpus", "2", "--models", "toto", "--trials", "8", "--symbols", "SP500")
-    (row,) = json.loads(place.run("promote", "--json").stdout)
+    place.put_promoted("SP500", kronos, model="kronos")
+    place.run("launch-workers", "--cpus", "1", "--models", "toto", "--trials", "4", "--symbols", "SP500")
+    (row,) = place.promote()
     assert (row["decision"], row["reason"]) == ("kept", "not comparable")  # no study has measured it yet
-    place.run("launch-workers", "--cpus", "2", "--models", "kronos", "--trials", "8", "--symbols", "SP500")
-    (row,) = json.loads(place.run("promote", "--json", "--models", "toto").stdout)
+    place.run("launch-workers", "--cpus", "1", "--models", "kronos", "--trials", "4", "--symbols", "SP500")
+    (row,) = place.promote("--models", "toto")
     assert row["incumbent_model"] == "kronos"
     assert row["incumbent_mae"] > 0
     assert row["improvement"] == pytest.approx((row["incumbent_mae"] - row["best_mae"]) / row["incumbent_mae"])
@@ -260,7 +133,7 @@ def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
         'aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]', 'aggregates = ["median"]'
     )
     (place.folder / "studies.toml").write_text(text.replace("[search]", "[search]\nprune_worst = 0.0"))
-    place.run("launch-workers", "--cpus", "2", "--trials", "100", "--symbols", "SP500")
+    place.run("launch-workers", "--cpus", "2", "--trials", "60", "--symbols", "SP500")
     values, workers = defaultdict(set), defaultdict(set)
     for trial in place.trials("SP500"):
         values[tuple(trial.params.items())].add(trial.value)
@@ -271,15 +144,14 @@ def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
 
 
 def test_kill_9_of_everything_then_the_same_command(place: Place) -> None:
-    for at in (6, 20):
-        supervisor = place.launch("--trials", "30")
-        place.wait_for_trials(at)
-        workers = workers_of(supervisor.pid)
-        assert len(workers) == 2
-        for pid in (supervisor.pid, *workers):
-            os.kill(pid, signal.SIGKILL)
-        supervisor.communicate()
-        wait_until_gone(workers)
+    supervisor = place.launch("--trials", "30")
+    place.wait_for_trials(12)
+    workers = workers_of(supervisor.pid)
+    assert len(workers) == 2
+    for pid in (supervisor.pid, *workers):
+        os.kill(pid, signal.SIGKILL)
+    supervisor.communicate()
+    wait_until_gone(workers)
     place.run("launch-workers", "--cpus", "2", "--trials", "30")
     place.assert_exact(30, "SP500", "NASDAQ")
 
@@ -357,7 +229,7 @@ def with_a_server_of_its_own(place: Place, folder: Path) -> Path:
 
 def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
     server = with_a_server_of_its_own(place, scratch / f"killed-{os.getpid()}")
-    supervisor = place.launch("--trials", "150")
+    supervisor = place.launch("--trials", "60")
     try:
         deadline = time.monotonic() + 60
         while "#5 " not in "".join(log.read_text() for log in place.folder.glob("logs/*/worker-*.log")):
@@ -394,12 +266,12 @@ def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Pa
         embedded.stop(server)
 
 
-def test_eight_workers_at_once_on_an_empty_database(place: Place, database_server: Any) -> None:
+def test_two_runs_at_once_on_an_empty_database(place: Place, database_server: Any) -> None:
     name = f"empty_{os.getpid()}"
     execute(database_server.url, f"create database {name}")
     url = database_server.url.rsplit("/", 1)[0] + "/" + name
     place.environment["OPTUNA_STORAGE"] = url
-    both = [place.launch("--cpus", "4", "--trials", "12") for _ in range(2)]  # each makes the tables and the studies
+    both = [place.launch("--trials", "12") for _ in range(2)]  # each makes the tables and the studies
     for supervisor in both:
         _, said = supervisor.communicate(timeout=120)
         assert supervisor.returncode == 0, said

@@ -25,7 +25,7 @@ def distinct(study: optuna.Study) -> int:
     return len({tuple(sorted(trial.params.items())) for trial in study.trials})
 
 
-def test_no_configuration_is_proposed_twice_after_the_random_start() -> None:
+def test_configurations_do_not_repeat() -> None:
     ours = search(DistinctTPESampler(seed=1, multivariate=True, n_startup_trials=5), 48)
     assert distinct(ours) >= 48 - 5  # the random start may repeat
     assert ours.best_value == pytest.approx(0.1)
