@@ -77,6 +77,11 @@ def number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.6f}"
 
 
+def percent_error(value: float | None) -> str:
+    """An error that is a fraction, in per cent."""
+    return NOTHING if value is None else f"{100 * value:.4f} %"
+
+
 def share(value: float | None, digits: int = 2) -> str:
     """A relative gain or a skill, in per cent."""
     return NOTHING if value is None else f"{100 * value:+.{digits}f}%"
