@@ -27,7 +27,7 @@ from sqlalchemy import text
 
 from benchmarks import private, recording
 from launch.views import dashboard
-from launch.views.live import RunWatcher
+from launch.views.run_watcher import RunWatcher
 from storage import database, slots
 from storage.progress import free_counts, study_progress
 from storage.retrying import RetryingStorage
@@ -35,7 +35,7 @@ from studies import config as configuration
 from studies import space
 
 PICK_MS, LIST_MS = 20, 2000  # to pick the next slot; for `studies list`
-LOOK_MS = 200  # for the live table, which then looks every 20 s
+READ_MS = 200  # for the live table, which then reads every 20 s
 PROMOTE_MS = 3000  # for `promote` over two dozen studies
 PAGE_MS = 1000  # for the dashboard's data, which its pages ask for again every ten seconds
 STUDIES, TRIALS = 500, 100
@@ -212,7 +212,7 @@ def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
     }
     found = {name: (fastest_ms(work), PICK_MS) for name, work in picks.items()}
     watch = RunWatcher(storage, {study_id: f"S{study_id}" for study_id in everyone})
-    found["a look of the live table at every study"] = (fastest_ms(watch.look), LOOK_MS)
+    found["a read of every study for the live table"] = (fastest_ms(watch.read), READ_MS)
     found["studies list, as a process"] = (fastest_ms(lambda: list_studies(url, folder), times=2), LIST_MS)
     promoting = f"promote --dry-run over {len(PROMOTED)} studies, as a process"
     found[promoting] = (fastest_ms(lambda: promote(url, folder), times=2), PROMOTE_MS)

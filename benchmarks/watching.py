@@ -3,11 +3,11 @@
 `python -m benchmarks.watching [--rounds 12] [--phase 10]`, about nine minutes.
 
 Two studies of Toto on two CPU workers, on a terminal of its own: its trials all cost the same. While it is on there are
-the live table, the looks at the database that it shows, and the notes, plots and images for the dashboard; while it is
+the live table, the reads of the database that it shows, and the notes, plots and images for the dashboard; while it is
 off there is none of it. A round is four phases, on, off, off, on, so that what changes slowly cancels out: a sampler
 that knows more trials, other work on the machine. For each round: trials a second, and CPU time a trial of the
 supervisor, the workers and the server together, off by on and on by off: above 1 is what watching costs; and, steadier
-than these, how much of all CPU time the threads took that look, write and draw, without the server's part. Notes are
+than these, how much of all CPU time the threads took that read, write and draw, without the server's part. Notes are
 written at most every so many seconds of the clock, of which half are off here, so while it is on they are written twice
 as often.
 """
@@ -69,7 +69,7 @@ def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
 
     is_on = threading.Event()
 
-    watching = [0.0]  # CPU seconds, of the threads that look, write and draw
+    watching = [0.0]  # CPU seconds, of the threads that read, write and draw
 
     def only_while_on(cls: Any, name: str) -> None:
         method = getattr(cls, name)
@@ -82,8 +82,8 @@ def watched_run(folder: Path, rounds: int, phase_s: float) -> dict[str, Any]:
 
         setattr(cls, name, timed)
 
-    only_while_on(notes.NoteWriter, "__call__")  # the view's looks are made by it too
-    only_while_on(live.View, "_draw")
+    only_while_on(notes.NoteWriter, "__call__")  # it also calls the view, which reads the database
+    only_while_on(live.LiveView, "_draw")
     server = embedded.start(folder / private.SERVER)
     postmaster = int((server.data_dir / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0])
     storage = places.open_storage(configuration.load(folder / "studies.toml"), start=True)

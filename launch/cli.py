@@ -1,6 +1,6 @@
-"""The commands. Results go to stdout, all else to stderr; an expected error is one line and exit 1.
+"""The commands. Results go to stdout, everything else to stderr; an expected error is one line and exit status 1.
 
-Loads torch only where a checkpoint must be looked at, so `promote --help` and `studies list` stay quick.
+Loads torch only where a command reads a checkpoint, so that `promote --help` and `studies list` stay quick.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any, cast
 import click
 
 from launch.options import (
+    HELP,
     Names,
+    SectionedGroup,
     check_devices,
     checked_models,
     checked_symbols,
@@ -29,27 +31,25 @@ from launch.options import (
     models_option,
     shared,
     symbols_option,
+    version_option,
 )
 from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
 from storage import DatabaseUnavailable
 from studies.config import Config, ConfigError
 
-# --- launch-workers -------------------------------------------------------------------------------------------
 
-
-@click.command(name="launch-workers")
+@click.command(name="launch-workers", context_settings=HELP)
 @gpus_option
 @cpus_option
-@click.option("--ray", metavar="ADDRESS", help="On the Ray cluster at HOST:PORT, with --gpus-total or --cpus.")
-@click.option("--gpus-total", type=click.IntRange(min=1), help="With --ray: so many workers, one GPU each.")
+@click.option("--ray", metavar="ADDRESS", help="Run on the Ray cluster at HOST:PORT, with --gpus-total or --cpus.")
+@click.option("--gpus-total", type=click.IntRange(min=1), help="With --ray: number of GPU workers, one GPU each.")
 @symbols_option
 @models_option
-@click.option("--trials", type=click.IntRange(min=1), help="Finished trials a study; more raises a study's budget.")
-@click.option(
-    "--objective", type=click.Choice(["sampled", "exact"]), help="exact: no sampling noise.  [default: sampled]"
-)
-@click.option("--plain", is_flag=True, help="Lines of progress in the place of the live table.")
+@click.option("--trials", type=click.IntRange(min=1), help="Number of trials per study, also of existing studies.")
+@click.option("--objective", type=click.Choice(["sampled", "exact"]),
+              help="The exact objective has no sampling noise.  [default: sampled]")  # fmt: skip
+@click.option("--plain", is_flag=True, help="Print lines of progress instead of the live table.")
 @shared
 def launch_workers(
     config: Config,
@@ -63,9 +63,9 @@ def launch_workers(
     objective: str | None,
     plain: bool,
 ) -> None:
-    """Search: go on with every unfinished study of the symbols and models, open those that are missing.
+    """Search: continue the unfinished studies of the symbols and models, and open those that are missing.
 
-    Neither --gpus nor --cpus: every GPU, else every core.
+    Without --gpus and --cpus, use every GPU, or every core of a machine without GPUs.
 
     \b
     launch-workers --gpus 0,1
@@ -82,15 +82,11 @@ def launch_workers(
     check_devices(gpus, cpus)
     ray_cluster.check_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
     model_names, symbol_names = checked_models(models, config), checked_symbols(symbols)
-    config = replace(
-        config,
-        search=replace(
-            config.search,
-            models=model_names,
-            trials=trials or config.search.trials,
-            objective=objective or config.search.objective,
-        ),
+    search = config.search
+    search = replace(
+        search, models=model_names, trials=trials or search.trials, objective=objective or search.objective
     )
+    config = replace(config, search=search)
     device_slots = ray_cluster.device_slots(gpus_total, cpus) if ray else devices.device_slots(flat(gpus) or None, cpus)
     series, notes = read_series(config, symbol_names)
     checkpoints = {model: checkpoint_fingerprint(config, model) for model in model_names}
@@ -99,43 +95,39 @@ def launch_workers(
         cluster = ray_cluster.connect(ray, gpus=gpus_total, cpus=cpus)
         host = urls.parse_url(config.storage.url).host if config.storage.url else "127.0.0.1"
         ray_cluster.check_storage(cluster, host)
-    # Everything the user can have got wrong is checked; from here on something is made.
+    # All of the user's input has been checked; from here on the command writes.
     for note in notes:
         say(note)
     storage = open_storage(config, start=True)
     opened = studying.open_studies(storage, config, series, model_names, checkpoints)
-    for item in opened:
-        for note in item.notes:
-            say(note)
-    working = [item.study for item in opened if item.state != "finished"]
-    if not working:
+    for note in (note for item in opened for note in item.notes):
+        say(note)
+    unfinished = [item.study for item in opened if item.state != "finished"]
+    if not unfinished:
         say(f"nothing to do: {counted(len(opened), 'study')} finished at the newest bar")
         listing.print_rows(storage, [item.study.study_id for item in opened], plain=plain)
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
-    from launch.run import run_workers  # brings Plotly: not waited for where nothing is to do
+    from launch.run import run_workers  # here: it imports Plotly, which takes a while
 
     shown = [item.study.study_id for item in opened]
-    sys.exit(run_workers(config, storage, series, working, device_slots, shown=shown, cluster=cluster, plain=plain))
+    sys.exit(run_workers(config, storage, series, unfinished, device_slots, shown=shown, cluster=cluster, plain=plain))
 
 
-# --- promote --------------------------------------------------------------------------------------------------
-
-
-@click.command()
+@click.command(context_settings=HELP)
 @click.option("--min-improvement", type=click.FloatRange(0, 1, max_open=True),
-              help="The MAE must fall by more than this share.  [default: 0.01]")  # fmt: skip
+              help="Promote if the MAE falls by more than this fraction.  [default: 0.01]")  # fmt: skip
 @symbols_option
 @models_option
-@click.option("--force", is_flag=True, help="Promote also what is no improvement or not comparable.")
-@click.option("--require-test", is_flag=True, help="Keep the incumbent where the new one is worse on test.")
+@click.option("--force", is_flag=True, help="Promote even without an improvement or a comparison.")
+@click.option("--require-test", is_flag=True, help="Keep the incumbent if the candidate is worse on the test windows.")
 @click.option("--max-p", type=click.FloatRange(0, 1), metavar="P",
-              help="Keep the incumbent where the p-value of the gain is above P.")  # fmt: skip
+              help="Keep the incumbent if the p-value of the improvement is above P.")  # fmt: skip
 @click.option("--on", "on", type=click.Choice(["confirmation", "validation"]), default="confirmation",
-              show_default=True, help="The windows that decide; those of the search flatter.")  # fmt: skip
-@click.option("--rollback", metavar="SYMBOL", help="Put back what the last promotion of SYMBOL replaced.")
-@click.option("--dry-run", is_flag=True, help="Decide and show, write nothing.")
+              show_default=True, help="Windows that decide; MAEs on those of the search are biased.")  # fmt: skip
+@click.option("--rollback", metavar="SYMBOL", help="Restore what the last promotion of SYMBOL replaced.")
+@click.option("--dry-run", is_flag=True, help="Show the decisions without writing anything.")
 @json_option
 @shared
 def promote(
@@ -151,7 +143,7 @@ def promote(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Copy each symbol's best configuration to hyperparams/best/SYMBOL.json, if it is better by enough.
+    """Copy each symbol's best configuration to hyperparams/best/SYMBOL.json if the improvement is large enough.
 
     \b
     promote --min-improvement 0.01
@@ -175,7 +167,7 @@ def promote(
     if on == "validation":
         say(
             "warning: the windows of the search decide; where the incumbent was already the best, that rule promoted "
-            "in 56 % of searches, and 82 % of those lost (README, What a promotion rests on)"
+            "in 56 % of searches, and 82 % of those promotions made the error larger"
         )
     storage = open_storage(config)
     rule = promoting.Rule(
@@ -185,14 +177,8 @@ def promote(
         max_p=max_p,
         on=cast(Any, on),
     )
-    rows = promoting.promote(
-        storage,
-        config,
-        rule,
-        symbols=checked_symbols(symbols),
-        models=checked_models(models, config),
-        dry_run=dry_run,
-    )
+    symbol_names, model_names = checked_symbols(symbols), checked_models(models, config)
+    rows = promoting.promote(storage, config, rule, symbols=symbol_names, models=model_names, dry_run=dry_run)
     show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
     for row in rows:
         if row.next:
@@ -206,19 +192,24 @@ def promote(
         notes.record_decisions(storage, artifacts_folder(config), rows, say=say)
 
 
-# --- studies --------------------------------------------------------------------------------------------------
-
-
-@click.group()
+@click.group(
+    cls=SectionedGroup,
+    context_settings=HELP,
+    sections={
+        "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
+        "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
+    },
+)
+@version_option
 def studies() -> None:
-    """Look at the studies and at the server they live in."""
+    """Look at studies, and manage the server that stores them."""
 
 
 @studies.command(name="list")
 @json_option
 @shared
 def list_command(config: Config, as_json: bool) -> None:
-    """List the studies: progress, the best of the search, the confirmed improvement.
+    """List the studies with their progress, best trial and confirmed improvement.
 
     \b
     studies list --json
@@ -233,7 +224,7 @@ def list_command(config: Config, as_json: bool) -> None:
 @json_option
 @shared
 def show_command(config: Config, name: str, as_json: bool) -> None:
-    """Show one study: its best trials, confirmed configurations, parameter importance and parked work.
+    """Show a study: its best trials, confirmed configurations, parameter importance and parked work.
 
     \b
     studies show BTCUSD/toto@2026-03-19
@@ -256,7 +247,7 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
 @cpus_option
 @shared
 def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int | None) -> None:
-    """Measure a study's best trials and the configurations in use anew, for promote to decide on.
+    """Confirm a study again, for promote to decide on. Measures its best trials and the incumbents anew.
 
     \b
     studies confirm BTCUSD/toto@2026-03-19
@@ -273,12 +264,10 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
         raise ConfigError(f"no study {name!r}; see: studies list")
     objective = study.definition["objective"]
     config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
-    device_slots = devices.device_slots(flat(gpus) or None, cpus)[:1]  # one unit of work
+    device_slots = devices.device_slots(flat(gpus) or None, cpus)[:1]  # a confirmation is one slot
     series, notes = read_series(config, [study.symbol])
-    for note in (
-        *notes,
-        *studying.reconfirm(storage, config, series[0], study, checkpoint_fingerprint(config, study.model)),
-    ):
+    checkpoint = checkpoint_fingerprint(config, study.model)
+    for note in (*notes, *studying.reconfirm(storage, config, series[0], study, checkpoint)):
         say(note)
     from launch.run import run_workers
 
@@ -289,7 +278,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
 @click.argument("name")
 @shared
 def retire(config: Config, name: str) -> None:
-    """Set a study aside: it keeps its trials, and launch-workers opens a new one.
+    """Retire a study, so that launch-workers opens a new one. It keeps its trials.
 
     \b
     studies retire BTCUSD/toto@2026-03-19
@@ -303,11 +292,11 @@ def retire(config: Config, name: str) -> None:
 
 
 @studies.command()
-@click.option("--export", is_flag=True, help='As shell commands: eval "$(studies url --export)".')
-@click.option("--host", metavar="HOST", help="How other hosts call this machine; [storage] listen must let them in.")
+@click.option("--export", is_flag=True, help='Print shell commands for eval "$(studies url --export)".')
+@click.option("--host", metavar="HOST", help="Name of this machine for other hosts; [storage] listen must let them in.")
 @shared
 def url(config: Config, export: bool, host: str | None) -> None:
-    """The storage's URL, without its password.
+    """Print the storage's URL without its password.
 
     \b
     eval "$(studies url --export)"; optuna-dashboard "$OPTUNA_STORAGE" --artifact-dir "$STUDIES_ARTIFACTS_DIR"
@@ -333,7 +322,7 @@ def stop(config: Config) -> None:
     from storage import embedded
 
     if config.storage.url:
-        raise DatabaseUnavailable("the storage is a server of yours, not our private one; stop it where you started it")
+        raise DatabaseUnavailable("the storage is a server of your own, not the private one; stop it yourself")
     folder = server_folder(config)
     click.echo("stopped" if folder.exists() and embedded.stop(folder) else "not running")
 
@@ -341,7 +330,7 @@ def stop(config: Config) -> None:
 @studies.command(name="demo-data")
 @shared
 def demo_data(config: Config) -> None:
-    """Write the demonstration's bars: the S&P 500 and NASDAQ, daily, 1999 to 2018.
+    """Write the bars of the demonstration. They are the S&P 500 and NASDAQ, daily, 1999 to 2018.
 
     \b
     studies demo-data --config demo
@@ -356,11 +345,11 @@ def demo_data(config: Config) -> None:
 @studies.command(name="verify-compile")
 @symbols_option
 @models_option
-@click.option("--modes", type=Names(), multiple=True, help="Of default,reduce-overhead,max-autotune.  "
-              "[default: default on a CPU, else all]")  # fmt: skip
-@click.option("--device", metavar="DEVICE", help="cpu or cuda:0.  [default: the first GPU, else the CPU]")
-@click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True, help="Timed runs of a mode.")
-@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Different params compared.")
+@click.option("--modes", type=Names(), multiple=True, help="Modes of torch.compile: default,reduce-overhead,"
+              "max-autotune.  [default: default on a CPU, all on a GPU]")  # fmt: skip
+@click.option("--device", metavar="DEVICE", help="Such as cpu or cuda:0.  [default: the first GPU, or else the CPU]")
+@click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True, help="Timed runs per mode.")
+@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Parameter sets to compare.")
 @json_option
 @shared
 def verify_compile(
@@ -373,10 +362,10 @@ def verify_compile(
     trials: int,
     as_json: bool,
 ) -> None:
-    """Run models eagerly and compiled on your bars: the time, and whether the forecasts stay the same.
+    """Compare compiled models with eager ones on your bars. Shows their speed and whether the forecasts agree.
 
-    Without --symbols the folder's first. Exit 1 where an MAE moves by more than a thousandth, where a graph breaks, is
-    compiled twice or cannot be a CUDA graph, or where compiling fails.
+    Without --symbols, uses the folder's first symbol. Exits with status 1 if an MAE changes by more than a thousandth,
+    if a graph breaks, is compiled twice or cannot be a CUDA graph, or if compiling fails.
 
     \b
     studies verify-compile --models kronos --symbols BTCUSD --modes default
@@ -386,27 +375,30 @@ def verify_compile(
 
     device = device or ("cuda:0" if devices.visible_gpus() else "cpu")
     asked = verify.checked_modes(flat(modes), device)
-    names = checked_symbols(symbols) or config.data.symbols or sorted(list_symbols(config.data.dir)[0])[:1]
-    series, notes = read_series(config, names)
+    symbol_names = checked_symbols(symbols) or config.data.symbols or sorted(list_symbols(config.data.dir)[0])[:1]
+    series, notes = read_series(config, symbol_names)
     for note in notes:
         say(note)
     jobs = verify.jobs(config, series, checked_models(models, config), device=device, trials=trials, repeats=repeats)
     rows = [row for job in jobs for row in verify.compare(job, asked)]
     show(rows, verify.table, as_json=as_json)
     if not all(row.passed for row in rows):
-        say("compiled forecasts are not those of eager ones, or were not compiled once; see the rows")
+        say("compiled forecasts differ from eager ones, or a model was not compiled exactly once; see the rows")
         sys.exit(1)
 
 
-# --- eyes -----------------------------------------------------------------------------------------------------
-
-
 @studies.command(name="dashboard")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
+@click.option(
+    "--port",
+    default=8080,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on; 0 for any free one.",
+)
 @shared
 def dashboard_command(config: Config, host: str, port: int) -> None:
-    """Browse the studies with optuna-dashboard: trials, notes, plots and forecasts. There is no login.
+    """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts, and has no login.
 
     \b
     studies dashboard
@@ -414,15 +406,15 @@ def dashboard_command(config: Config, host: str, port: int) -> None:
     """
     from launch.views import dashboard
 
-    storage = open_storage(config, start=True)
-    server = dashboard.bind(storage, artifacts_folder(config), host, port)
+    server = dashboard.bind(open_storage(config, start=True), artifacts_folder(config), host, port)
     dashboard.serve(server, host, say=say)
 
 
 @studies.command(name="report")
 @click.option("--output", default="report.html", show_default=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="The page.")  # fmt: skip
-@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="The tables as Markdown too.")
+              help="File to write the page to.")  # fmt: skip
+@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE",
+              help="File to write the tables to as Markdown.")  # fmt: skip
 @symbols_option
 @models_option
 @shared
@@ -433,7 +425,7 @@ def report_command(
     symbols: Sequence[Sequence[str]],
     models: Sequence[Sequence[str]],
 ) -> None:
-    """Write a page on the newest studies: decisions, forecasts, errors, importances. It opens without a network.
+    """Write an HTML page on the newest studies. It shows decisions, forecasts, errors and parameter importance.
 
     \b
     studies report
@@ -441,9 +433,8 @@ def report_command(
     """
     from launch.views import report as reporting
 
-    made = reporting.make(
-        open_storage(config), config, symbols=checked_symbols(symbols), models=checked_models(models, config)
-    )
+    symbol_names, model_names = checked_symbols(symbols), checked_models(models, config)
+    made = reporting.make(open_storage(config), config, symbols=symbol_names, models=model_names)
     reporting.write(output, reporting.html(made))
     click.echo(output)
     if markdown is not None:

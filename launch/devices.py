@@ -1,4 +1,4 @@
-"""Which devices and how much memory this machine has. Asks the driver: no CUDA context in the supervisor."""
+"""Finds out which devices and how much memory this machine has, without creating a CUDA context."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from forecasters import ExpectedError
 
 
 class DeviceError(ExpectedError, ValueError):
-    """A device was asked for that this machine does not have."""
+    """A device was requested that this machine does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSlot:
-    """One worker's device, as torch calls it there, and the environment that pins it."""
+    """The device of one worker: its name in the worker's process, and the environment variables that select it."""
 
-    device: str
+    device: str  # as torch names it, such as "cpu" or "cuda:0"
     environment: dict[str, str]
 
 
 def device_slots(gpus: Sequence[int] | None, cpus: int | None) -> list[DeviceSlot]:
-    """One device_slot a worker: the GPUs named, or so many CPU workers; neither given: every GPU, else every core.
+    """One DeviceSlot per worker, for these GPUs or for this number of CPU workers; by default every GPU or every core.
 
-    Raises DeviceError.
+    Raises DeviceError for a GPU that this machine does not have.
     """
     if gpus is None and cpus is None:
         gpus = list(range(len(visible_gpus()))) or None
@@ -36,13 +36,13 @@ def device_slots(gpus: Sequence[int] | None, cpus: int | None) -> list[DeviceSlo
     visible = visible_gpus()
     for gpu in gpus:
         if gpu >= len(visible):
-            there = f"it has {len(visible)}, numbered from 0" if visible else "it has none that its driver shows"
-            raise DeviceError(f"--gpus {gpu}: this machine has no such GPU ({there}); use --cpus N to run without")
+            found = f"it has {len(visible)}, numbered from 0" if visible else "it has none that its driver shows"
+            raise DeviceError(f"--gpus {gpu}: this machine has no such GPU ({found}); use --cpus N to run without")
     return [DeviceSlot(device="cuda:0", environment={"CUDA_VISIBLE_DEVICES": visible[gpu]}) for gpu in gpus]
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES would name each GPU by; an outer setting of it is kept to."""
+    """The name of each GPU for CUDA_VISIBLE_DEVICES; if that variable is set already, only the GPUs it names."""
     outer = os.environ.get("CUDA_VISIBLE_DEVICES")
     if outer is not None:
         return [name.strip() for name in outer.split(",") if name.strip() not in ("", "-1")]
@@ -55,16 +55,17 @@ def visible_gpus() -> list[str]:
 
 
 def cpu_slot() -> DeviceSlot:
-    """One core of any machine."""
-    # One thread a worker: the numbers do not depend on how many workers share the cores.
+    """The slot of a CPU worker, which computes on one core."""
+    # With one thread per worker the numbers do not depend on how many workers share the cores.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return DeviceSlot(device="cpu", environment={"CUDA_VISIBLE_DEVICES": "", **one_thread})
 
 
 def memory_bytes(physical: int | None = None, *, root: Path = Path("/")) -> int:
-    """The memory that this process may use: the machine's, or less where a container or a batch job is held to less.
+    """The bytes of memory that this process may use: the machine's, or the limit of a container or a batch job.
 
-    physical: the machine's memory. root: where proc and sys/fs/cgroup are.
+    physical: the machine's memory; by default what the kernel reports. root: the folder that holds proc and
+    sys/fs/cgroup.
     """
     if physical is None:
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -72,7 +73,10 @@ def memory_bytes(physical: int | None = None, *, root: Path = Path("/")) -> int:
 
 
 def _cgroup_limits(root: Path) -> list[int]:
-    """The limits of our group and of every group above it, of version 2 and 1; no limit is a word or an enormity."""
+    """The memory limits in bytes of this process's cgroup and of its ancestors, of cgroup versions 2 and 1.
+
+    An unlimited group has the word "max" (version 2), which is skipped, or a number beyond any memory (version 1).
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -87,10 +91,7 @@ def _cgroup_limits(root: Path) -> list[int]:
         else:
             continue
         path = PurePosixPath(group.lstrip("/"))
-        for folder in (
-            path,
-            *path.parents,
-        ):  # the path may be the host's: then only its top is here
+        for folder in (path, *path.parents):  # in a container the path may be the host's: then only its root is here
             try:
                 limits.append(int((place / folder / name).read_text()))
             except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""The options that commands share: how they are read, checked and made a Config; and how errors are told.
+"""What the commands share: options and how they become a Config, checks of their values, errors and help pages.
 
-Loads neither torch nor Optuna: `--help` and a usage error need not wait for them.
+Loads neither torch nor Optuna, so that `--help` and usage errors appear without delay.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,39 @@ from studies import config as configuration
 from studies.config import Config
 
 BOTH = tuple(name for name, model in MODELS.items() if not model.baseline)  # what --models both means
+HELP = {"help_option_names": ["-h", "--help"]}  # the context settings of every command
+version_option = click.version_option(package_name="forecast-studies", prog_name="forecast-studies")
+
+
+class SectionedGroup(click.Group):
+    """A group of commands that its help page lists under headings."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]], **kwargs: Any) -> None:
+        """sections: the names of the commands by heading."""
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for heading, names in self.sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command, resolved to a Config; and its errors as one line."""
+    """Add the options of every command, pass them on as a Config, and print expected errors in one line."""
 
+    @version_option
     @click.option("--config", "config_path", type=click.Path(path_type=Path), envvar="STUDIES_CONFIG",
-                  show_envvar=True, metavar="FILE", help="TOML settings; 'demo': the demonstration's.")  # fmt: skip
+                  show_envvar=True, metavar="FILE", help="TOML settings; 'demo' for the demonstration's.")  # fmt: skip
     @click.option("--storage", envvar=["STUDIES_STORAGE", "OPTUNA_STORAGE"], show_envvar=True, metavar="URL",
-                  help="postgresql://USER@HOST/DATABASE; none: a private server.")  # fmt: skip
+                  help="Database of the studies, postgresql://USER@HOST/DATABASE.  "
+                  "[default: a private server]")  # fmt: skip
     @click.option("--data-dir", type=click.Path(path_type=Path), envvar="STUDIES_DATA_DIR", show_envvar=True,
-                  metavar="FOLDER", help="One CSV or Parquet file of bars a symbol.")  # fmt: skip
+                  metavar="FOLDER", help="Folder of the bars, with one CSV or Parquet file per symbol.")  # fmt: skip
     @click.option("--hyperparams-dir", type=click.Path(path_type=Path),
                   envvar=["STUDIES_HYPERPARAMS_DIR", "HYPERPARAM_ROOT"], show_envvar=True, metavar="FOLDER",
-                  help="Where promoted files are.")  # fmt: skip
+                  help="Folder of the promoted configurations.")  # fmt: skip
     @functools.wraps(command)
     def wrapped(
         config_path: Path | None,
@@ -59,25 +79,22 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class one_line_errors:  # noqa: N801 - reads as a statement
-    """What a user can mend is one line on stderr and exit 1."""
-
-    def __enter__(self) -> None:
-        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-        logging.getLogger("storage").setLevel(logging.INFO)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is None:
-            return
-        if isinstance(error, ExpectedError):
-            say(f"error: {' '.join(str(error).split())}")
-            sys.exit(1)
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(130)
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print an expected error in one line on stderr and exit with status 1; exit with status 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("storage").setLevel(logging.INFO)
+    try:
+        yield
+    except ExpectedError as error:
+        say(f"error: {' '.join(str(error).split())}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class Names(click.ParamType):
-    """A comma-separated list; the option may be repeated too."""
+    """A comma-separated list of names; the option may also be repeated."""
 
     name = "A,B,.."
 
@@ -85,33 +102,35 @@ class Names(click.ParamType):
         if not isinstance(value, str):
             return value
         names = tuple(part.strip() for part in value.split(",") if part.strip())
-        return names or self.fail("names nothing", param, ctx)
+        return names or self.fail("the list is empty", param, ctx)
 
 
 class Numbers(Names):
+    """A comma-separated list of natural numbers."""
+
     name = "0,1,.."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         names = super().convert(value, param, ctx)
         wrong = [name for name in names if isinstance(name, str) and not name.isdecimal()]
         if wrong:
-            self.fail(f"{wrong[0]!r} is no number", param, ctx)
+            self.fail(f"{wrong[0]!r} is not a number", param, ctx)
         return tuple(int(name) for name in names)
 
 
 def flat(lists: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-    """Repeated lists as one, each entry once."""
+    """The lists of a repeated option as one list in which each entry occurs once."""
     return tuple(dict.fromkeys(item for part in lists for item in part))
 
 
 def check_devices(gpus: Sequence[Sequence[int]], cpus: int | None) -> None:
-    """Usage error for what does not go together."""
+    """Raise a usage error if both options are given."""
     if gpus and cpus:
         raise click.UsageError("--gpus and --cpus exclude each other: start one command for each")
 
 
 def checked_models(models: Sequence[Sequence[str]], config: Config) -> tuple[str, ...]:
-    """The models asked for. Usage error for an unknown one."""
+    """The models of the option, by default those of the settings. Raises a usage error for an unknown model."""
     names = flat(models) or config.search.models
     if "both" in names:
         names = BOTH
@@ -124,7 +143,7 @@ def checked_models(models: Sequence[Sequence[str]], config: Config) -> tuple[str
 
 
 def checked_symbols(symbols: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The symbols asked for. Usage error for what cannot be one."""
+    """The symbols of the option. Raises a usage error for a name that cannot be a symbol."""
     try:
         return tuple(check_symbol(symbol) for symbol in flat(symbols))
     except SymbolError as error:
@@ -136,8 +155,8 @@ models_option = click.option(
     "--models",
     type=Names(),
     multiple=True,
-    help=f"Of {','.join(MODELS)}; 'both' are {' and '.join(BOTH)}.  [default: both]",
+    help=f"Only these models, of {','.join(MODELS)}; 'both' are {' and '.join(BOTH)}.  [default: both]",
 )
-gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="One worker on each of these GPUs.")
-cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="So many CPU workers, one core each.")
-json_option = click.option("--json", "as_json", is_flag=True, help="The same rows as JSON.")
+gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="GPUs to use, with one worker each.")
+cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="Number of CPU workers, one core each.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")

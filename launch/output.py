@@ -1,4 +1,4 @@
-"""What a command says: results on stdout as a table or as JSON, all else on stderr."""
+"""What a command prints: results to stdout as a table or as JSON, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launch.views.tables import Table, terminal
 
 
 def say(line: str) -> None:
-    """One line to the user, beside the results."""
+    """Print one line to stderr."""
     with streams.ignore_broken_pipe():
         click.echo(line, err=True)
 
@@ -31,13 +31,13 @@ def show(rows: Sequence[Any], table: Callable[[Any], Table], *, as_json: bool, p
 
 
 def wide_console(*, plain: bool = False) -> Console:
-    """For results. Not a terminal: wide enough that a pipe gets whole lines. plain: without colours and the like."""
+    """The console for results, wide enough that a pipe gets whole lines. plain: without colours or other codes."""
     width = None if sys.stdout.isatty() else 240
     return Console(width=width, highlight=False, color_system=None if plain else "auto")
 
 
 def counted(count: int, words: str) -> str:
-    """So many of what the last word names: "1 pass", "2 more studies"."""
+    """A count and its noun, the last of the words, in the plural where it belongs: "1 pass", "2 more studies"."""
     if count != 1:
         words = f"{words[:-1]}ies" if words.endswith("y") else f"{words}es" if words.endswith("s") else f"{words}s"
     return f"{count} {words}"

@@ -1,4 +1,4 @@
-"""Where a command's studies are: the user's storage or our private server, and the images beside it."""
+"""Where studies are stored: in the user's database or in our private server, and their images in a folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from storage import DatabaseUnavailable
 from studies.config import Config, ConfigError
 
-LOOK_S = 1.0  # between two looks at the private server: a lock and a file
+CHECK_S = 1.0  # between two checks that the private server runs, each of which takes a lock and reads a file
 
 
 def server_folder(config: Config) -> Path:
-    """Where the private server keeps its files."""
+    """The folder of the private server's files."""
     if config.storage.data_dir != Path():
         return config.storage.data_dir
     import platformdirs
@@ -26,16 +26,16 @@ def server_folder(config: Config) -> Path:
 
 
 def artifacts_folder(config: Config) -> Path:
-    """Where the images are that the dashboard shows."""
+    """The folder of the images that the dashboard shows."""
     if config.storage.artifacts_dir != Path():
         return config.storage.artifacts_dir
     return server_folder(config).parent / "artifacts"
 
 
 def storage_url(config: Config, *, start: bool) -> str:
-    """The URL to use, without a password where the server is our own; PGPASSFILE then names the file that holds it.
+    """The storage's URL. That of the private server has no password: PGPASSFILE then names the file that holds it.
 
-    start: start the private server where none runs. Raises DatabaseUnavailable.
+    start: create the private server if there is none. Raises DatabaseUnavailable.
     """
     if config.storage.url:
         return config.storage.url
@@ -46,21 +46,21 @@ def storage_url(config: Config, *, start: bool) -> str:
         raise DatabaseUnavailable(f"{folder}: no studies yet; make some with launch-workers, or name a --storage")
     server = embedded.start(folder, listen=config.storage.listen)
     os.environ["PGPASSFILE"] = str(server.passfile)
-    os.environ.pop("PGPASSWORD", None)  # another server's password must not go before the file
+    os.environ.pop("PGPASSWORD", None)  # another server's password must not take precedence over the file
     return server.url
 
 
 def open_storage(config: Config, *, start: bool = False) -> Any:
-    """The storage, ready to use. start: as for `storage_url`. Raises DatabaseUnavailable."""
-    from storage import database  # late: it brings Optuna
+    """Open the storage. start: as for `storage_url`. Raises DatabaseUnavailable."""
+    from storage import database  # here: it imports Optuna
 
     database.quiet_optuna()
     return database.open_storage(storage_url(config, start=start), wait_s=config.storage.wait_s)
 
 
 @contextmanager
-def kept_alive(config: Config, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Start the private server again if it is killed meanwhile, as one short of memory is; not if it is stopped."""
+def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> Iterator[None]:
+    """Restart the private server if it is killed within the block, for lack of memory for instance; not if stopped."""
     if config.storage.url:
         yield
         return
@@ -68,42 +68,42 @@ def kept_alive(config: Config, *, say: Callable[[str], None]) -> Iterator[None]:
 
     folder, ended = server_folder(config), threading.Event()
 
-    def look() -> None:
-        told = ""
-        while not ended.wait(LOOK_S):
+    def check() -> None:
+        reported = ""
+        while not ended.wait(CHECK_S):
             try:
                 if embedded.revive(folder, listen=config.storage.listen):
-                    say("the private server was killed; started it again")
-                    told = ""
+                    say("the private server was killed; restarted it")
+                    reported = ""
             except DatabaseUnavailable as error:
-                if str(error) != told:  # it is tried again, but said once
-                    told = str(error)
-                    say(told)
+                if str(error) != reported:  # each check tries again, but the same error is reported once
+                    reported = str(error)
+                    say(reported)
 
-    looker = threading.Thread(target=look, name="server", daemon=True)
-    looker.start()
+    checker = threading.Thread(target=check, name="server", daemon=True)
+    checker.start()
     try:
         yield
     finally:
         ended.set()
-        looker.join()
+        checker.join()
 
 
 def shared_url(config: Config, host: str | None) -> str:
-    """The URL to give to others, without its password; the private server is started where none runs.
+    """The storage's URL without its password, for other programs; starts the private server if there is none.
 
-    host: how other hosts call this machine.
-    Raises DatabaseUnavailable, and ConfigError where no other host could reach it.
+    host: the name or address of this machine for other hosts. Raises DatabaseUnavailable, and ConfigError if no other
+    host could reach the server.
     """
     from storage import urls
 
     listen = ip_address(config.storage.listen)
     if host and config.storage.url:
-        raise ConfigError("--host is for the private server's URL; the storage is a server of yours")
+        raise ConfigError("--host is for the URL of the private server; this storage is a server of your own")
     if host and listen.is_loopback:
         raise ConfigError(f"[storage] listen is {listen}, which lets no other host in; set it, then: studies stop")
     parsed = urls.parse_url(storage_url(config, start=True))
     if not config.storage.url and not listen.is_loopback:
-        # 0.0.0.0 is no address to call: without --host the URL is for this machine.
+        # No client can connect to 0.0.0.0, so without --host the URL is for this machine.
         parsed = parsed.set(host=host or (parsed.host if listen.is_unspecified else str(listen)))
     return urls.without_password(parsed)

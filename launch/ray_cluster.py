@@ -1,11 +1,11 @@
-"""The same workers on a Ray cluster: each in an actor that holds its GPU or core, watched as the local ones are.
+"""Runs the workers on a Ray cluster: each in an actor that reserves one GPU or core, supervised as local ones are.
 
-An actor runs `python -m launch.worker` as a child process on its node and answers for it: what it logged, how it
-ended. Nodes share no run folder; bars and the package must be at the same path on every node.
+An actor runs `python -m launch.worker` as a child process on its node and reports its log and its exit status. Nodes
+share no run folder; the bars and the package must be at the same path on every node.
 
-The database's password goes to an actor as an argument of a method call: straight from process to process (encrypted
-if the cluster uses TLS), kept by neither the control store, the dashboard nor any log. The arguments of a constructor
-and a `runtime_env` are kept there. On the node it is in the environment of the worker process alone.
+The database's password reaches an actor as an argument of a method call, which goes directly from process to process
+(encrypted if the cluster uses TLS) and is stored neither in the control store nor in the dashboard nor in a log, unlike
+the arguments of a constructor and a `runtime_env`. On the node only the worker process has it, in its environment.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from storage import urls
 from studies.config import Config
 
 CONNECT_S = 5.0
-LOST = 1000  # in the place of an exit status: the actor or its node is gone
-KILL_GRACE_S = 2.0
+LOST = 1000  # stands for the exit status of a worker whose actor or node is gone
+KILL_GRACE_S = 2.0  # for an actor to kill its worker before the actor itself is killed
 LOG_BYTES = 2**20  # of a worker's log in one answer
-SAY_PENDING_S = 10.0
+PENDING_NOTICE_S = 10.0  # without a free GPU or core before the user is told
 
 
 class ClusterError(DeviceError):
-    """Ray is not installed, not there, or has not what was asked for."""
+    """Ray is not installed, cannot be reached, or lacks the resources that were asked for."""
 
 
 def check_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: int | None) -> None:
-    """Usage error for options that do not go together, and for a password that the cluster would show."""
+    """Raise a usage error for options that exclude each other and for a password that the cluster would show."""
     if not ray:
         if gpus_total:
             raise click.UsageError("--gpus-total goes with --ray; name this machine's GPUs with --gpus")
         return
     if gpus or bool(cpus) == bool(gpus_total):
         raise click.UsageError("--ray takes either --gpus-total N or --cpus N")
-    # Ray keeps a driver's command line in its list of jobs.
+    # Ray shows a driver's command line in its list of jobs.
     for word in sys.argv[1:]:
         url = word.removeprefix("--storage=")
         if "://" in url and urls.hand_over(urls.parse_url(url))[1]:
@@ -62,7 +62,7 @@ def check_options(ray: str | None, *, gpus: bool, cpus: int | None, gpus_total: 
 
 
 class Host:
-    """The actor: starts one worker on its node and answers for it."""
+    """The actor: starts one worker process on its node, and passes on its log, its exit status and signals."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="studies-worker-"))
@@ -71,13 +71,15 @@ class Host:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, run: str, workers: int, environment: Mapping[str, str]) -> dict[str, Any]:
-        """run: the content of the run file. workers: how many may share this node, and its memory."""
+        """Start the worker; the answer holds its "name", or the "error" that prevents it.
+
+        run: the content of run.json. workers: how many workers may share this node and its memory.
+        """
         values = json.loads(run)
         node = os.uname().nodename
         missing = sorted(path for path in values["series"].values() if not Path(path).is_file())
         if missing:
-            reason = f"{node}: {missing[0]}: no such file; bars must be at the same path on every node"
-            return {"error": reason}
+            return {"error": f"{node}: {missing[0]}: no such file; bars must be at the same path on every node"}
         values["devices"] = values["devices"][:1] * workers
         (self.folder / "run.json").write_text(json.dumps(values))
         with self.log.open("wb") as log:
@@ -92,18 +94,18 @@ class Host:
             )
         return {"name": f"{node}:{self.process.pid}"}
 
-    def look(self) -> dict[str, Any]:
-        """What the worker logged since the last look, and its exit status once all of that was told."""
+    def poll(self) -> dict[str, Any]:
+        """What the worker has logged since the last call, and its exit status once all of the log was sent."""
         assert self.process is not None
         status = self.process.poll()
         with self.log.open("rb") as file:
             file.seek(self.sent)
-            news = file.read(LOG_BYTES)
-        self.sent += len(news)
-        if status is not None and len(news) < LOG_BYTES:
+            added = file.read(LOG_BYTES)
+        self.sent += len(added)
+        if status is not None and len(added) < LOG_BYTES:
             shutil.rmtree(self.folder, ignore_errors=True)
-            return {"log": news, "status": status}
-        return {"log": news}
+            return {"log": added, "status": status}
+        return {"log": added}
 
     def signal(self, number: int) -> None:
         assert self.process is not None
@@ -115,16 +117,16 @@ class Cluster:
     """A connection to a Ray cluster."""
 
     ray: Any
-    resource: str  # what each worker takes one of: "GPU" or "CPU"
+    resource: str  # "GPU" or "CPU": each worker reserves one
     single_machine: bool
-    most_on_a_node: int  # how many of our workers the largest node can hold
+    most_on_a_node: int  # how many workers of this run the largest node can hold
 
     def end(self) -> None:
         self.ray.shutdown()
 
 
 def connect(address: str, *, gpus: int | None, cpus: int | None) -> Cluster:
-    """Join a cluster as a driver, from one of its machines. Raises ClusterError."""
+    """Join a cluster as a driver, from one of its nodes. Raises ClusterError."""
     try:
         ray: Any = importlib.import_module("ray")
     except ModuleNotFoundError:
@@ -136,21 +138,21 @@ def connect(address: str, *, gpus: int | None, cpus: int | None) -> Cluster:
         raise ClusterError(f"--ray {address}: {' '.join(str(error).split())}") from None
     resource, count = ("GPU", gpus) if gpus else ("CPU", cpus or 0)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    there = [int(node["Resources"].get(resource, 0)) for node in nodes]
-    if sum(there) < count:
+    available = [int(node["Resources"].get(resource, 0)) for node in nodes]
+    if sum(available) < count:
         ray.shutdown()
-        raise ClusterError(f"--ray {address}: the cluster has {sum(there)} {resource}s in all, not {count}")
+        raise ClusterError(f"--ray {address}: the cluster has {sum(available)} {resource}s in all, not {count}")
     here = ray.util.get_node_ip_address()
     return Cluster(
         ray=ray,
         resource=resource,
         single_machine=all(node["NodeManagerAddress"] == here for node in nodes),
-        most_on_a_node=min(count, max(there)),
+        most_on_a_node=min(count, max(available)),
     )
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would wait two minutes and then end this process."""
+    """Raise ClusterError if nothing answers at the address: Ray would wait two minutes and then end this process."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -163,7 +165,7 @@ def _check_reachable(address: str) -> None:
 
 
 def check_storage(cluster: Cluster, host: str | None) -> None:
-    """host: of the storage's URL. Raises ClusterError where only this machine could reach it."""
+    """Raise ClusterError if other machines of the cluster cannot reach the storage. host: that of the storage's URL."""
     if cluster.single_machine or not _only_this_machine(host):
         return
     where = f"on {host}" if host else "the private server of this machine"
@@ -180,12 +182,12 @@ def _only_this_machine(host: str | None) -> bool:
 
 
 def device_slots(gpus: int | None, cpus: int | None) -> list[DeviceSlot]:
-    """One a worker; which GPU it is, Ray says on the node."""
+    """One DeviceSlot per worker. Ray chooses the GPU on the node and sets CUDA_VISIBLE_DEVICES there."""
     return [DeviceSlot(device="cuda:0", environment={})] * gpus if gpus else [cpu_slot()] * (cpus or 0)
 
 
 def portable(config: Config) -> Config:
-    """With absolute paths to local checkpoints: a node's worker runs in another folder."""
+    """The settings with absolute paths to local checkpoints, as a worker on a node runs in another folder."""
     models = {
         name: replace(settings, **{key: _absolute(getattr(settings, key)) for key in MODELS[name].checkpoint_settings})
         for name, settings in config.models.items()
@@ -198,7 +200,7 @@ def _absolute(source: str) -> str:
 
 
 class RemoteProcess:
-    """A worker in an actor, as the supervisor sees a child process. No method waits for a node, save `wait`."""
+    """A worker in an actor, with the interface of a child process. Only `wait` waits for an answer from the node."""
 
     def __init__(self, cluster: Cluster, log: Path, run: str, environment: Mapping[str, str]) -> None:
         self.ray, self.log = cluster.ray, log
@@ -218,7 +220,7 @@ class RemoteProcess:
         self._answer = self._actor.start.remote(run, cluster.most_on_a_node, dict(environment))
 
     def send_signal(self, number: int) -> None:
-        """Only notes it, since a signal handler calls this: `poll` sends it."""
+        """Queue a signal that `poll` sends: this may be called from a signal handler, where Ray must not be."""
         self._signals.append(number)
 
     def terminate(self) -> None:
@@ -233,20 +235,21 @@ class RemoteProcess:
         if self.returncode is not None:
             return self.returncode
         if self._signals and not self.name:
-            return self._end(EXIT_INTERRUPTED)  # it waits for a place, or starts this moment
+            return self._end(EXIT_INTERRUPTED)  # it waits for a free resource, or is just starting
         if self._kill_at is not None and time.monotonic() > self._kill_at:
             return self._end(LOST)
         while self._signals:
             self._actor.signal.remote(self._signals.pop(0))
         if self.ray.wait([self._answer], timeout=0)[0]:
-            self._hear()
+            self._read_answer()
         return self.returncode
 
-    def _hear(self) -> None:
+    def _read_answer(self) -> None:
+        """Read the actor's answer to the last call, and ask it again unless the worker has ended."""
         try:
             answer = self.ray.get(self._answer)
         except self.ray.exceptions.ActorUnavailableError:
-            self._answer = self._actor.look.remote()  # the network, for now: Ray says when it takes it for dead
+            self._answer = self._actor.poll.remote()  # a network failure; Ray reports later if the actor is dead
             return
         except self.ray.exceptions.RayError as error:
             self._write(f"{' '.join(str(error).split())}\n".encode())
@@ -261,7 +264,7 @@ class RemoteProcess:
         if (status := answer.get("status")) is not None:
             self._end(status)
             return
-        self._answer = self._actor.look.remote()
+        self._answer = self._actor.poll.remote()
 
     def wait(self, timeout: float | None = None) -> int:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -283,42 +286,42 @@ class RemoteProcess:
 
 
 class RaySupervisor(Supervisor):
-    """The supervisor of workers in actors: the same restarts, limits, signals and end."""
+    """Supervises workers in actors, with the same restarts, limits and signals as local ones."""
 
     def __init__(
-        self, cluster: Cluster, job: RunPlan, *args: Any, environment: Mapping[str, str], **kwargs: Any
+        self, cluster: Cluster, plan: RunPlan, *args: Any, environment: Mapping[str, str], **kwargs: Any
     ) -> None:
-        job = replace(job, config=portable(job.config))
-        super().__init__(job, *args, environment={}, **kwargs)
+        plan = replace(plan, config=portable(plan.config))
+        super().__init__(plan, *args, environment={}, **kwargs)
         self.cluster = cluster
-        self.environment = dict(environment)  # a node's own environment stands, and only this is added
+        self.environment = dict(environment)  # added to the environment of each node; this machine's is not passed on
         self.run_file = (self.folder / "run.json").read_text()
-        self.told_pending: set[int] = set()
+        self.announced_pending: set[int] = set()  # numbers of the workers that the user knows to be waiting
 
     def _start(self, child: Child) -> None:
         environment = {**self.environment, **child.device_slot.environment}
         child.process = RemoteProcess(self.cluster, child.log, self.run_file, environment)
 
-    def _how(self, status: int) -> str:
-        return "was lost with its actor or node" if status == LOST else super()._how(status)
+    def _describe_exit(self, status: int) -> str:
+        return "was lost with its actor or node" if status == LOST else super()._describe_exit(status)
 
-    def _look_after(self, child: Child) -> None:
+    def _update(self, child: Child) -> None:
         if isinstance(child.process, RemoteProcess):
             child.process.poll()
             child.name = child.process.name
-        super()._look_after(child)
+        super()._update(child)
         process = child.process
-        if child.status is not None or (isinstance(process, RemoteProcess) and process.name):
+        if child.exit_status is not None or (isinstance(process, RemoteProcess) and process.name):
             return
-        if any(other.status == EXIT_DONE for other in self.children):  # so nothing is left to do for this one
+        if any(other.exit_status == EXIT_DONE for other in self.children):  # so nothing is left for this one to do
             if isinstance(process, RemoteProcess):
                 process.terminate()
                 process.poll()
-            child.process, child.status = None, EXIT_DONE
+            child.process, child.exit_status = None, EXIT_DONE
         elif (
             isinstance(process, RemoteProcess)
-            and time.monotonic() - process.began > SAY_PENDING_S
-            and child.number not in self.told_pending
+            and time.monotonic() - process.began > PENDING_NOTICE_S
+            and child.number not in self.announced_pending
         ):
-            self.told_pending.add(child.number)
-            self.say(f"worker {child.number} waits for a free {self.cluster.resource} in the cluster")
+            self.announced_pending.add(child.number)
+            self.say(f"worker {child.number} is waiting for a free {self.cluster.resource} in the cluster")

@@ -1,4 +1,4 @@
-"""One run of workers, on this machine or a Ray cluster: from its log folder to the table of what it brought."""
+"""One run of workers on this machine or a Ray cluster, from its log folder to the table of its results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from launch import ray_cluster, streams, supervisor
 from launch.devices import DeviceSlot
 from launch.output import counted, say
-from launch.places import artifacts_folder, kept_alive
+from launch.places import artifacts_folder, private_server_kept_alive
 from launch.ray_cluster import Cluster
 from launch.views import listing, live, notes
-from launch.worker import RunPlan
+from launch.worker import EXIT_INTERRUPTED, RunPlan
 from storage import DatabaseUnavailable, database, urls
 from storage.progress import parked_slots, study_progress
 from storage.retrying import RetryingStorage
@@ -28,63 +28,66 @@ def run_workers(
     config: Config,
     storage: RetryingStorage,
     series: Sequence[Series],
-    working: Sequence[Study],
+    unfinished: Sequence[Study],
     device_slots: Sequence[DeviceSlot],
     *,
     shown: Sequence[int],
     cluster: Cluster | None = None,
     plain: bool = False,
 ) -> int:
-    """Work on studies until they are finished, then show those of `shown`. Returns the exit status."""
+    """Work on the unfinished studies until they are finished, then list the studies with the ids `shown`.
+
+    plain: without a live table. Returns the exit status: 0 finished, 1 a worker failed or work was parked, 130
+    interrupted. Raises ConfigError.
+    """
     folder = _log_folder(config)
-    job = RunPlan(
-        config=_absolute(config),
+    plan = RunPlan(
+        config=_with_absolute_paths(config),
         series={item.symbol: str(item.path.resolve()) for item in series},
-        studies=tuple(study.name for study in working),
-        devices=tuple(device_slot.device for device_slot in device_slots),
+        studies=tuple(study.name for study in unfinished),
+        devices=tuple(slot.device for slot in device_slots),
     )
     url, secret = urls.hand_over(storage.engine.url)
-    study_ids = [study.study_id for study in working]
-    kinds = sorted({device_slot.device.split(":")[0] for device_slot in device_slots})
+    names = {study.study_id: study.name for study in unfinished}
+    kinds = sorted({slot.device.split(":")[0] for slot in device_slots})
     say(f"{counted(len(device_slots), '/'.join(kinds) + ' worker')}; logs in {folder}")
     if cluster is None:
-        supervise = supervisor.Supervisor
+        make_supervisor = supervisor.Supervisor
     else:
-        supervise = functools.partial(ray_cluster.RaySupervisor, cluster)
-        secret = database.password_in_use(storage)  # also where this machine has it from a file
-    view = live.View(storage, {study.study_id: study.name for study in working}, plain=plain)
-    keeper = notes.NoteWriter(storage, artifacts_folder(config), working, report=view, say=view.say)
-    supervising = supervise(
-        job,
+        make_supervisor = functools.partial(ray_cluster.RaySupervisor, cluster)
+        secret = database.password_in_use(storage)  # even if this machine reads it from a file
+    view = live.LiveView(storage, names, plain=plain)
+    note_writer = notes.NoteWriter(storage, artifacts_folder(config), unfinished, report=view, say=view.say)
+    run = make_supervisor(
+        plan,
         folder,
         device_slots,
         storage,
-        study_ids,
+        list(names),
         environment={"OPTUNA_STORAGE": url, **secret},
         say=view.say,
-        report=keeper,
+        report=note_writer,
     )
-    view.watch(supervising.children)
-    with view, kept_alive(config, say=view.say):
-        status = supervising.run()
+    view.watch(run.children)
+    with view, private_server_kept_alive(config, say=view.say):
+        status = run.run()
     if cluster is not None:
         cluster.end()
-    if supervising.signals >= 2:
-        with streams.ignore_broken_pipe():
-            pass
-        os._exit(status)  # no table, no taking down of the interpreter: at once
-    if status == supervisor.EXIT_INTERRUPTED:
-        storage.wait_s = 0.0  # the table is not worth waiting for a server that is away
+    if run.signals >= 2:
+        streams.flush_output()
+        os._exit(status)  # without results and without shutting down the interpreter, which take time
+    if status == EXIT_INTERRUPTED:
+        storage.wait_s = 0.0  # the results are not worth waiting for a server that is unavailable
     with streams.ignore_broken_pipe():
         try:
-            keeper.say = say  # the table is closed
-            keeper.write()
+            note_writer.say = say  # the view is closed
+            note_writer.write()
             listing.print_rows(storage, shown, plain=plain)
             progress = study_progress(storage)
-            for study in working:
-                for parked in parked_slots(storage, study.study_id)[:1]:
+            for study_id, name in names.items():
+                for parked in parked_slots(storage, study_id)[:1]:
                     status = status or 1
-                    say(f"{study.name}: {progress[study.study_id].parked} parked, the first with: {parked.error}")
+                    say(f"{name}: {progress[study_id].parked} parked, the first with: {parked.error}")
         except DatabaseUnavailable as error:
             status = status or 1
             say(str(error))
@@ -92,7 +95,7 @@ def run_workers(
 
 
 def _log_folder(config: Config) -> Path:
-    """A fresh folder for the logs of this run. Raises ConfigError."""
+    """Make a new folder for the logs of this run. Raises ConfigError."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
         for suffix in ("", *(f"-{n}" for n in range(1, 100))):
@@ -105,6 +108,6 @@ def _log_folder(config: Config) -> Path:
     raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: too many runs in one second")
 
 
-def _absolute(config: Config) -> Config:
-    """With paths that hold in a child whatever its folder."""
+def _with_absolute_paths(config: Config) -> Config:
+    """The settings with paths that do not depend on the folder a worker runs in."""
     return replace(config, hyperparams=replace(config.hyperparams, dir=config.hyperparams.dir.resolve()))

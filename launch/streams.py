@@ -1,4 +1,4 @@
-"""stdout and stderr of a command that outlives those who read them: a closed pipe, a terminal that hung up."""
+"""stdout and stderr of a command that goes on when their reader is gone: a closed pipe, a terminal that hung up."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from typing import IO, Any
 
 
 def discard_output(stream: IO[str] | None) -> None:
-    """Have what is written to a stream from now on go nowhere: its terminal or reader is gone."""
+    """Redirect a stream to /dev/null, as its terminal or reader is gone."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
+        os.close(null)
 
 
 @contextlib.contextmanager
 def ignore_broken_pipe() -> Iterator[None]:
-    """Write to stdout and stderr, and go on where one of them cannot be written to any more."""
+    """Suppress the errors of writing to stdout or stderr whose reader is gone, also when they are flushed later."""
     with contextlib.suppress(OSError):
         yield
+    flush_output()
+
+
+def flush_output() -> None:
+    """Flush stdout and stderr; discard from now on what is written to one that cannot be written to any more."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -32,7 +37,7 @@ def ignore_broken_pipe() -> Iterator[None]:
 
 
 class Stderr(io.TextIOBase):
-    """The stream behind stderr, until its terminal or reader is gone."""
+    """The process's stderr as a stream that discards what is written once its terminal or reader is gone."""
 
     def __init__(self) -> None:
         self._stream = sys.stderr
@@ -65,7 +70,7 @@ class Stderr(io.TextIOBase):
             discard_output(self._stream)
 
     def size(self) -> tuple[int, int]:
-        """Columns and lines; a terminal that does not know says 0."""
+        """Columns and lines of the terminal; 80 and 24 where it does not say."""
         try:
             columns, lines = os.get_terminal_size(self.fileno())
         except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""One child a device: starts the workers of this machine, restarts those that crash, passes signals on.
+"""Starts one worker process per device, restarts workers that crash, and passes signals on to them.
 
-Knows processes and the slots' counts. Knows nothing of trials, models or what a worker does.
+It knows processes and exit statuses, and frees the slots of a dead worker; it knows nothing of trials or models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Protocol
+from typing import Protocol
 
 from launch.devices import DeviceSlot
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
@@ -24,14 +24,14 @@ from storage import DatabaseUnavailable, slots
 from storage.retrying import RetryingStorage
 
 POLL_S = 0.2
-MAX_CRASHES = 3  # of one device
+MAX_CRASHES = 3  # of one worker within the window before it is no longer restarted
 CRASH_WINDOW_S = 600.0
-SECOND_SIGNAL_GRACE_S = 0.5  # a worker inside a long network call cannot hear a signal
-REPORTER_GRACE_S = 0.3  # after a second signal, for what it has yet to write
+SECOND_SIGNAL_GRACE_S = 0.5  # a worker inside a long forward pass does not notice a signal
+REPORTER_GRACE_S = 0.3  # after that, for the reporter to write what it has left
 
 
 class Process(Protocol):
-    """What is asked of a running worker, as of a subprocess.Popen."""
+    """The methods of subprocess.Popen that the supervisor uses, so that a worker on a cluster can stand in for one."""
 
     def poll(self) -> int | None: ...
     def wait(self, timeout: float | None = None) -> int: ...
@@ -42,20 +42,20 @@ class Process(Protocol):
 
 @dataclass
 class Child:
-    """The worker of one device_slot, through its restarts."""
+    """The worker of one device slot, across its restarts. Times are of time.monotonic()."""
 
     number: int
     device_slot: DeviceSlot
     log: Path
-    process: Process | None = None
-    name: str = ""  # HOST:PID of its process
-    status: int | None = None  # its last exit status, once it is not to be started again
-    crashes: list[float] = field(default_factory=list)
-    start_at: float = 0.0
+    process: Process | None = None  # None: not started yet, waiting for a restart, or ended
+    name: str = ""  # HOST:PID of the process that was started last
+    exit_status: int | None = None  # the final one; None while the worker runs or is to be restarted
+    crash_times: list[float] = field(default_factory=list)  # within the last CRASH_WINDOW_S
+    start_at: float = 0.0  # not started before
 
 
 class DatabaseReporter(threading.Thread):
-    """Talks to the database, so that the supervisor hears signals and starts workers while no server answers."""
+    """Talks to the database, so that the supervisor handles signals and restarts even while no server answers."""
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class DatabaseReporter(threading.Thread):
         self._ended = threading.Event()
 
     def free_slots_of(self, worker: str) -> None:
-        """The dead worker's slots need not wait for their lease to run out."""
+        """Free the slots of a dead worker now instead of when their leases run out."""
         self._dead.append(worker)
 
     def end(self) -> None:
-        """Write what is left and stop; `join` waits for it."""
+        """Ask the thread to write what is left and stop; `join` waits for it."""
         self._ended.set()
 
     def run(self) -> None:
@@ -93,15 +93,15 @@ class DatabaseReporter(threading.Thread):
 
 
 class Supervisor:
-    """Runs the workers of this machine until none has anything left to do.
+    """Runs the workers of this machine until all have ended.
 
-    environment: what the children get beside their device, such as the storage's URL.
-    say: one line for the user. report: called again and again, to tell how far the run is.
+    environment: variables that the children get beside those of their device, such as the storage's URL.
+    say: prints one line to the user. report: called several times a second to show how the run stands.
     """
 
     def __init__(
         self,
-        job: RunPlan,
+        plan: RunPlan,
         folder: Path,
         device_slots: Sequence[DeviceSlot],
         storage: RetryingStorage,
@@ -116,41 +116,42 @@ class Supervisor:
         self.reporter = DatabaseReporter(storage, study_ids, say=say, report=report)
         self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
         self.children = [
-            Child(number=n, device_slot=device_slot, log=folder / f"worker-{n}.log")
-            for n, device_slot in enumerate(device_slots)
+            Child(number=number, device_slot=slot, log=folder / f"worker-{number}.log")
+            for number, slot in enumerate(device_slots)
         ]
         self.signals = 0
         self.second_signal_at = 0.0
-        job.write(folder)
+        plan.write(folder)
 
     def run(self) -> int:
-        """Returns the exit status: 0 done, 1 a worker gave up, 130 interrupted."""
+        """Run until every worker has ended. Returns the exit status: 0 done, 1 a worker failed, 130 interrupted."""
         self.reporter.start()
-        heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        handled = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            heard.remove(signal.SIGHUP)  # nohup: the run outlives its terminal
-        previous = {number: signal.signal(number, self._on_signal) for number in heard}
+            handled.remove(signal.SIGHUP)  # under nohup the run outlives its terminal
+        previous = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
-            while any(child.status is None for child in self.children):
+            while any(child.exit_status is None for child in self.children):
                 for child in self.children:
-                    self._look_after(child)
+                    self._update(child)
                 self._kill_unresponsive()
                 time.sleep(POLL_S)
         finally:
-            self._end_all()
-            self._end_database_reporter()
+            self._end_children()
+            self._end_reporter()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.signals:
             return EXIT_INTERRUPTED
-        return 0 if all(child.status == EXIT_DONE for child in self.children) else 1
+        return 0 if all(child.exit_status == EXIT_DONE for child in self.children) else 1
 
-    def _look_after(self, child: Child) -> None:
-        if child.status is not None:
+    def _update(self, child: Child) -> None:
+        """Start the child if it is time to; if it has ended, note its exit status or plan its restart."""
+        if child.exit_status is not None:
             return
         if child.process is None:
             if self.signals:
-                child.status = EXIT_INTERRUPTED
+                child.exit_status = EXIT_INTERRUPTED
             elif time.monotonic() >= child.start_at:
                 self._start(child)
             return
@@ -159,31 +160,33 @@ class Supervisor:
             return
         child.process = None
         if status in (EXIT_DONE, EXIT_INTERRUPTED):
-            child.status = status
+            child.exit_status = status
             return
         self.reporter.free_slots_of(child.name)
         if status == EXIT_ERROR:
             self.say(f"worker {child.number} ({child.device_slot.device}): {last_line(child.log)}")
-            child.status = status
+            child.exit_status = status
             return
-        self._crashed(child, status)
+        self._handle_crash(child, status)
 
-    def _crashed(self, child: Child, status: int) -> None:
+    def _handle_crash(self, child: Child, status: int) -> None:
         now = time.monotonic()
-        child.crashes = [at for at in child.crashes if now - at < CRASH_WINDOW_S] + [now]
-        what = f"worker {child.number} ({child.device_slot.device}) {self._how(status)}"
+        child.crash_times = [at for at in child.crash_times if now - at < CRASH_WINDOW_S] + [now]
+        crash = f"worker {child.number} ({child.device_slot.device}) {self._describe_exit(status)}"
         if self.signals:
-            child.status = EXIT_INTERRUPTED
-        elif len(child.crashes) >= MAX_CRASHES:
-            child.status = 1
-            self.say(f"{what}, {MAX_CRASHES} times in {CRASH_WINDOW_S / 60:.0f} minutes: given up; see {child.log}")
+            child.exit_status = EXIT_INTERRUPTED
+        elif len(child.crash_times) >= MAX_CRASHES:
+            child.exit_status = EXIT_ERROR
+            limit = f"crash {MAX_CRASHES} within {CRASH_WINDOW_S / 60:.0f} minutes"
+            self.say(f"{crash}; not restarting it after {limit}; see {child.log}")
         else:
-            wait_s = 2.0 ** len(child.crashes) - 1
+            wait_s = 2.0 ** len(child.crash_times) - 1
             child.start_at = now + wait_s
-            self.say(f"{what}; starting it again in {wait_s:.0f} s; see {child.log}")
+            self.say(f"{crash}; restarting in {wait_s:.0f} s; see {child.log}")
 
-    def _how(self, status: int) -> str:
-        return f"died of signal {signal.Signals(-status).name}" if status < 0 else f"died of status {status}"
+    def _describe_exit(self, status: int) -> str:
+        """How the worker ended, in words that follow its name; a negative status is a signal's number."""
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
     def _start(self, child: Child) -> None:
         with child.log.open("ab") as log:
@@ -206,26 +209,28 @@ class Supervisor:
                 if child.process is not None:
                     child.process.send_signal(signal.SIGTERM)
         if self.signals == 1:
-            self.say("stopping after the trials at hand; once more to stop at once")
+            self.say("stopping after the trials in progress; press Ctrl-C again to stop at once")
 
     def _kill_unresponsive(self) -> None:
-        if not self._is_late(SECOND_SIGNAL_GRACE_S):
+        """After the second signal, kill the workers that have not ended within the grace period."""
+        if not self._is_past_second_signal(SECOND_SIGNAL_GRACE_S):
             return
         for child in self.children:
             if child.process is not None and child.process.poll() is None:
                 child.process.kill()
 
-    def _is_late(self, seconds: float) -> bool:
-        """Whether a second signal came so long ago."""
+    def _is_past_second_signal(self, seconds: float) -> bool:
+        """Whether the second signal came at least this many seconds ago."""
         return self.signals >= 2 and time.monotonic() - self.second_signal_at >= seconds
 
-    def _end_database_reporter(self) -> None:
+    def _end_reporter(self) -> None:
+        """Let the reporter write what it has left, without limit unless a second signal comes."""
         self.reporter.end()
-        while self.reporter.is_alive() and not self._is_late(SECOND_SIGNAL_GRACE_S + REPORTER_GRACE_S):
+        while self.reporter.is_alive() and not self._is_past_second_signal(SECOND_SIGNAL_GRACE_S + REPORTER_GRACE_S):
             self.reporter.join(POLL_S / 2)
 
-    def _end_all(self) -> None:
-        """Whatever ended the loop, no worker outlives it."""
+    def _end_children(self) -> None:
+        """Terminate the workers that still run, so that none outlives the supervisor's loop whatever ended it."""
         for child in self.children:
             if child.process is not None and child.process.poll() is None:
                 child.process.terminate()
@@ -239,13 +244,8 @@ class Supervisor:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a worker's log, without its time."""
+    """The last line of a worker's log, without its time and level."""
     with path.open("rb") as file:
-        lines = _tail(file).decode(errors="replace").strip().splitlines()
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1].split(" E ", 1)[-1] if lines else "no output"
-
-
-def _tail(file: IO[bytes], size: int = 4096) -> bytes:
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - size))
-    return file.read()

@@ -1,6 +1,6 @@
-"""The pull loop: one process on one device claims slots and does them until none is left.
+"""The worker process: on one device, claims slots of the run's studies one by one and works on them until none is left.
 
-Started by the supervisor as `python -m launch.worker RUN_FOLDER NUMBER`, its device already in its environment.
+The supervisor starts it as `python -m launch.worker RUN_FOLDER NUMBER`, with its device selected by the environment.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from studies.study import Study, StudyRun
 
 log = logging.getLogger("worker")
 
-EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is what Python gives a traceback
-FAILURES_IN_A_ROW = 5  # on one study: then it is the study, not the slots
+EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of Python after a traceback
+MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class Interrupted(BaseException):
-    """A second signal: fail the trial at once. Not an Exception, so that nothing takes it for an error."""
+    """A second signal came: fail the trial at once. Not an Exception, so that no handler of errors catches it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What the supervisor wrote for its workers: `run.json` in the run folder. Holds no password."""
+    """What the supervisor tells its workers in `run.json` in the run folder. Holds no password."""
 
     config: Config
-    series: Mapping[str, str]  # the file of each symbol
-    studies: tuple[str, ...]  # names of the studies of this run
-    devices: tuple[str, ...]  # the device of each worker
+    series: Mapping[str, str]  # the file of bars by symbol
+    studies: tuple[str, ...]  # names of the run's studies
+    devices: tuple[str, ...]  # by worker
 
     def write(self, folder: Path) -> None:
         values = {
@@ -74,25 +74,26 @@ class RunPlan:
         )
 
 
-class Stopping:
-    """The signals so far: the first asks to stop after this slot, the second to stop at once.
+class StopRequest:
+    """Handles signals: the first one requests a stop after the current slot, a second one raises Interrupted.
 
-    SIGHUP says that the supervisor died. It only asks: the kernel sends it once for every thread the supervisor had.
+    SIGHUP means that the supervisor died. It never interrupts, as the kernel sends it for each of the supervisor's
+    threads.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number != signal.SIGHUP:
+        if self.received and number != signal.SIGHUP:
             raise Interrupted
-        self.asked = True
+        self.received = True
 
 
 class LeaseKeeper(threading.Thread):
-    """Renews the lease of the slot at hand, and frees those whose worker fell silent."""
+    """Renews the lease of the worker's current slot, and frees slots whose lease has run out."""
 
     def __init__(self, storage: RetryingStorage, study_ids: Sequence[int], lease_s: float) -> None:
         super().__init__(name="lease-keeper", daemon=True)
@@ -101,7 +102,7 @@ class LeaseKeeper(threading.Thread):
         self._ended = threading.Event()
 
     def hold(self, slot: Slot | None) -> None:
-        """Renew this slot's lease from now on; None: no slot's."""
+        """Renew the lease of this slot from now on; None: of no slot."""
         self._claim = slot.claim if slot else None
 
     def end(self) -> None:
@@ -114,74 +115,74 @@ class LeaseKeeper(threading.Thread):
                     slots.renew(self._storage, claim, lease_s=self._lease_s)
                 slots.reap(self._storage, self._study_ids)
             except DatabaseUnavailable as error:
-                log.warning("%s", error)  # the main thread's next statement says the same and ends the worker
+                log.warning("%s", error)  # the main thread's next statement fails too and ends the worker
 
 
 class Worker:
-    """One device's share of a run."""
+    """Works on the studies of a run with one device. What it has loaded stays in memory from slot to slot."""
 
-    def __init__(self, job: RunPlan, storage: RetryingStorage, device: str, stopping: Stopping) -> None:
-        self.job, self.storage, self.device, self.stopping = job, storage, device, stopping
-        self.config = job.config
+    def __init__(self, plan: RunPlan, storage: RetryingStorage, device: str, stop_request: StopRequest) -> None:
+        self.plan, self.storage, self.device, self.stop_request = plan, storage, device, stop_request
+        self.config = plan.config
         self.name = database.worker_name()
-        named = {study.name: study for study in studying.list_studies(storage)}
-        self.studies = {named[name].study_id: named[name] for name in job.studies if name in named}
+        by_name = {study.name: study for study in studying.list_studies(storage)}
+        self.studies = {by_name[name].study_id: by_name[name] for name in plan.studies if name in by_name}
         self.forecasters: dict[str, LoadedForecaster] = {}
         self.evaluators: dict[str, Evaluator] = {}
         self.series: dict[str, Series] = {}
         self.runs: dict[int, StudyRun] = {}
-        self.failures: dict[int, int] = {}
+        self.failures: dict[int, int] = {}  # in a row, by study id
         self.presence = slots.StudyPresence(storage)
-        self.last: Slot | None = None  # that it finished
-        self.keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
+        self.last_finished: Slot | None = None
+        self.lease_keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
 
     def work(self) -> int:
-        """Until every study is done, or a signal came. Returns the exit status."""
+        """Work until every study is finished or a signal requests a stop. Returns the exit status."""
         for model in sorted({study.model for study in self.studies.values()}):
-            self.evaluators[model] = self._load(model)  # warm before the first claim
-        watch = working.StageClock(self.storage, self.evaluators.values())
-        self.keeper.start()
+            self.evaluators[model] = self._load(model)  # before the first claim, so that loading holds no slot
+        clock = working.StageClock(self.storage, self.evaluators.values())
+        self.lease_keeper.start()
         try:
             study_id: int | None = None
-            while not self.stopping.asked:
-                # The run is made ready before the claim: bad bars must not hold a slot.
-                run = None if study_id is None else self._run(study_id)
+            while not self.stop_request.received:
+                # The study is prepared before the claim, so that unreadable bars hold no slot.
+                run = None if study_id is None else self._run_of(study_id)
                 slot = None if run is None else self._claim(run.study.study_id)
                 if run is not None and slot is not None:
-                    self._do(run, slot, watch)
+                    self._work_on(run, slot, clock)
                     continue
                 self.presence.leave()
-                study_id = self._choose()
+                study_id = self._choose_study()
                 if study_id is None:
-                    if self._all_done():
-                        if self.last is not None:  # what it waited for at the end
-                            slots.add_seconds(self.storage, self.last, watch.lap())
+                    if self._all_finished():
+                        if self.last_finished is not None:  # the time it was idle since then
+                            slots.add_seconds(self.storage, self.last_finished, clock.lap())
                         return EXIT_DONE
-                    with watch.timing("idle"):
-                        time.sleep(IDLE_POLL_S)  # others are at the last slots: one of them may die
+                    with clock.timing("idle"):
+                        time.sleep(IDLE_POLL_S)  # other workers have the last slots, and one of them may die
             return EXIT_INTERRUPTED
         finally:
-            self.keeper.end()
+            self.lease_keeper.end()
 
     def _claim(self, study_id: int) -> Slot | None:
         return slots.claim(self.storage, study_id, worker=self.name, lease_s=self.config.workers.lease_s)
 
-    def _choose(self) -> int | None:
-        """A study with free slots that nobody is on, else the one with most left."""
+    def _choose_study(self) -> int | None:
+        """The study with most free slots among those without a worker, else among all; None if no slot is free."""
         free = free_counts(self.storage, list(self.studies))
-        by_most_left = sorted(free, key=lambda study_id: (-free[study_id], study_id))
-        for study_id in by_most_left:
+        by_free_slots = sorted(free, key=lambda study_id: (-free[study_id], study_id))
+        for study_id in by_free_slots:
             if self.presence.take(study_id):
                 return study_id
-        return by_most_left[0] if by_most_left else None
+        return by_free_slots[0] if by_free_slots else None
 
-    def _all_done(self) -> bool:
+    def _all_finished(self) -> bool:
         progress = study_progress(self.storage)
         return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
-    def _do(self, run: StudyRun, slot: Slot, watch: working.StageClock) -> None:
+    def _work_on(self, run: StudyRun, slot: Slot, clock: working.StageClock) -> None:
         study = run.study
-        self.keeper.hold(slot)
+        self.lease_keeper.hold(slot)
         began = time.monotonic()
         try:
             outcome = working.work(
@@ -189,10 +190,10 @@ class Worker:
                 run,
                 slot,
                 self.evaluators[study.model],
-                attrs=self._attrs(study.model),
-                watch=watch,
+                attrs=self._trial_attrs(study.model),
+                watch=clock,
             )
-            self.last = slot
+            self.last_finished = slot
         except ForecastError as error:
             self._count_failure(study, slot, error)
             return
@@ -200,13 +201,13 @@ class Worker:
             slots.release(self.storage, slot)
             raise
         finally:
-            self.keeper.hold(None)
+            self.lease_keeper.hold(None)
         self.failures[study.study_id] = 0
         seconds = time.monotonic() - began
         log.info("%s #%d %s %s %.3fs", study.name, outcome.number, outcome.state, outcome.text, seconds)
 
-    def _attrs(self, model: str) -> dict[str, str]:
-        """What every trial says of who ran it."""
+    def _trial_attrs(self, model: str) -> dict[str, str]:
+        """User attributes of every trial: the worker and the device that ran it, and how the network was compiled."""
         compilation = self.forecasters[model].compilation
         compiled = {} if compilation == "off" else {"compilation": compilation}
         return {"worker": self.name, "device": self.device, **compiled}
@@ -215,23 +216,23 @@ class Worker:
         log.error("%s slot %d failed: %s", study.name, slot.number, error)
         slots.fail(self.storage, slot, str(error))
         self.failures[study.study_id] = self.failures.get(study.study_id, 0) + 1
-        if self.failures[study.study_id] >= FAILURES_IN_A_ROW:
-            reason = f"{FAILURES_IN_A_ROW} failures in a row: {error}"
+        if self.failures[study.study_id] >= MAX_FAILURES_IN_A_ROW:
+            reason = f"{MAX_FAILURES_IN_A_ROW} failures in a row: {error}"
             slots.park_study(self.storage, study.study_id, reason)
             log.error("%s parked: %s", study.name, reason)
 
-    def _run(self, study_id: int) -> StudyRun:
+    def _run_of(self, study_id: int) -> StudyRun:
         if study_id not in self.runs:
             study = self.studies[study_id]
             evaluator = self.evaluators[study.model]
             self.runs[study_id] = studying.start(
-                self.storage, self.config, study, self._read(study.symbol), evaluator.forecaster.fingerprint
+                self.storage, self.config, study, self._series_of(study.symbol), evaluator.forecaster.fingerprint
             )
         return self.runs[study_id]
 
-    def _read(self, symbol: str) -> Series:
+    def _series_of(self, symbol: str) -> Series:
         if symbol not in self.series:
-            path = Path(self.job.series[symbol])
+            path = Path(self.plan.series[symbol])
             bars, _ = read_bars(path)
             self.series[symbol] = Series(symbol=symbol, path=path, bars=bars)
         return self.series[symbol]
@@ -240,41 +241,45 @@ class Worker:
         forecaster = self.forecasters[model] = evaluators.load_forecaster(self.config, model, device=self.device)
         dtype = self.config.compile.dtype
         log.info("%s on %s, %s, compilation %s", model, self.device, dtype, forecaster.compilation)
-        size = cache_bytes(self.config, workers=len(self.job.devices))
+        size = cache_bytes(self.config, workers=len(self.plan.devices))
         return evaluators.evaluator_of(self.config, forecaster, cache_bytes=size)
 
 
 def cache_bytes(config: Config, *, workers: int, memory: int | None = None) -> int:
-    """How many bytes of encoded windows each model's evaluator of each of this machine's workers may keep."""
-    a_worker = config.workers.cache_mib * 2**20
-    if not a_worker:
-        a_worker = (memory or devices.memory_bytes()) // 4 // workers
-    return a_worker // len(config.search.models)
+    """The size of an evaluator's cache of encoded windows; each worker has one evaluator per model.
+
+    workers: how many share this machine. memory: the machine's, in bytes; by default what this process may use.
+    """
+    per_worker = config.workers.cache_mib * 2**20
+    if not per_worker:
+        per_worker = (memory or devices.memory_bytes()) // 4 // workers
+    return per_worker // len(config.search.models)
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGHUP when the supervisor dies, kill -9 included: no orphan goes on unseen."""
+    """Have the kernel send SIGHUP when the supervisor dies, kill -9 included, so that no worker is orphaned."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the worker with the command line's RUN_FOLDER and NUMBER. Returns the exit status."""
     folder, number = Path(arguments[0]), int(arguments[1])
     die_with_parent()
-    stopping = Stopping()
+    stop_request = StopRequest()
     if os.getppid() != int(os.environ["STUDIES_SUPERVISOR_PID"]):
-        return EXIT_INTERRUPTED  # it died before the kernel was asked
+        return EXIT_INTERRUPTED  # the supervisor died before the kernel was asked
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
     database.quiet_optuna()
     try:
-        job = RunPlan.read(folder)
-        # Patient: the supervisor has used this URL, and may start a worker again while the server is away.
+        plan = RunPlan.read(folder)
+        # Patient: the supervisor has used this URL, and may restart a worker while the server is unavailable.
         storage = database.open_storage(
-            os.environ["OPTUNA_STORAGE"], wait_s=job.config.storage.wait_s, create=False, patient=True
+            os.environ["OPTUNA_STORAGE"], wait_s=plan.config.storage.wait_s, create=False, patient=True
         )
-        return Worker(job, storage, job.devices[number], stopping).work()
+        return Worker(plan, storage, plan.devices[number], stop_request).work()
     except ExpectedError as error:
         log.error("%s", error)
         return EXIT_ERROR

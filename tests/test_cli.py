@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -338,10 +339,36 @@ def test_the_private_server_is_started_used_and_stopped(
     assert studies("stop").stdout == "not running\n"
 
 
-@pytest.mark.parametrize("command", [cli.launch_workers, cli.promote, *cli.studies.commands.values()])
+COMMANDS = [cli.launch_workers, cli.promote, *cli.studies.commands.values()]
+
+
+def ask(command: click.Command, option: str) -> str:
+    """What a command prints for an option, called as from a shell."""
+    is_part = command in cli.studies.commands.values()
+    result = CliRunner().invoke(cli.studies if is_part else command, [*([str(command.name)] * is_part), option])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_every_command_has_help_with_an_example(command: click.Command) -> None:
-    text = CliRunner().invoke(command, ["--help"]).stdout
+    text = ask(command, "--help")
     assert command.help
     assert "--config" in text
     assert "STUDIES_CONFIG" in text
     assert f"studies {command.name}" in text or f"\n  {command.name} " in text
+
+
+@pytest.mark.parametrize("command", [cli.studies, *COMMANDS], ids=lambda command: command.name)
+def test_every_command_knows_h_and_version(command: click.Command) -> None:
+    assert ask(command, "-h") == ask(command, "--help")
+    assert ask(command, "--version") == f"forecast-studies, version {version('forecast-studies')}\n"
+
+
+def test_the_help_of_studies_lists_each_command_once_under_a_heading() -> None:
+    lines = ask(cli.studies, "--help").splitlines()
+    first, second = lines.index("Look at and keep studies:"), lines.index("The server and the machine:")
+    listed = [line.split()[0] for line in (*lines[first + 1 : second], *lines[second + 1 :]) if line]
+    assert listed[:2] == ["list", "show"]
+    assert sorted(listed) == sorted(cli.studies.commands)
+    assert "Commands:" not in lines

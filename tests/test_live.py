@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pyte
 import pytest
 from places import RunPlace as Place
@@ -29,7 +30,8 @@ from rich.console import Console
 from launch.devices import DeviceSlot, cpu_slot
 from launch.supervisor import Child
 from launch.views import live
-from launch.views.live import GpuMemory, Rates, RunWatcher, State, StudyLine, WorkerLine, view
+from launch.views.live_table import RunState, StudyLine, WorkerLine, render
+from launch.views.run_watcher import GpuMemory, Rates, RunWatcher
 from storage import embedded, slots, study_rows
 
 HIDE_CURSOR = b"\x1b[?25l"
@@ -144,7 +146,7 @@ def launch(place: Place, *words: str, columns: int = 80, lines: int = 40) -> Ter
 
 
 STUDY = re.compile(r"(NASDAQ|SP500)/toto\S* +(\d+)/(\d+) .*")
-WORKER = re.compile(r"([01])( cpu)? +((NASDAQ|SP500)/toto\S* +)?(trial \d+/\d+|confirmation|waits|done)\b.*")
+WORKER = re.compile(r"([01])( cpu)? +((NASDAQ|SP500)/toto\S* +)?(trial \d+/\d+|confirmation|waiting|done)\b.*")
 BAR = re.compile(r"[━╸╺]+  (\d+)/(\d+)  .* left")
 
 
@@ -169,7 +171,7 @@ def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
     ends = [line for line in lines if re.match(rf"(NASDAQ|SP500)/toto\S* +finished +{trials}/{trials} ", line)]
     assert len(ends) == 2, "\n".join(lines)
     assert matches(terminal.lines(), BAR) == []
-    assert not any(re.match("(worker|study) +(study|at|trials)", line) for line in lines[-terminal.screen.lines :])
+    assert not any(re.match("(worker|study) +(study|task|trials)", line) for line in lines[-terminal.screen.lines :])
     assert HIDE_CURSOR not in terminal.written
     assert not terminal.screen.cursor.hidden
 
@@ -187,8 +189,8 @@ def test_a_run_on_a_terminal(place: Place) -> None:
 
     killed = workers_of(terminal.process.pid)[0]
     os.kill(killed, signal.SIGKILL)
-    text = "".join(terminal.wait_for(lambda now: any("died of signal SIGKILL" in line for line in now)))
-    assert re.search(r"worker \d \(cpu\) died of signal SIGKILL; starting it again in 1 s; see \S+/worker-\d.log", text)
+    text = "".join(terminal.wait_for(lambda now: any("was killed by SIGKILL" in line for line in now)))
+    assert re.search(r"worker \d \(cpu\) was killed by SIGKILL; restarting in 1 s; see \S+/worker-\d.log", text)
     assert_ended(terminal, terminal.end(0), 150)
     place.assert_exact(150, "SP500", "NASDAQ")
 
@@ -208,7 +210,7 @@ def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(plac
     time.sleep(1.5)
     terminal.wait_for(is_drawn)
     os.write(terminal.master, b"\x03")
-    terminal.wait_for(lambda now: "stopping after the trials at hand; once more to stop at once" in now)
+    terminal.wait_for(lambda now: "stopping after the trials in progress; press Ctrl-C again to stop at once" in now)
     lines = terminal.end(130)
     assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/toto\S* +running +\d+/2000 ", line)]) == 2
     assert matches(terminal.lines(), BAR) == []
@@ -230,7 +232,7 @@ def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:
         time.sleep(0.5)
     lines = terminal.end(130)
     said = [line for line in lines if line]
-    assert said[-1] == "stopping after the trials at hand; once more to stop at once"  # below it, nothing
+    assert said[-1] == "stopping after the trials in progress; press Ctrl-C again to stop at once"  # below it, nothing
     assert HIDE_CURSOR not in terminal.written
     place.wait_for("select count(*) from trials where state = 'RUNNING'", 0, seconds=0)
 
@@ -316,10 +318,10 @@ def test_a_run_on_a_ray_cluster_has_the_same_table(place: Place, nodes: Nodes) -
 # --- the table alone ------------------------------------------------------------------------------------------
 
 
-def state(workers: int, studies: int, *, at_work: int = 2, elsewhere: int = 0) -> State:
+def state(workers: int, studies: int, *, active: int = 2, other_workers: int = 0) -> RunState:
     def worker(n: int) -> WorkerLine:
-        study, at = f"SYM{n}/toto@2026-03-19", f"trial {n}/100"
-        return WorkerLine(number=n, device=f"gpu {n}", study=study, at=at, rate=0.3, memory="12.3/80 GiB")
+        study, task = f"SYM{n}/toto@2026-03-19", f"trial {n}/100"
+        return WorkerLine(number=n, device=f"gpu {n}", study=study, task=task, rate=0.3, memory="12.3/80 GiB")
 
     def study(n: int) -> StudyLine:
         return StudyLine(
@@ -330,14 +332,14 @@ def state(workers: int, studies: int, *, at_work: int = 2, elsewhere: int = 0) -
             open=100 - n % 101,
             best=0.012345,
             incumbent=0.0125,
-            rate=0.1 if n < at_work else None,
-            at_work=n < at_work,
+            rate=0.1 if n < active else None,
+            active=n < active,
         )
 
-    return State(
+    return RunState(
         workers=[worker(n) for n in range(workers)],
         studies=[study(n) for n in range(studies)],
-        elsewhere=elsewhere,
+        other_workers=other_workers,
         rate=1.5,
     )
 
@@ -351,20 +353,20 @@ def drawn(table: Any, columns: int, lines: int) -> list[str]:
 
 @pytest.mark.parametrize(("workers", "studies"), [(1, 1), (2, 4), (8, 500), (64, 500), (64, 1), (1, 60)])
 def test_the_table_fits_every_terminal(workers: int, studies: int) -> None:
-    shown = state(workers, studies, elsewhere=3)
+    shown = state(workers, studies, other_workers=3)
     for columns in (20, 40, 60, 80, 132, 200):
         for lines in (2, 5, 8, 12, 24, 50, 90):
-            table = drawn(view(shown, columns, lines), columns, lines)
+            table = drawn(render(shown, columns, lines), columns, lines)
             assert len(table) < max(2, lines)
             assert all(len(line) <= columns for line in table)
             assert f"{shown.done}/{shown.budget}" in table[-1]
 
 
 def test_what_has_no_room_is_counted() -> None:
-    table = drawn(view(state(2, 500), 80, 24), 80, 24)
+    table = drawn(render(state(2, 500), 80, 24), 80, 24)
     assert [line.split("/")[0] for line in table if line.startswith("SYM")] == ["SYM0", "SYM1"]
-    assert table[-3].startswith("and 498 other studies: 4 done, 490 under way, 4 to come")
-    table = drawn(view(state(64, 2, elsewhere=1), 80, 24), 80, 24)
+    assert table[-3].startswith("and 498 other studies: 4 done, 490 in progress, 4 not started")
+    table = drawn(render(state(64, 2, other_workers=1), 80, 24), 80, 24)
     workers = [int(line.split()[0]) for line in table if line[:1].isdigit()]
     (others,) = [line for line in table if "more workers" in line]
     assert workers == list(range(len(workers)))
@@ -372,15 +374,15 @@ def test_what_has_no_room_is_counted() -> None:
 
 
 def test_wide_terminals_say_more() -> None:
-    wide, narrow = (drawn(view(state(2, 2), columns, 40), columns, 40) for columns in (120, 44))
+    wide, narrow = (drawn(render(state(2, 2), columns, 40), columns, 40) for columns in (120, 44))
     assert wide[0].split("  ")[0] == "worker"
-    assert "GPU memory" in wide[0]
+    assert "VRAM" in wide[0]
     assert "SYM0/toto@2026-03-19" in wide[1]
-    assert "GPU memory" not in narrow[0]
+    assert "VRAM" not in narrow[0]
     assert narrow[1].split() == ["0", "SYM0/toto", "trial", "0/100", "18.0/min"]
 
 
-def test_what_workers_and_studies_are_at(place: Place) -> None:
+def test_tasks_of_workers_and_states_of_studies(place: Place) -> None:
     storage = place.storage
 
     def fill(connection: Any, study_id: int) -> None:
@@ -396,35 +398,35 @@ def test_what_workers_and_studies_are_at(place: Place) -> None:
     children = [
         Child(number=0, device_slot=cpu_slot(), log=place.folder, process=process, name=f"{host}:1"),
         Child(number=1, device_slot=gpu, log=place.folder, process=process, name="node7:2"),
-        Child(number=2, device_slot=cpu_slot(), log=place.folder, status=1),
-        Child(number=3, device_slot=cpu_slot(), log=place.folder, crashes=[0.0], start_at=time.monotonic() + 3.0),
-        Child(number=4, device_slot=cpu_slot(), log=place.folder, status=0, name=f"{host}:5"),
+        Child(number=2, device_slot=cpu_slot(), log=place.folder, exit_status=1),
+        Child(number=3, device_slot=cpu_slot(), log=place.folder, crash_times=[0.0], start_at=time.monotonic() + 3.0),
+        Child(number=4, device_slot=cpu_slot(), log=place.folder, exit_status=0, name=f"{host}:5"),
     ]
     watch = RunWatcher(storage, {first: names[0], second: names[1]})
     watch.children = children
     claimed = slots.claim(storage, first, worker=f"{host}:1", lease_s=60)
     assert claimed is not None
-    shown = watch.look()
-    assert [(line.device, line.study, line.at) for line in shown.workers] == [
+    shown = watch.read()
+    assert [(line.device, line.study, line.task) for line in shown.workers] == [
         ("cpu", names[0], "incumbent"),
-        ("gpu 1 on node7", "", "starts"),
-        ("cpu", "", "given up"),
-        ("cpu", "", "again in 3 s"),
+        ("gpu 1 on node7", "", "starting"),
+        ("cpu", "", "failed"),
+        ("cpu", "", "restarting in 3 s"),
         ("cpu", "", "done"),
     ]
-    assert [(line.name, line.done, line.budget, line.at_work) for line in shown.studies] == [
+    assert [(line.name, line.done, line.budget, line.active) for line in shown.studies] == [
         (names[0], 0, 3, True),
         (names[1], 0, 3, False),
     ]
-    assert (shown.elsewhere, shown.rate) == (0, None)
+    assert (shown.other_workers, shown.rate) == (0, None)
 
     slots.finish(storage, claimed, result={"validation": {"mae": 0.0125}})
     for worker in (f"{host}:1", "elsewhere:9"):
         assert slots.claim(storage, first, worker=worker, lease_s=60) is not None
     children[0].name = f"{host}:11"  # it was killed and is there again, its slot is not free yet
-    shown = watch.look()
-    assert (shown.workers[0].study, shown.workers[0].at) == ("", "starts")
-    assert shown.elsewhere == 1
+    shown = watch.read()
+    assert (shown.workers[0].study, shown.workers[0].task) == ("", "starting")
+    assert shown.other_workers == 1
     assert shown.studies[0].incumbent == 0.0125
     assert (shown.studies[0].state, shown.studies[1].state) == ("-", "-")
 
@@ -441,31 +443,54 @@ def test_rates_are_of_late_and_of_long_enough() -> None:
     assert rates.of("c", 0.0) is None
 
 
-def test_gpu_memory_is_asked_for_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\nsleep 0.3\necho '0, GPU-8f6d-11, 1536, 81920'\necho '1, GPU-77aa-22, [N/A], [N/A]'\n")
-    driver.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_gpu_memory_is_read_beside_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [("GPU-8f6d-11", 1536), ("GPU-77aa-22", None), ("GPU-55bb-33", 2048)]  # the last is split by MIG
+
+    def used(index: int, version: int) -> Any:
+        if (mib := gpus[index][1]) is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return SimpleNamespace(used=mib * 2**20, total=80 * 2**30)
+
+    def mig_mode(index: int) -> list[int]:
+        if index == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [int(index == 2), 0]
+
+    driver_answers = threading.Event()
+    monkeypatch.setattr(pynvml, "nvmlInit", driver_answers.wait)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(gpus))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda index: gpus[index][0])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMigMode", mig_mode)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", used)
     memory = GpuMemory()
-    began = time.monotonic()
-    assert memory.of("0") == ""
-    assert time.monotonic() - began < 0.3
+    assert memory.of("0") == ""  # not known yet, and not waited for
+    driver_answers.set()
     deadline = time.monotonic() + 30
     while memory.of("0") != "1.5/80 GiB":
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert memory.of("GPU-8f6d") == "1.5/80 GiB"
-    assert memory.of("1") == memory.of("MIG-1") == ""
+    assert memory.of("1") == memory.of("2") == memory.of("GPU-55bb") == memory.of("MIG-1") == ""
     memory.end()
+    memory._reader.join(5)
+    assert not memory._reader.is_alive()
 
 
-def test_no_driver_no_gpu_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert GpuMemory().of("0") == ""
+def test_no_driver_no_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
+    memory = GpuMemory()
+    assert memory.of("0") == ""
+    memory._reader.join(5)
+    assert not memory._reader.is_alive()
+    assert memory.of("0") == ""
 
 
 def test_lines_are_said_from_a_signal_handler_in_the_middle_of_another(capfd: pytest.CaptureFixture[str]) -> None:
-    shown = live.View(SimpleNamespace(), {})  # pyright: ignore[reportArgumentType] - it is not asked to look
+    shown = live.LiveView(SimpleNamespace(), {})  # pyright: ignore[reportArgumentType] - it is not asked to read
     previous = signal.signal(signal.SIGALRM, lambda *_: shown.say("from the handler"))
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
@@ -481,22 +506,22 @@ def test_lines_are_said_from_a_signal_handler_in_the_middle_of_another(capfd: py
     assert "from the handler" in lines
 
 
-def test_one_slow_look_holds_nothing_back_two_in_a_row_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_slow_read_delays_nothing_two_in_a_row_do(monkeypatch: pytest.MonkeyPatch) -> None:
     now, durations = 100.0, [0.5, 0.1, 0.5, 0.5]
 
-    def look() -> None:
+    def read() -> None:
         nonlocal now
         now += durations.pop(0)
 
     monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now))
-    shown = live.View(SimpleNamespace(), {})  # pyright: ignore[reportArgumentType] - its looks are ours
-    monkeypatch.setattr(shown._watch, "look", look)
+    shown = live.LiveView(SimpleNamespace(), {})  # pyright: ignore[reportArgumentType] - its reads are ours
+    monkeypatch.setattr(shown._watcher, "read", read)
     pauses = []
     while durations:
         shown()
-        pauses.append(round(shown._look_at - now, 6))
-        before, now = len(durations), shown._look_at - 0.01
+        pauses.append(round(shown._next_read_at - now, 6))
+        before, now = len(durations), shown._next_read_at - 0.01
         shown()
         assert len(durations) == before  # not yet
-        now = shown._look_at
-    assert pauses == [live.REPORT_S] * 3 + [0.5 / live.LOOK_SHARE]
+        now = shown._next_read_at
+    assert pauses == [live.REPORT_S] * 3 + [0.5 / live.READ_SHARE]

@@ -76,14 +76,14 @@ def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes:
     node = nodes.add()
     assert run.stderr is not None
     said = ""
-    while "was lost with its actor or node; starting it again" not in said:
+    while "was lost with its actor or node; restarting in" not in said:
         said += (line := run.stderr.readline())
         assert line, said
     os.kill(stays, signal.SIGKILL)  # and the other worker dies in its actor
     out, rest = run.communicate(timeout=100)
     said += rest
     assert run.returncode == 0, said
-    assert "died of signal SIGKILL; starting it again" in said
+    assert "was killed by SIGKILL; restarting in" in said
     place.assert_exact(60, "SP500", "NASDAQ")
     assert "finished" in out  # the same summary
     wait_until_gone(workers_on(url), 5)
@@ -105,7 +105,7 @@ def test_signals_reach_the_actors_and_nothing_outlives_the_driver(place: Place, 
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=20)
     assert run.returncode == 130
-    assert "stopping after the trials at hand" in said
+    assert "stopping after the trials in progress" in said
     assert workers_on(url) == []
     states = {trial.state.name for symbol in ("SP500", "NASDAQ") for trial in place.trials(symbol)}
     assert states <= {"COMPLETE", "PRUNED"}
