@@ -47,7 +47,13 @@ class Search:
     objective: str
     trials: int
     rung: int
+    batch: int  # 0: as many as a rung
     prune_worst: float
+
+    @property
+    def batch_size(self) -> int:
+        """Number of windows in a forward of the network."""
+        return self.batch or self.rung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +329,7 @@ RULES: Mapping[tuple[str, str], Callable[[Any], str | None]] = {
     ("search", "models"): _models,
     ("search", "trials"): _at_least(1),
     ("search", "rung"): _at_least(1),
+    ("search", "batch"): _at_least(0),
     ("search", "prune_worst"): _share,
     ("toto", "context_length"): _counts,
     ("toto", "num_samples"): _counts,

@@ -28,8 +28,10 @@ def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: i
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
-        chunk_size=config.search.rung,
-        max_num_samples=max(spaces.sample_counts(forecaster.model, config)),
+        rung=config.search.rung,
+        batch=config.search.batch_size,
+        # Drawn ahead for later trials, of which nothing is left where nothing is kept.
+        max_num_samples=max(spaces.sample_counts(forecaster.model, config)) if cache_bytes else None,
         exact=config.search.objective == "exact",
     )
 
@@ -51,7 +53,7 @@ def loading_options(config: Config, model: str) -> dict[str, Any]:
         compile_backend=config.compile.backend,
         compile_dir=str(config.compile.dir),
         dtype=config.compile.dtype,
-        chunk=config.search.rung,
+        chunk=config.search.batch_size,
     )
     if model == "toto":
         return {"checkpoint": config.toto.checkpoint, "revision": config.toto.revision or None, "running": running}

@@ -184,7 +184,7 @@ def measurement_json(measured: Measurement, *, errors: bool = True) -> dict[str,
 
 def measurement(values: Mapping[str, Any]) -> Measurement:
     """The inverse of `measurement_json`."""
-    known = {"errors": (), "sampling_error": None, **values}
+    known = {"errors": (), "sampling_error": None, "latency_s": None, **values}
     return Measurement(**{**known, "errors": tuple(known["errors"])})
 
 

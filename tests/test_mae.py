@@ -125,9 +125,7 @@ def test_no_skill_where_no_price_moved() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 7, 30, 100])
 def test_errors_are_in_origin_order(bars: Bars, horizon: int, chunk_size: int) -> None:
     windows = validation(bars, horizon)
-    measured = Evaluator(Plain(), cache_bytes=0, chunk_size=chunk_size).measure(
-        windows, {**PARAMS, "aggregate": "mean"}
-    )
+    measured = Evaluator(Plain(), cache_bytes=0, rung=chunk_size).measure(windows, {**PARAMS, "aggregate": "mean"})
     errors = []
     for origin, seed in zip(windows.origins, windows.seeds(0), strict=True):
         tail = bars.close[origin - 64 : origin]
@@ -145,7 +143,7 @@ def test_rungs_come_after_every_chunk_but_the_last(bars: Bars) -> None:
     windows = validation(bars)
     rungs: list[tuple[int, float]] = []
     forecaster = Plain()
-    measured = Evaluator(forecaster, cache_bytes=0, chunk_size=8).measure(
+    measured = Evaluator(forecaster, cache_bytes=0, rung=8).measure(
         windows, PARAMS, on_rung=lambda done, mae: rungs.append((done, mae))
     )
     assert [done for done, _ in rungs] == [8, 16, 24]
@@ -153,7 +151,7 @@ def test_rungs_come_after_every_chunk_but_the_last(bars: Bars) -> None:
     for done, mae in rungs:
         assert mae == pytest.approx(np.mean([measured.errors[index] for index in order[:done]]), rel=1e-12)
     rungs.clear()
-    Evaluator(Plain(), cache_bytes=0, chunk_size=30).measure(
+    Evaluator(Plain(), cache_bytes=0, rung=30).measure(
         windows, PARAMS, on_rung=lambda done, mae: rungs.append((done, mae))
     )
     assert rungs == []
@@ -181,7 +179,7 @@ def test_what_a_rung_raises_ends_the_work_and_leaves_a_good_cache(bars: Bars) ->
 
 
 def test_errors_are_averaged_over_passes(bars: Bars) -> None:
-    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, chunk_size=7)
+    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, rung=7)
     single = [evaluator.measure(windows, PARAMS, passes=[number]) for number in (3, 4, 8)]
     together = evaluator.measure(windows, PARAMS, passes=[3, 4, 8])
     assert together.errors == pytest.approx(np.mean([one.errors for one in single], axis=0))
@@ -192,7 +190,7 @@ def test_errors_are_averaged_over_passes(bars: Bars) -> None:
 
 
 def test_the_sampling_error_is_that_of_repeating_with_other_seeds(bars: Bars) -> None:
-    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, chunk_size=30)
+    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, rung=30)
     repeated = [evaluator.measure(windows, PARAMS, passes=[2 * number, 2 * number + 1]) for number in range(200)]
     seen = np.std([one.mae for one in repeated], ddof=1)
     told = np.sqrt(np.mean([(one.sampling_error or 0) ** 2 for one in repeated]))
@@ -202,7 +200,7 @@ def test_the_sampling_error_is_that_of_repeating_with_other_seeds(bars: Bars) ->
 def test_passes_share_an_encoding_in_a_cache_that_holds_no_second_one(bars: Bars) -> None:
     forecaster = Plain()
     chunk_bytes = 2 * 10 * 8  # two float64 a window
-    Evaluator(forecaster, cache_bytes=chunk_bytes, chunk_size=10).measure(validation(bars), PARAMS, passes=range(5))
+    Evaluator(forecaster, cache_bytes=chunk_bytes, rung=10).measure(validation(bars), PARAMS, passes=range(5))
     assert (forecaster.forwards, len(forecaster.draws)) == (3, 15)
 
 
