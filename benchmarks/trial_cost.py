@@ -7,7 +7,7 @@ second trial changes only how is sampled and aggregated. Figures that should sta
 The repeated-sample way computes what the references compute. For Toto a window is repeated 128 times and run whole (all
 layers, every patch unembedded and its mixture made, a sample of every point), 8 times for 1,024 samples, 240 runs a
 trial, of which one is measured; nothing of the reference's overheads (key-value cache, timestamps) is copied, so this
-baseline is faster than the reference. For Kronos (tests/plain_kronos.py) the whole context is run again for every
+baseline is faster than the reference. For Kronos (benchmarks/plain_kronos.py) the whole context is run again for every
 sample and step; a few samples of one window are measured and multiplied. Everything else is measured whole.
 
 Every repetition times all ways, and each figure is of the fastest one, since other work on the machine only ever adds:
@@ -26,14 +26,13 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, StudentT
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import recording
+from benchmarks import plain_kronos, recording
 from benchmarks.random_models import KRONOS_BASE, random_bars, random_kronos, random_toto
 from forecasters import Bars, toto
 from forecasters.kronos import Kronos
 from forecasters.kronos_sampling import sampling_of
 from forecasters.toto_network import Network
 from objectives.aggregation import Draw
-from tests import plain_kronos
 
 WINDOWS = 30
 Seconds = dict[str, float]  # of one repetition, by what was done

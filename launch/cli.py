@@ -355,11 +355,13 @@ def demo_data(config: Config) -> None:
 @studies.command(name="verify-compile")
 @symbols_option
 @models_option
-@click.option("--modes", type=Names(), multiple=True, help="Of default,reduce-overhead,max-autotune.  "
+@click.option("--modes", type=Names(), multiple=True, help="Any of default,reduce-overhead,max-autotune.  "
               "[default: default on a CPU, else all]")  # fmt: skip
 @click.option("--device", metavar="DEVICE", help="cpu or cuda:0.  [default: the first GPU, else the CPU]")
-@click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True, help="Timed runs of a mode.")
-@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Different params compared.")
+@click.option(
+    "--repeats", type=click.IntRange(min=2), default=5, show_default=True, help="Number of timed runs of a mode."
+)
+@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Configurations compared.")
 @json_option
 @shared
 def verify_compile(
@@ -372,10 +374,10 @@ def verify_compile(
     trials: int,
     as_json: bool,
 ) -> None:
-    """Run models eagerly and compiled on your bars: the time, and whether the forecasts stay the same.
+    """Compare compiled models with eager ones on your bars: the time, and whether forecasts stay the same.
 
-    Without --symbols the folder's first. Exit 1 where an MAE moves by more than a thousandth, where a graph breaks, is
-    compiled twice or cannot be a CUDA graph, or where compiling fails.
+    Without --symbols, uses the first symbol of the folder. Exits 1 where an MAE changes by more than 0.1 %, where a
+    graph breaks, is recompiled or cannot be a CUDA graph, or where compilation fails.
 
     \b
     studies verify-compile --models kronos --symbols BTCUSD --modes default

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plain_kronos
 import pytest
 import torch
 from arch.data import sp500
 
+from benchmarks import plain_kronos
 from forecasters import Bars, CheckpointError, ForecastError, kronos, kronos_encoded, kronos_exact
 from forecasters.checkpoints import BUNDLED
 from forecasters.kronos import Kronos
