@@ -267,7 +267,7 @@ def test_a_forecast_of_now_that_is_not_finite_says_so(bars: Bars) -> None:
 
     evaluator, contexts = Evaluator(Lost(), cache_bytes=0), now(bars.slice(0, 200), symbol="SP500")
     for ask in (evaluator.forecast, evaluator.samples):
-        with pytest.raises(ForecastError, match="SP500: the forecast for the bar after 1999-10-19 is NaN or infinite"):
+        with pytest.raises(ForecastError, match="SP500: the forecast for the bar after 1999-10-18 is NaN or infinite"):
             ask(contexts, PARAMS, kind=SeedKind.SERVED)
 
 
