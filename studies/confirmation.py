@@ -150,7 +150,7 @@ def describe(measured: Measurement, *, errors: bool = False) -> dict[str, Any]:
     values = asdict(measured)
     values["seconds"] = {stage: round(seconds, 6) for stage, seconds in measured.seconds.items()}
     if not errors:
-        del values["errors"], values["sampling_error"]
+        del values["errors"], values["sampling_error"], values["latency_s"]
     return values
 
 
