@@ -26,9 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import forecasters
 from benchmarks import recording
 from benchmarks.random_models import random_bars, random_checkpoints
-from forecasters import Running
 from launch import verify
+from objectives.evaluation import Evaluator
 from objectives.windows import split
+from studies import config as configuration
+from studies import evaluators
+from studies.config import Config
 
 WINDOWS, TOTO_CONTEXT, KRONOS_CONTEXT = 30, 512, 192
 SAMPLES = {1: 256, 7: 64, 64: 64}  # Kronos' paths of a window, by horizon; Toto draws four times as many
@@ -36,10 +39,10 @@ MATMUL = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 COLUMNS = {
     "size": "size", "model": "model", "horizon": "P", "mode": "mode", "warmup_s": "warm-up s",
-    "second_warmup": "second / first", "mean_s": "s", "std_s": "+-", "speedup": "times eager",
-    "difference": "difference / std", "moved": "moved", "mae_change": "MAE change", "graphs": "graphs",
-    "recompilations": "again", "breaks": "breaks", "skips": "skipped", "of_matmul": "of matmul", "of_copy": "of copy",
-    "peak_mib": "peak MiB", "compilation": "ran as",
+    "second_warmup": "second / first", "mean_s": "mean s", "std_s": "std s", "speedup": "speedup",
+    "difference": "max difference / std", "moved": "changed samples", "mae_change": "MAE change", "graphs": "graphs",
+    "recompilations": "recompilations", "breaks": "graph breaks", "skips": "skipped CUDA graphs",
+    "of_matmul": "of matmul", "of_copy": "of copy", "peak_mib": "peak MiB", "compilation": "compilation",
 }  # fmt: skip
 
 
@@ -54,7 +57,7 @@ class Extra:
     copy_bytes_s: float
 
 
-def job_of(model: str, checkpoint: str, running: Running, device: str, horizon: int, repeats: int):
+def job_of(model: str, config: Config, device: str, horizon: int, repeats: int) -> verify.VerifyJob:
     """Thirty windows and three sets of params, of which only the sampling changes."""
     walk = random_bars(TOTO_CONTEXT + WINDOWS + 2 * horizon + 60)
     kept = split(walk, symbol="WALK", horizon=horizon, validation=WINDOWS, test=1).validation
@@ -72,8 +75,8 @@ def job_of(model: str, checkpoint: str, running: Running, device: str, horizon: 
             {**base, "temperature": 0.4, "top_k": 48, "top_p": 1.0, "sample_count": count},
         ]
     return verify.VerifyJob(
+        config=config,
         model=model,
-        checkpoint={"checkpoint": checkpoint, "running": running},
         device=device,
         windows=kept,
         trials=trials,
@@ -89,25 +92,24 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def measured(job: verify.VerifyJob, mode: str, threads: int) -> tuple[verify.ModeMeasurement, Extra]:
     torch.set_num_threads(threads)
-    loaded: list[Any] = []
+    extras: list[Extra] = []
 
-    def make() -> Any:
-        loaded.append(forecasters.load(job.model, device=job.device, **job.running(mode)))
-        return loaded[0]
+    def inspect(forecaster: Any, evaluator: Evaluator) -> None:
+        before = forecaster.forwards
+        # Counted as run, fixed shapes and all, but outside of the graphs, where nothing can be seen.
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+            evaluator.samples(job.windows, job.trials[0])
+        extras.append(
+            Extra(
+                flop=counter.get_total_flops(),
+                forwards=forecaster.forwards - before,
+                weight_bytes=sum(p.numel() * p.element_size() for p in forecaster.network.parameters()),
+                matmul_flop_s=matmul_rate(job.device, forecaster.network),
+                copy_bytes_s=copy_rate(job.device),
+            )
+        )
 
-    result, forecaster = verify.measure(job, make), loaded[0]
-    before = forecaster.forwards
-    # Counted as run, fixed shapes and all, but outside of the graphs, where nothing can be seen.
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        verify.answer(forecaster, job.windows, job.trials[0], job.checkpoint["running"].chunk)
-    extra = Extra(
-        flop=counter.get_total_flops(),
-        forwards=forecaster.forwards - before,
-        weight_bytes=sum(p.numel() * p.element_size() for p in forecaster.network.parameters()),
-        matmul_flop_s=matmul_rate(job.device, forecaster.network),
-        copy_bytes_s=copy_rate(job.device),
-    )
-    return result, extra
+    return verify.measure(job, mode, inspect=inspect), extras[0]
 
 
 def best_seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
@@ -135,13 +137,17 @@ def copy_rate(device: str) -> float:
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
 
 
+def with_kernels(job: verify.VerifyJob, folder: Path) -> verify.VerifyJob:
+    """The job with compiled kernels kept in this folder."""
+    return replace(job, config=replace(job.config, compile=replace(job.config.compile, dir=folder)))
+
+
 def rows_of(size: str, job: verify.VerifyJob, modes: Sequence[str], threads: int, cache: Path) -> list[dict[str, Any]]:
     extras: dict[str, Extra] = {}
     second: dict[str, float] = {}
 
     def run(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
-        own = replace(job.checkpoint["running"], compile_dir=str(cache / mode))
-        job = replace(job, checkpoint={**job.checkpoint, "running": own})
+        job = with_kernels(job, cache / mode)
         shutil.rmtree(cache / mode, ignore_errors=True)
         result, extras[mode] = fresh(measured, job, mode, threads)
         if mode != verify.EAGER:
@@ -169,20 +175,19 @@ def rows_of(size: str, job: verify.VerifyJob, modes: Sequence[str], threads: int
 def worker(job: verify.VerifyJob, mode: str, threads: int, barrier: Any, results: Any) -> None:
     """One of several that share a device: warm up, wait for the others, answer again and again."""
     torch.set_num_threads(threads)
-    forecaster = forecasters.load(job.model, device=job.device, **job.running(mode))
-    chunk = job.checkpoint["running"].chunk
-    verify.answer(forecaster, job.windows, job.trials[0], chunk)
+    forecaster = evaluators.load_forecaster(job.in_mode(mode), job.model, device=job.device)
+    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=0)
+    evaluator.samples(job.windows, job.trials[0])
     barrier.wait()
     began = time.perf_counter()
     for _ in range(job.repeats):
-        verify.answer(forecaster, job.windows, job.trials[0], chunk)
+        evaluator.samples(job.windows, job.trials[0])
     results.put((time.perf_counter() - began, forecaster.graphs.recompilations, forecaster.compilation))
 
 
 def together(job: verify.VerifyJob, mode: str, count: int, threads: int, cache: Path) -> dict[str, Any]:
     """Answers a second of so many workers at once on one device."""
-    own = replace(job.checkpoint["running"], compile_dir=str(cache / mode))
-    job = replace(job, checkpoint={**job.checkpoint, "running": own})
+    job = with_kernels(job, cache / mode)
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(count), context.Queue()
     workers = [context.Process(target=worker, args=(job, mode, threads, barrier, results)) for _ in range(count)]
@@ -218,20 +223,22 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in recording.machine(args.device).items()), flush=True)
     rows, shared = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        cache, running = Path(scratch) / "kernels", Running(dtype=args.dtype)
+        cache = Path(scratch) / "kernels"
         checkpoints = {"tiny": {model: f"{model}-tiny" for model in args.models}}
         if "published" in args.sizes:
             checkpoints["published"] = fresh(random_checkpoints, Path(scratch))
         for size in args.sizes:
             for model in args.models:
+                settings = {model: {"checkpoint": checkpoints[size][model]}, "compile": {"dtype": args.dtype}}
+                config = configuration.load(overrides=settings)
                 for horizon in args.horizons:
-                    job = job_of(model, checkpoints[size][model], running, args.device, horizon, args.repeats)
+                    job = job_of(model, config, args.device, horizon, args.repeats)
                     found = rows_of(size, job, args.modes, args.threads, cache / f"{size}-{model}-{horizon}")
                     show(f"{size} {model}, {horizon} bars", COLUMNS, found)
                     rows += found
                 if args.workers:
                     # At the first horizon, on the kernels that were just compiled.
-                    job = job_of(model, checkpoints[size][model], running, args.device, args.horizons[0], args.repeats)
+                    job = job_of(model, config, args.device, args.horizons[0], args.repeats)
                     place = cache / f"{size}-{model}-{args.horizons[0]}"
                     for mode in ("off", args.modes[0]):
                         for count in (1, args.workers):

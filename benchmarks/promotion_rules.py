@@ -143,6 +143,7 @@ def _measurement(errors: np.ndarray) -> Measurement:
         sampling_error=None,
         windows=len(errors),
         seconds={},
+        latency_s=None,
     )
 
 

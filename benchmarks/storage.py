@@ -85,6 +85,7 @@ class Instant:
             sampling_error=None,
             windows=0,
             seconds={"encode": 0.0, "draw": 0.0, "aggregate": 0.0},
+            latency_s=None,
         )
 
 

@@ -1,7 +1,7 @@
-"""`studies verify-compile`: what compiling gains on the user's own bars, and whether the answer stays the same.
+"""`studies verify-compile`: what compiling gains on the user's own bars, and whether forecasts stay the same.
 
-Every mode runs in a process of its own, so that its compiling, its memory and its graphs are nobody else's. Loads a
-network only there.
+Every mode runs in a process of its own, so that its compilation, memory and graphs are measured alone. Networks are
+loaded only there.
 """
 
 from __future__ import annotations
@@ -18,57 +18,59 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from forecasters import COMPILE_MODES, ForecastError, LoadedForecaster, Running
+from forecasters import COMPILE_MODES, ForecastError, LoadedForecaster
 from launch.views.tables import Column, Table
-from objectives.aggregation import Draw, parse
+from objectives.aggregation import Draw
+from objectives.metrics import relative_errors
 from objectives.windows import Windows
 from studies.config import Config
 
 if TYPE_CHECKING:
+    from objectives.evaluation import Evaluator
     from studies.series import Series
 
 EAGER = "off"
 MODES = tuple(mode for mode in COMPILE_MODES if mode not in ("auto", EAGER))
 MAE_TOLERANCE = 1e-3  # relative
 MOVED = 1e-3  # of a window's standard deviation: a sample that differs by more took another branch
-DEVIATION_BARS = 128  # of which a window's standard deviation is taken
+DEVIATION_BARS = 128  # last bars of a context, whose standard deviation of closes is a window's
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyJob:
-    """One model, as one mode is to run it."""
+    """One model on one symbol, to be run in every mode."""
 
+    config: Config  # which checkpoint, and how it runs but for the mode
     model: str
-    checkpoint: Mapping[str, Any]  # as `forecasters.load` takes it
     device: str
     windows: Windows
     trials: Sequence[Mapping[str, Any]]  # params; the first ones are timed, all are compared
-    repeats: int
+    repeats: int  # timed runs of the first trial
 
-    def running(self, mode: str) -> Mapping[str, Any]:
-        """The checkpoint's options with this mode in them."""
-        return {**self.checkpoint, "running": replace(self.checkpoint["running"], compile_mode=mode)}
+    def in_mode(self, mode: str) -> Config:
+        """The settings with this compile mode."""
+        return replace(self.config, compile=replace(self.config.compile, mode=mode))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModeMeasurement:
-    """What one mode answered and what it took."""
+    """The forecasts of one mode and what they took."""
 
-    compilation: str
+    compilation: str  # the mode that ran, or "MODE failed: why"
     samples: np.ndarray  # of the first trial, [W, S, H]
     points: Sequence[np.ndarray]  # of each trial, [W, H]
-    seconds: Sequence[float]  # of each repetition of the first trial, encoding included
+    seconds: Sequence[float]  # of each run of the first trial, from bars to samples
     warmup_s: float  # in first calls of the graphs
     graphs: int
-    recompilations: int  # and graphs made after the warm-up
-    breaks: int
-    skips: int  # of CUDA graphs
-    peak_mib: float
+    recompilations: int  # of known shapes, and graphs compiled after the warm-up
+    breaks: int  # graph breaks
+    skips: int  # graphs that could not be CUDA graphs
+    peak_mib: float  # memory of the device, on a CPU of the process
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModeRow:
-    """One mode beside eager. Differences are in units of a window's standard deviation of closes."""
+    """One mode compared with eager. Differences are in units of a window's standard deviation of closes."""
 
     model: str
     symbol: str
@@ -94,7 +96,7 @@ class ModeRow:
 
 
 def checked_modes(modes: Sequence[str], device: str) -> Sequence[str]:
-    """The modes asked for, else those that there are for a device. Usage error for an unknown one."""
+    """The modes asked for, else all that a device has. Raises a usage error for an unknown one."""
     for mode in modes:
         if mode not in MODES:
             raise click.BadParameter(f"{mode!r}; the modes are {', '.join(MODES)}", param_hint="--modes")
@@ -104,18 +106,16 @@ def checked_modes(modes: Sequence[str], device: str) -> Sequence[str]:
 def jobs(
     config: Config, series: Iterable[Series], models: Sequence[str], *, device: str, trials: int, repeats: int
 ) -> Iterator[VerifyJob]:
-    """Every symbol with every model, on the windows of a search. Raises DataError where there are too few bars."""
-    # Late: these bring Optuna, which the process of a mode need not load.
-    from studies import space as spaces
-    from studies.evaluators import loading_options
-    from studies.study import split_windows
+    """Every symbol with every model, on the validation windows. Raises DataError where there are too few bars."""
+    from studies import space as spaces  # late, as Optuna comes with it
+    from studies.series import split_windows
 
     for each in series:
         windows = split_windows(config, each.symbol, each.bars).validation
         for model in models:
             yield VerifyJob(
+                config=config,
                 model=model,
-                checkpoint=loading_options(config, model),
                 device=device,
                 windows=windows,
                 trials=random_trials(spaces.make(model, config), trials),
@@ -126,14 +126,14 @@ def jobs(
 def compare(
     job: VerifyJob, modes: Sequence[str], *, run: Callable[[VerifyJob, str], ModeMeasurement] | None = None
 ) -> list[ModeRow]:
-    """Eager and then each of these modes; `run` is where a mode is measured, by default a process of its own."""
+    """Measure eager and then each of these modes. run: measures one, by default in a process of its own."""
     run = run or in_process
     eager = run(job, EAGER)
     return [row(job, mode, eager if mode == EAGER else run(job, mode), eager) for mode in (EAGER, *modes)]
 
 
 def in_process(job: VerifyJob, mode: str) -> ModeMeasurement:
-    """`measure` in a fresh process. Raises ForecastError where it dies."""
+    """Run `measure` in a fresh process. Raises ForecastError where that process dies."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_child, job, mode).result()
@@ -143,33 +143,38 @@ def in_process(job: VerifyJob, mode: str) -> ModeMeasurement:
 
 
 def _child(job: VerifyJob, mode: str) -> ModeMeasurement:
-    import forecasters
-
     for name in ("COMPILE", "DISABLE_COMPILE", "COMPILE_MODE"):  # the mode is the one asked for
         os.environ.pop(f"{job.model.upper()}_{name}", None)
-    return measure(job, lambda: forecasters.load(job.model, device=job.device, **job.running(mode)))
+    return measure(job, mode)
 
 
-def measure(job: VerifyJob, make: Callable[[], LoadedForecaster]) -> ModeMeasurement:
-    """Warm up with every trial, time the first one, then answer all again, which must need no graph more."""
+def measure(
+    job: VerifyJob, mode: str, *, inspect: Callable[[LoadedForecaster, Evaluator], None] | None = None
+) -> ModeMeasurement:
+    """Warm up with every trial, time the first one, then forecast with all again, which must compile nothing more.
+
+    inspect: called at the end with what was loaded. Raises CheckpointError, SettingError and ForecastError.
+    """
     from forecasters import compilation
+    from studies import evaluators
 
     compilation.start_peak(job.device)
-    forecaster, chunk = make(), job.checkpoint["running"].chunk
+    forecaster = evaluators.load_forecaster(job.in_mode(mode), job.model, device=job.device)
+    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=0)
     for params in job.trials:
-        answer(forecaster, job.windows, params, chunk)
+        evaluator.samples(job.windows, params)
     warm = forecaster.graphs.count
     seconds = []
     for _ in range(job.repeats):
         began = time.perf_counter()
-        answer(forecaster, job.windows, job.trials[0], chunk)
+        evaluator.samples(job.windows, job.trials[0])
         seconds.append(time.perf_counter() - began)
-    drawn = [answer(forecaster, job.windows, params, chunk) for params in job.trials]
-    return ModeMeasurement(
+    drawn = [evaluator.samples(job.windows, params) for params in job.trials]
+    measured = ModeMeasurement(
         compilation=forecaster.compilation,
         samples=drawn[0],
         points=[
-            Draw(samples).aggregate(parse(params.get("aggregate", "mean")))
+            Draw(samples).aggregate(params.get("aggregate", "mean"))
             for samples, params in zip(drawn, job.trials, strict=True)
         ],
         seconds=seconds,
@@ -180,27 +185,20 @@ def measure(job: VerifyJob, make: Callable[[], LoadedForecaster]) -> ModeMeasure
         skips=compilation.cuda_graph_skips() if job.device.startswith("cuda") else 0,
         peak_mib=compilation.peak_mib(job.device),
     )
-
-
-def answer(forecaster: LoadedForecaster, windows: Windows, params: Mapping[str, Any], chunk: int) -> np.ndarray:
-    """Samples of all windows, [W, S, H], chunk by chunk as a study takes them, nothing kept between."""
-    seeds, parts = windows.seeds(0), {}
-    for indices in windows.chunks(chunk):
-        encoded = forecaster.encode(windows.contexts(indices), params, windows.horizon)
-        drawn = forecaster.draw(encoded, params, [seeds[i] for i in indices])
-        parts.update(zip(indices, drawn, strict=True))
-    return np.stack([parts[i] for i in range(len(windows))])
+    if inspect is not None:
+        inspect(forecaster, evaluator)
+    return measured
 
 
 def row(job: VerifyJob, mode: str, measured: ModeMeasurement, eager: ModeMeasurement) -> ModeRow:
+    """Compare a mode with eager."""
     contexts = job.windows.contexts(range(len(job.windows)))
     deviation = np.array([context.close[-DEVIATION_BARS:].std() for context in contexts])[:, None]  # [W, 1]
     pairs = list(zip(measured.points, eager.points, strict=True))
-    changes = [abs(_mae(job.windows, ours) / _mae(job.windows, theirs) - 1) for ours, theirs in pairs]
+    changes = [abs(_mae(job, ours) / _mae(job, theirs) - 1) for ours, theirs in pairs]
     moved = (np.abs(measured.samples - eager.samples) / deviation[..., None]).max(-1) > MOVED  # [W, S]
     failed = measured.compilation != mode
     bad = failed or max(changes) > MAE_TOLERANCE or measured.recompilations + measured.breaks + measured.skips > 0
-    running: Running = job.checkpoint["running"]
     return ModeRow(
         model=job.model,
         symbol=job.windows.symbol,
@@ -208,7 +206,7 @@ def row(job: VerifyJob, mode: str, measured: ModeMeasurement, eager: ModeMeasure
         compilation=measured.compilation,
         windows=len(job.windows),
         horizon=job.windows.horizon,
-        dtype=running.dtype,
+        dtype=job.config.compile.dtype,
         trials=len(job.trials),
         warmup_s=measured.warmup_s,
         mean_s=float(np.mean(measured.seconds)),
@@ -226,26 +224,26 @@ def row(job: VerifyJob, mode: str, measured: ModeMeasurement, eager: ModeMeasure
     )
 
 
-COLUMNS = {  # headings of a table; of a narrow one's columns the highest stay
+COLUMNS = {  # headings, and how long a column stays as the table gets narrower
     "model": ("model", 0),
     "symbol": ("symbol", 7),
     "mode": ("mode", 12),
     "warmup_s": ("warm-up s", 6),
-    "mean_s": ("s", 8),
-    "std_s": ("+-", 1),
-    "speedup": ("times eager", 10),
-    "difference": ("difference / std", 4),
-    "moved": ("moved samples", 5),
+    "mean_s": ("mean s", 8),
+    "std_s": ("std s", 1),
+    "speedup": ("speedup", 10),
+    "difference": ("max difference / std", 4),
+    "moved": ("changed samples", 5),
     "mae_change": ("MAE change", 9),
     "graphs": ("graphs", 3),
-    "recompilations": ("again", 0),
-    "breaks": ("breaks", 0),
-    "skips": ("skipped", 0),
+    "recompilations": ("recompilations", 0),
+    "breaks": ("graph breaks", 0),
+    "skips": ("skipped CUDA graphs", 0),
     "peak_mib": ("peak MiB", 2),
-    "compilation": ("ran as", 11),
+    "compilation": ("compilation", 11),
 }
-FAULTS = {"recompilations", "breaks", "skips"}  # say why a row fails, where they are not nought
-FAULTY = 13  # how high they stay then
+FAULTS = {"recompilations", "breaks", "skips"}  # columns that say why a row fails, where one is not 0
+FAULTY = 13  # how long they stay then
 FORMATS = {
     "speedup": ".2f",
     "difference": ".1e",
@@ -256,11 +254,11 @@ FORMATS = {
     "std_s": ".3f",
     "peak_mib": ".0f",
 }
-NARROWEST_REASON = 20  # "ran as" also says why a mode failed, in a sentence or two
+NARROWEST_REASON = 20  # "compilation" also says why a mode failed, in a sentence or two
 
 
 def table(rows: Sequence[ModeRow]) -> Table:
-    """One row a mode; a narrow terminal keeps longest what a row fails by."""
+    """One row a mode; columns that show why a row fails are the last that a narrow terminal leaves out."""
 
     def column(name: str) -> Column:
         heading, priority = COLUMNS[name]
@@ -275,12 +273,12 @@ def table(rows: Sequence[ModeRow]) -> Table:
     return Table(columns=[column(name) for name in COLUMNS])
 
 
-def _mae(windows: Windows, points: np.ndarray) -> float:
-    return float((np.abs(points - windows.actuals).mean(axis=1) / windows.last_closes).mean())
+def _mae(job: VerifyJob, points: np.ndarray) -> float:
+    return float(relative_errors(job.windows, points).mean())
 
 
 def random_trials(knobs: Any, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Params of a search space (`studies.space.Space`) at random, the same ones for every mode."""
+    """Random params of a search space (`studies.space.Space`), the same ones for every mode."""
     from forecasters.descriptor import Range
 
     rng = np.random.default_rng(seed)

@@ -227,6 +227,13 @@ class Draw:
         """Memory held now; it grows with the sample counts asked for, up to `KEPT_COUNTS` of them."""
         return self._drawn.nbytes + sum(prefix.nbytes for prefix in self._ascending.values())
 
+    def samples(self, num_samples: int | None = None) -> np.ndarray:
+        """The first `num_samples` (default: all) as they were drawn, float64 [W, S, H]; not to be written to.
+
+        Raises ValueError for more samples than there are.
+        """
+        return self._drawn[..., : self._checked(num_samples)].swapaxes(1, 2)
+
     def non_finite_window(self, num_samples: int | None = None) -> int | None:
         """The first window with a NaN or an infinity among its first samples."""
         bad = self._finite < self._checked(num_samples)

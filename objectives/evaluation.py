@@ -1,4 +1,4 @@
-"""The staged evaluation of one set of params on some windows.
+"""The staged evaluation of one set of params on some contexts or windows.
 
 Owns the stages and the cache between trials. A trial pays only for the stages whose inputs it changed, and its
 numbers are the same to the last bit whatever ran before and however little the cache holds. Knows nothing of trials,
@@ -17,11 +17,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from forecasters import ExactForecaster, Forecaster, ForecastError
-from objectives.aggregation import Aggregate, Draw, parse
-from objectives.bars import timestamp_text
+from objectives.aggregation import Draw, parse
 from objectives.exact import exact_points
 from objectives.metrics import Measurement, measurement_of, relative_errors
-from objectives.windows import Windows
+from objectives.windows import Contexts, SeedKind, Windows
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
 
@@ -29,9 +28,10 @@ STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
 class Evaluator:
     """Measures params with one forecaster, and keeps what later params can use again. One a worker; not for threads.
 
-    cache_bytes: bound on what is kept between chunks (encoded windows and draws); 0 keeps nothing.
-    chunk_size: windows in a forward and between rungs. It decides the last bits of every number, so compare
-    measurements of one chunk size only.
+    cache_bytes: bound on what is kept between batches (encoded windows and draws); 0 keeps nothing.
+    rung: windows between two reports of progress; it decides the order in which windows are computed.
+    batch: windows in a forward of the network, in that order, by default those of a rung. Rung and batch decide the
+    last bits of every number, so compare measurements of equal ones only. Neither has to be a multiple of the other.
     max_num_samples: draw this many at once, since smaller counts are prefixes; larger counts still work.
     exact: no samples but what any number of them tends to; params then name no number of samples.
     """
@@ -41,12 +41,14 @@ class Evaluator:
         forecaster: Forecaster,
         *,
         cache_bytes: int,
-        chunk_size: int = 10,
+        rung: int = 10,
+        batch: int | None = None,
         max_num_samples: int | None = None,
         exact: bool = False,
     ) -> None:
         self.forecaster = forecaster
-        self.chunk_size = chunk_size
+        self.rung = rung
+        self.batch = batch or rung
         self.exact = exact
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
@@ -65,116 +67,192 @@ class Evaluator:
         passes: Sequence[int] = (0,),
         on_rung: Callable[[int, float], None] | None = None,
     ) -> Measurement:
-        """The errors of these params on these windows.
+        """Measure the errors of these params on these windows, with the seeds of a study.
 
         params: the model's encode and draw params and `aggregate` (default: mean); others are not looked at.
         passes: every number has seeds of its own; errors are averaged over them.
-        on_rung: called with windows done and their mae after every chunk but the last; what it raises ends the
-        measurement and passes through.
+        on_rung: called with the number of windows done and their mae at every multiple of `rung` below the number of
+        windows, as soon as the batch that reaches it is done; what it raises ends the measurement and passes through.
         Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
         """
-        seconds = dict.fromkeys(STAGES, 0.0)
-        return measurement_of(windows, self._points(windows, params, passes, on_rung, seconds), seconds)
+        cost = _Cost()
+        points = np.full((len(passes), len(windows), windows.horizon), np.nan)
+        order: list[int] = []
+        for indices, answers in self._answers(windows, params, passes, SeedKind.STUDY, self._points(params), cost):
+            points[:, indices] = answers
+            reached = range((len(order) // self.rung + 1) * self.rung, len(windows), self.rung)
+            order += indices
+            for done in reached:
+                if on_rung is not None and done <= len(order):
+                    on_rung(done, float(relative_errors(windows, points)[:, order[:done]].mean()))
+        return measurement_of(windows, points, seconds=cost.seconds, latency_s=cost.latency_s)
 
-    def forecast(self, windows: Windows, params: Mapping[str, Any], *, pass_number: int = 0) -> np.ndarray:
+    def forecast(
+        self,
+        contexts: Contexts,
+        params: Mapping[str, Any],
+        *,
+        pass_number: int = 0,
+        kind: SeedKind = SeedKind.STUDY,
+    ) -> np.ndarray:
         """The point forecasts of these params with the seeds of one pass, float64 [W, H], price.
 
-        Raises what `measure` raises.
+        kind: whose seeds. Bars that have not come yet need SeedKind.SERVED, with which the forecast is the same to the
+        last bit when these origins are asked for again later. Raises what `measure` raises, and ValueError where a
+        study's seeds are not known yet.
         """
-        return self._points(windows, params, (pass_number,), None, dict.fromkeys(STAGES, 0.0))[0]
+        return self._joined(contexts, params, pass_number, kind, self._points(params))
 
-    def _points(
+    def samples(
         self,
-        windows: Windows,
+        contexts: Contexts,
+        params: Mapping[str, Any],
+        *,
+        pass_number: int = 0,
+        kind: SeedKind = SeedKind.STUDY,
+    ) -> np.ndarray:
+        """The samples that `forecast` makes its points of, float64 [W, S, H], price.
+
+        S is the number of samples that params ask for, else the model's own. Raises what `forecast` raises, and
+        ValueError where this evaluator is exact.
+        """
+        if self.exact:
+            raise ValueError("an exact evaluator draws no samples")
+        return self._joined(contexts, params, pass_number, kind, self._samples)
+
+    def _joined(
+        self, contexts: Contexts, params: Mapping[str, Any], pass_number: int, kind: SeedKind, answer: _Answer
+    ) -> np.ndarray:
+        """The answers of one pass in the order of the origins, [W, ...]."""
+        found: dict[int, np.ndarray] = {}
+        for indices, answers in self._answers(contexts, params, (pass_number,), kind, answer, _Cost()):
+            found.update(zip(indices, answers[0], strict=True))
+        return np.stack([found[index] for index in range(len(contexts))])
+
+    def _answers(
+        self,
+        contexts: Contexts,
         params: Mapping[str, Any],
         passes: Sequence[int],
-        on_rung: Callable[[int, float], None] | None,
-        seconds: dict[str, float],
-    ) -> np.ndarray:
-        """Point forecasts of every pass, [R, W, H]; `seconds` are added to."""
+        kind: SeedKind,
+        answer: _Answer,
+        cost: _Cost,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Batch after batch, its indices and its answers of every pass, [R, w, ...]; `cost` is added to."""
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
-        aggregate = parse(params.get("aggregate", "mean"))
-        seeds = [windows.seeds(pass_number) for pass_number in passes]
-        points = np.full((len(passes), *windows.actuals.shape), np.nan)
-        done: list[int] = []
-        for chunk in windows.chunks(self.chunk_size):
-            if done and on_rung is not None:
-                on_rung(len(done), float(relative_errors(windows, points)[:, done].mean()))
-            rows = list(chunk)
-            points_of = self._exact_points if self.exact else self._sampled_points
-            took = dict.fromkeys(STAGES, 0.0)
-            # All passes of a chunk before the next: a cache that holds one chunk's encoding is enough.
-            for place, row_seeds in enumerate(seeds):
-                asked = _Chunk(windows=windows, indices=chunk, seeds=tuple(row_seeds[row] for row in chunk))
-                points[place, rows] = points_of(asked, plan, aggregate, took)
-            for total in (seconds, self.seconds):
+        seeds = [contexts.seeds(pass_number, kind) for pass_number in passes]
+        order = [index for chunk in contexts.chunks(self.rung) for index in chunk]
+        for start in range(0, len(order), self.batch):
+            indices = order[start : start + self.batch]
+            # All passes of a batch before the next: a cache that holds one batch's encoding is enough.
+            answers, spent = [], []
+            for row_seeds in seeds:
+                asked = _Batch(contexts=contexts, indices=indices, seeds=tuple(row_seeds[index] for index in indices))
+                spent.append(dict.fromkeys(STAGES, 0.0))
+                answers.append(answer(asked, plan, spent[-1]))
+            for seconds in spent:
+                cost.add(seconds, len(indices))
                 for stage in STAGES:
-                    total[stage] += took[stage]
-            bad = ~np.isfinite(points[:, rows]).all(axis=(0, 2))
-            _check(windows, chunk, int(bad.argmax()) if bad.any() else None)
-            done += rows
-        return points
+                    self.seconds[stage] += seconds[stage]
+            joined = np.stack(answers)
+            bad = ~np.isfinite(joined).all(axis=(0, *range(2, joined.ndim)))
+            _check(contexts, indices, int(bad.argmax()) if bad.any() else None)
+            yield indices, joined
 
-    def _sampled_points(
-        self, chunk: _Chunk, plan: _Plan, aggregate: Aggregate, seconds: dict[str, float]
-    ) -> np.ndarray:
-        """Points of the chunk's windows, [W, H], from the samples that params ask for."""
-        encode_key = self._encode_key(chunk, plan)
-        key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, chunk.seeds)
+    def _points(self, params: Mapping[str, Any]) -> _Answer:
+        """What answers with points, [w, H]. Raises ValueError for an unknown aggregate."""
+        aggregate = parse(params.get("aggregate", "mean"))
+
+        def sampled(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> np.ndarray:
+            key, draw = self._draw(batch, plan, seconds)
+            with _timed(seconds, "aggregate"):
+                _check(batch.contexts, batch.indices, draw.non_finite_window(plan.count))
+                points = draw.aggregate(aggregate, plan.count)
+            self._cache.put(key, draw)  # after its use: sorting has made it larger
+            return points
+
+        def exact(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> np.ndarray:
+            key = self._encode_key(batch, plan)
+            with _naming(batch.contexts.symbol):
+                encoded = self._encoded(key, batch, plan, seconds)
+                with _timed(seconds, "draw"):
+                    answer = cast(ExactForecaster, self.forecaster).exact(encoded, plan.draw_params, batch.seeds)
+                self._cache.put(key, encoded)
+                with _timed(seconds, "aggregate"):
+                    return exact_points(answer, aggregate)
+
+        return exact if self.exact else sampled
+
+    def _samples(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> np.ndarray:
+        """The samples that params ask for, [w, S, H]."""
+        key, draw = self._draw(batch, plan, seconds)
+        self._cache.put(key, draw)
+        return draw.samples(plan.count)
+
+    def _draw(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> tuple[Hashable, Draw]:
+        """Samples of a batch, at least as many as params ask for, and the key to keep them under."""
+        encode_key = self._encode_key(batch, plan)
+        key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, batch.seeds)
         draw = self._cache.get(key)
         if not isinstance(draw, Draw) or (plan.count is not None and plan.count > draw.count):
-            with _naming(chunk.windows.symbol):
-                encoded = self._encoded(encode_key, chunk, plan, seconds)
+            with _naming(batch.contexts.symbol):
+                encoded = self._encoded(encode_key, batch, plan, seconds)
                 with _timed(seconds, "draw"):
-                    samples = self.forecaster.draw(encoded, plan.asked, chunk.seeds)
+                    samples = self.forecaster.draw(encoded, plan.asked, batch.seeds)
                     draw = Draw(samples)
             self._cache.put(encode_key, encoded)  # after its use: what Kronos looked up has made it larger
-            expected = (len(chunk.indices), draw.count if plan.drawn is None else plan.drawn, chunk.windows.horizon)
+            expected = (len(batch.indices), draw.count if plan.drawn is None else plan.drawn, batch.contexts.horizon)
             if samples.shape != expected:
                 raise ValueError(f"{self.forecaster.model} drew {list(samples.shape)} and not {list(expected)}")
-        with _timed(seconds, "aggregate"):
-            _check(chunk.windows, chunk.indices, draw.non_finite_window(plan.count))
-            points = draw.aggregate(aggregate, plan.count)
-        self._cache.put(key, draw)  # after its use: sorting has made it larger
-        return points
+        return key, draw
 
-    def _exact_points(self, chunk: _Chunk, plan: _Plan, aggregate: Aggregate, seconds: dict[str, float]) -> np.ndarray:
-        """Points of the chunk's windows, [W, H], without samples."""
-        key = self._encode_key(chunk, plan)
-        with _naming(chunk.windows.symbol):
-            encoded = self._encoded(key, chunk, plan, seconds)
-            with _timed(seconds, "draw"):
-                answer = cast(ExactForecaster, self.forecaster).exact(encoded, plan.draw_params, chunk.seeds)
-            self._cache.put(key, encoded)
-            with _timed(seconds, "aggregate"):
-                return exact_points(answer, aggregate)
-
-    def _encode_key(self, chunk: _Chunk, plan: _Plan) -> tuple[Hashable, ...]:
-        # Whole chunks, not windows, are kept: then no window is ever in a batch of other company.
+    def _encode_key(self, batch: _Batch, plan: _Plan) -> tuple[Hashable, ...]:
+        # Whole batches, not windows, are kept: then no window is ever in a batch of other company.
         return (
             self.forecaster.fingerprint,
             tuple(plan.encode_params.items()),
-            chunk.windows.horizon,
-            chunk.windows.digest(chunk.indices),
+            batch.contexts.horizon,
+            batch.contexts.digest(batch.indices),
         )
 
-    def _encoded(self, key: Hashable, chunk: _Chunk, plan: _Plan, seconds: dict[str, float]) -> Any:
+    def _encoded(self, key: Hashable, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> Any:
         encoded: Any = self._cache.get(key)
         if encoded is None:
             with _timed(seconds, "encode"):
-                contexts = chunk.windows.contexts(chunk.indices)
-                encoded = self.forecaster.encode(contexts, plan.encode_params, chunk.windows.horizon)
+                contexts = batch.contexts.contexts(batch.indices)
+                encoded = self.forecaster.encode(contexts, plan.encode_params, batch.contexts.horizon)
             self._cache.put(key, encoded)
         return encoded
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chunk:
-    """Windows that are always computed together."""
+class _Batch:
+    """Windows that are always computed together, w of them."""
 
-    windows: Windows
+    contexts: Contexts
     indices: Sequence[int]
     seeds: tuple[int, ...]  # one a window
+
+
+class _Cost:
+    """What a measurement takes."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._encoded, self._encoded_s = 0, 0.0  # windows whose bars were encoded, and the seconds to their points
+
+    def add(self, seconds: Mapping[str, float], windows: int) -> None:
+        """Count one pass over a batch."""
+        for stage in STAGES:
+            self.seconds[stage] += seconds[stage]
+        if seconds["encode"]:  # else the cache answered, and what was saved is no latency
+            self._encoded += windows
+            self._encoded_s += sum(seconds.values())
+
+    @property
+    def latency_s(self) -> float | None:
+        """Seconds a window, from bars to points, where that was computed; None where nothing was."""
+        return self._encoded_s / self._encoded if self._encoded else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +284,14 @@ class _Plan:
         return {**self.draw_params, **({self.count_name: self.drawn} if self.count_name else {})}
 
 
-def _check(windows: Windows, chunk: Sequence[int], bad: int | None) -> None:
-    """Raises ForecastError if a window of the chunk, by its place there, is bad."""
+_Answer = Callable[[_Batch, _Plan, dict[str, float]], np.ndarray]  # of a batch, [w, ...]; adds to the seconds by stage
+
+
+def _check(contexts: Contexts, batch: Sequence[int], bad: int | None) -> None:
+    """Raises ForecastError if a window of the batch, by its place there, is bad."""
     if bad is not None:
-        origin = timestamp_text(windows.timestamps[chunk[bad]])
-        raise ForecastError(f"{windows.symbol}: the forecast for {origin} is NaN or infinite")
+        origin = contexts.origin_text(batch[bad])
+        raise ForecastError(f"{contexts.symbol}: the forecast for {origin} is NaN or infinite")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ class Measurement:
     errors: tuple[float, ...]  # [W] in origin order, each window's share of `mae`
     sampling_error: float | None  # standard error of `mae` that fresh seeds alone cause; None: one pass cannot tell
     windows: int
-    seconds: Mapping[str, float]  # by stage; a stage answered from the cache takes next to none
+    seconds: Mapping[str, float]  # by stage, over all passes; a stage answered from the cache takes next to none
+    latency_s: float | None  # of one window, from its bars to its points, where that was computed anew; else None
 
 
 def measure_no_change(windows: Windows) -> float:
@@ -43,7 +44,10 @@ def relative_errors(windows: Windows, points: np.ndarray) -> np.ndarray:
     return np.abs(points - windows.actuals).mean(axis=-1) / windows.last_closes
 
 
-def measurement_of(windows: Windows, points: np.ndarray, seconds: Mapping[str, float]) -> Measurement:
+def measurement_of(
+    windows: Windows, points: np.ndarray, *, seconds: Mapping[str, float], latency_s: float | None
+) -> Measurement:
+    """The measurement of point forecasts [R, W, H], price, of R passes; `errors` are means over the passes."""
     by_pass = relative_errors(windows, points)  # [R, W]
     errors = by_pass.mean(axis=0)
     mae = float(errors.mean())
@@ -59,11 +63,15 @@ def measurement_of(windows: Windows, points: np.ndarray, seconds: Mapping[str, f
         sampling_error=_standard_error(by_pass),
         windows=len(windows),
         seconds=seconds,
+        latency_s=latency_s,
     )
 
 
 def _standard_error(by_pass: np.ndarray) -> float | None:
-    """Of the mean over all of [R, W], where windows are given and passes are drawn anew: seeds of windows differ."""
+    """Standard error of the mean over all errors [R, W] that sampling alone causes; None for one pass.
+
+    The windows are given and every pass draws each of them with a seed of its own, so variances of windows add up.
+    """
     repeats, windows = by_pass.shape
     if repeats < 2:
         return None

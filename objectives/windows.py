@@ -1,4 +1,4 @@
-"""Bars to leak-free windows: what a forecast may see at an origin, and what then happened.
+"""Bars to leak-free contexts and windows: what a forecast may see at an origin, and what then happened.
 
 Owns origins, their contexts, targets and seeds, and the split into validation and test. Knows nothing of files, models,
 params, errors of forecasts, studies or databases.
@@ -8,69 +8,94 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
 
 from forecasters import Bars
-from objectives.bars import DataError, bars_fingerprint, content_hash, read_only
+from objectives.bars import DataError, bars_fingerprint, content_hash, read_only, timestamp_text
 
 MIN_CONTEXT = 128  # bars before the first origin
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Windows:
-    """Origins in one symbol's bars: what a forecast may see at each, and what then happened.
+class SeedKind(Enum):
+    """Which question a forecast answers, and with it what its seeds are made from, beside symbol and pass.
 
-    An origin is the index of the first target bar: its context is every bar before it and never that bar.
+    Seeds of one kind are equal whenever the same question is asked again; seeds of different kinds never are.
+    """
+
+    STUDY = "study"  # trials and confirmations: the time of the first target bar
+    SERVED = "served"  # served forecasts and backtests: the time of the last context bar, the target being unknown
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contexts:
+    """Origins in one symbol's bars and what a forecast may see at each.
+
+    An origin is the index of the first bar that is not seen: its context is every bar before it and never that bar.
+    An origin of len(bars) is "now": its target is not known yet. Raises ValueError for impossible origins.
     """
 
     symbol: str
     bars: Bars
     origins: tuple[int, ...]  # [W], ascending
-    horizon: int
+    horizon: int  # bars to be forecast, from the origin on
     _digests: dict[tuple[int, ...], str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.origins or self.horizon < 1 or list(self.origins) != sorted(set(self.origins)):
-            raise ValueError("windows need ascending origins and a horizon of at least 1")
-        if self.origins[0] < 1 or self.origins[-1] + self.horizon > len(self.bars):
-            raise ValueError("an origin needs a bar before it and its targets among the bars")
+            raise ValueError("contexts need ascending origins and a horizon of at least 1")
+        if self.origins[0] < 1 or self.origins[-1] > len(self.bars):
+            raise ValueError("an origin needs a bar before it, and all bars before it among the bars")
 
     def __len__(self) -> int:
         return len(self.origins)
 
     def contexts(self, indices: Sequence[int]) -> list[Bars]:
-        """The bars before the origins of these windows, oldest first, as views."""
+        """The bars before the origins with these indices, oldest first, as views."""
         return [self.bars.slice(0, self.origins[index]) for index in indices]
 
     @cached_property
-    def actuals(self) -> np.ndarray:
-        """The closes to be forecast, float64 [W, H], price."""
-        steps = np.arange(self.horizon)
-        return read_only(self.bars.close[np.array(self.origins)[:, None] + steps])
-
-    @cached_property
     def last_closes(self) -> np.ndarray:
-        """The last close each context knows, float64 [W], price."""
+        """The last close that each context knows, float64 [W], price."""
         return read_only(self.bars.close[np.array(self.origins) - 1])
 
     @property
-    def timestamps(self) -> np.ndarray:
-        """The time of each window's first target bar, datetime64[ns] [W], UTC."""
-        return self.bars.timestamps[np.array(self.origins)]
+    def last_timestamps(self) -> np.ndarray:
+        """The time of the last bar of each context, datetime64[ns] [W], UTC."""
+        return self.bars.timestamps[np.array(self.origins) - 1]
 
-    def seeds(self, pass_number: int) -> tuple[int, ...]:
-        """One seed below 2**64 a window, from symbol, origin's time and pass: not from position or trial."""
+    def origin_text(self, index: int) -> str:
+        """The time of an origin's first target bar as text, or "the bar after TIME" where it has not come yet."""
+        origin = self.origins[index]
+        if origin < len(self.bars):
+            return timestamp_text(self.bars.timestamps[origin])
+        return f"the bar after {timestamp_text(self.bars.timestamps[origin - 1])}"
+
+    def seeds(self, pass_number: int, kind: SeedKind = SeedKind.STUDY) -> tuple[int, ...]:
+        """One seed below 2**64 an origin, from symbol, pass and a time (see `SeedKind`): not from position or trial.
+
+        Raises ValueError for a study's seeds where a target bar has not come yet.
+        """
+        if kind is SeedKind.SERVED:
+            prefix, times = "served\n", self.last_timestamps
+        elif self.origins[-1] < len(self.bars):
+            prefix, times = "", self.bars.timestamps[np.array(self.origins)]
+        else:
+            raise ValueError(f"{self.symbol}: a study's seeds need the time of the target bar, which has not come yet")
         return tuple(
-            int.from_bytes(content_hash(f"{self.symbol}\n{time}\n{pass_number}".encode(), size=8).digest(), "big")
-            for time in self.timestamps.astype(np.int64)
+            int.from_bytes(
+                content_hash(f"{prefix}{self.symbol}\n{time}\n{pass_number}".encode(), size=8).digest(), "big"
+            )
+            for time in times.astype(np.int64)
         )
 
     def chunks(self, size: int) -> tuple[tuple[int, ...], ...]:
-        """Window indices in a fixed order, `size` at a time (the last may be smaller).
+        """Indices of the origins in a fixed order, `size` at a time (the last chunk may be smaller).
 
         Every chunk is spread evenly over the whole period, so that a running mean is of no one regime.
+        Raises ValueError for a size below 1.
         """
         if size < 1:
             raise ValueError(f"chunk size {size} is below 1")
@@ -83,7 +108,7 @@ class Windows:
         )
 
     def digest(self, indices: Sequence[int]) -> str:
-        """Of everything the contexts of these windows hold, and nothing else. Computed once."""
+        """BLAKE2b of everything that these contexts hold and of nothing else, as hexadecimal text. Computed once."""
         key = tuple(indices)
         if key not in self._digests:
             # Contexts are prefixes: the longest and the lengths say it all.
@@ -91,6 +116,40 @@ class Windows:
             longest = bars_fingerprint(self.bars.slice(0, max(origins)))
             self._digests[key] = content_hash(f"{longest}\n{origins}".encode()).hexdigest()
         return self._digests[key]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Windows(Contexts):
+    """Contexts whose targets are among the bars: what a forecast may see at each origin, and what then happened.
+
+    The targets of an origin are the `horizon` bars from it on.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.origins[-1] + self.horizon > len(self.bars):
+            raise ValueError("an origin of a window needs its targets among the bars")
+
+    @cached_property
+    def actuals(self) -> np.ndarray:
+        """The closes to be forecast, float64 [W, H], price."""
+        steps = np.arange(self.horizon)
+        return read_only(self.bars.close[np.array(self.origins)[:, None] + steps])
+
+    @property
+    def timestamps(self) -> np.ndarray:
+        """The time of each window's first target bar, datetime64[ns] [W], UTC."""
+        return self.bars.timestamps[np.array(self.origins)]
+
+
+def now(bars: Bars, *, symbol: str, horizon: int = 1, min_context: int = MIN_CONTEXT) -> Contexts:
+    """The one context of all the bars there are, to forecast the `horizon` bars that have not come yet.
+
+    Raises DataError where there are fewer than `min_context` bars.
+    """
+    if len(bars) < min_context:
+        raise DataError(f"{symbol}: has {len(bars)} bars and needs {min_context} of context; add older bars")
+    return Contexts(symbol=symbol, bars=bars, origins=(len(bars),), horizon=horizon)
 
 
 @dataclass(frozen=True, kw_only=True)

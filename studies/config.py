@@ -69,7 +69,13 @@ class Search:
     objective: str = setting(one_of("sampled", "exact"))
     trials: int = setting(at_least(1))
     rung: int = setting(at_least(1))
+    batch: int = setting(at_least(0))  # 0: as many as a rung
     prune_worst: float = setting(_share)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of windows in a forward of the network."""
+        return self.batch or self.rung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +258,7 @@ def _table(table: str, kind: type[Any], settings: Mapping[str, Any], source: str
 def _problem(declared: Field[Any], value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
-    if kind_of(declared) == AGGREGATES:
+    if kind_of(declared) == AGGREGATES and isinstance(value, tuple):
         return _aggregates(value)
     rule: Callable[[Any], str | None] | None = declared.metadata.get("rule")
     return rule(value) if rule else None

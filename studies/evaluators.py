@@ -29,8 +29,10 @@ def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: i
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
-        chunk_size=config.search.rung,
-        max_num_samples=spaces.most_samples(forecaster.model, config),
+        rung=config.search.rung,
+        batch=config.search.batch_size,
+        # Drawn ahead for later trials, of which nothing is left where nothing is kept.
+        max_num_samples=spaces.most_samples(forecaster.model, config) if cache_bytes else None,
         exact=config.search.objective == "exact",
     )
 
@@ -52,6 +54,6 @@ def loading_options(config: Config, model: str) -> dict[str, Any]:
         compile_backend=config.compile.backend,
         compile_dir=str(config.compile.dir),
         dtype=config.compile.dtype,
-        chunk=config.search.rung,
+        chunk=config.search.batch_size,
     )
     return {"running": running, **MODELS[model].loading_options(config.models[model])}

@@ -184,12 +184,12 @@ def measurement_json(measured: Measurement, *, errors: bool = True) -> dict[str,
     values["seconds"] = {stage: round(seconds, 6) for stage, seconds in measured.seconds.items()}
     if errors:
         return {**values, "errors": list(measured.errors)}
-    return {key: value for key, value in values.items() if key not in ("errors", "sampling_error")}
+    return {key: value for key, value in values.items() if key not in ("errors", "sampling_error", "latency_s")}
 
 
 def measurement(values: Mapping[str, Any]) -> Measurement:
     """The inverse of `measurement_json`."""
-    known = {"errors": (), "sampling_error": None, **values}
+    known = {"errors": (), "sampling_error": None, "latency_s": None, **values}
     return Measurement(**{**known, "errors": tuple(known["errors"])})
 
 

@@ -385,11 +385,13 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
 
 
 def _metrics(measured: Measurement) -> dict[str, Any]:
+    # The latency is unknown where the cache answered, and in older results.
+    latency = {} if measured.latency_s is None else {"latency_s": round(measured.latency_s, 6)}
     return {
         "price_mae": measured.price_mae,
         "pct_return_mae": measured.mae,
         "mae_percent": measured.mae_percent,
         "skill": measured.skill,
-        "latency_s": sum(measured.seconds.values()),
+        **latency,
         "num_predictions": measured.windows,
     }

@@ -72,21 +72,24 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
     checkpoint: the fingerprint of the forecaster's weights.
     """
     bars = bars_until(series.bars, as_of)
-    counts = config.windows
+    counts, search = config.windows, config.search
     validation = split_windows(config, series.symbol, bars).validation
+    # Where a forward has the windows of a rung there is no entry: definitions were once written without one.
+    batch = {"batch": search.batch_size} if search.batch_size != search.rung else {}
     return {
         "symbol": series.symbol,
         "model": model,
         "as_of": as_of,
         "metric": METRIC,
-        "objective": config.search.objective,
+        "objective": search.objective,
         "bars": bars_fingerprint(bars),
         "windows": {
             "horizon": counts.horizon,
             "validation": counts.validation,
             "test": counts.test,
             "min_context": counts.min_context,
-            "rung": config.search.rung,
+            "rung": search.rung,
+            **batch,
         },
         "space": spaces.make(model, config).to_json(),
         "checkpoint": checkpoint,
@@ -97,7 +100,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
 MISMATCHES = {
     "objective": "its objective is another (sampled or exact), which never mix; set --objective back",
     "bars": "the bars up to its last bar are not those it was opened on; restore the file's history",
-    "windows": "[windows] or [search] rung differ from those it was opened with; set them back",
+    "windows": "[windows] or [search] rung or batch differ from those it was opened with; set them back",
     "space": "the model's search space differs from the one it was opened with; set it back",
     "checkpoint": "the model's checkpoint is not the one it was opened with; set it back",
     "metric": "its metric differs",

@@ -54,6 +54,7 @@ def measurement(
         sampling_error=0.0,
         windows=windows,
         seconds={"encode": 0.1, "draw": 0.2, "aggregate": 0.0},
+        latency_s=0.01,
     )
 
 

@@ -300,6 +300,7 @@ class Evaluator:
             sampling_error=None,
             windows=30,
             seconds={"encode": 0.1, "draw": 0.2, "aggregate": 0.3},
+            latency_s=None,
         )
 
 

@@ -238,7 +238,7 @@ def test_a_whole_study_of_changing_params_needs_no_other_graph(model: str, tmp_p
     eager, compiled = load(model, tmp_path, mode="off"), load(model, tmp_path)
     rng, test = np.random.default_rng(0), windows()
     # A cache of no bytes: every trial encodes anew.
-    theirs, ours = (Evaluator(f, cache_bytes=0, chunk_size=8) for f in (eager, compiled))
+    theirs, ours = (Evaluator(f, cache_bytes=0, rung=8) for f in (eager, compiled))
     trials = [random_params(model, rng) for _ in range(100)]
     for params in (
         [trials[0]] if model == "toto" else [trials[0] | {"max_context": length} for length in (70, 128)]

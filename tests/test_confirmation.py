@@ -22,8 +22,19 @@ from objectives.metrics import Measurement
 from storage import slots
 from storage.progress import worker_seconds
 from studies import confirmation
+from studies import study as studying
 
 TRIALS = Place.TRIALS
+
+
+def test_the_batch_of_a_forward_belongs_to_a_definition_where_it_is_not_the_rung(place: Place) -> None:
+    study = place.open().study
+    assert "batch" not in study.definition["windows"]  # as in definitions that were written before there was one
+    place.run(study, batch=10)  # the rung
+    with pytest.raises(studying.StudyMismatch, match=r"\[search\] rung or batch differ"):
+        place.run(study, batch=5)
+    other = studying.define(place.config(batch=5), place.series(), "toto", study.as_of, "checkpoint")
+    assert other["windows"] == {**study.definition["windows"], "batch": 5}
 
 
 def test_the_best_five_and_what_is_in_use_on_more_windows(place: Place) -> None:

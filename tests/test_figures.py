@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from evidence_builder import COUNTS, evidence, forecasts, measured_configuration
+from evidence_builder import COUNTS, evidence, forecasts, measured_configuration, unmeasured
 from PIL import Image
 
 from launch.views import figures
@@ -57,20 +57,23 @@ def test_without_an_incumbent_no_change_is_what_best_is_compared_with() -> None:
     figure: Any = figures.error_by_window(found)
     assert figure is not None
     assert {one.name for one in figure.data} == {"no change", "trial 7", "cumulative lead"}
-    unmeasured = result(baselines={"incumbent": {"params": {}, "error": "NaN"}})
-    figure = figures.error_by_window(unmeasured)
+    failed = replace(result(), in_use={"incumbent": unmeasured("NaN")})
+    figure = figures.error_by_window(failed)
     assert figure is not None
     assert {one.name for one in figure.data} == {"no change", "trial 7", "cumulative lead"}
 
 
 def test_errors_that_were_not_kept_are_not_compared() -> None:
-    found = result(incumbent=False, no_change={part: {"mae": 0.016, "errors": []} for part in evidence.PARTS})
+    found = result(incumbent=False)
+    found = replace(found, no_change={part: replace(one, errors=()) for part, one in found.no_change.items()})
     assert figures.error_by_window(found) is None
 
 
 def test_nothing_is_drawn_of_what_is_not_there() -> None:
-    empty = result(candidates=[], forecasts={part: {**one, "series": {}} for part, one in forecasts(1).items()})
-    old = result(forecasts={})  # confirmed before forecasts were kept
+    empty = replace(
+        result(), candidates=(), forecasts={part: replace(one, series={}) for part, one in forecasts(1).items()}
+    )
+    old = replace(result(), forecasts={})  # confirmed before forecasts were kept
     for found in (None, empty):
         assert figures.error_by_window(found) is None
     for found in (None, empty, old):
@@ -140,8 +143,9 @@ def test_importances_largest_on_top() -> None:
 
 
 def decision(symbol: str, **known: Any) -> SymbolDecision:
-    values = {"symbol": symbol, "decision": "kept", "reason": "not better", **known}
-    return SymbolDecision(**{field.name: values.get(field.name) for field in fields(SymbolDecision)})
+    values: dict[str, Any] = {"symbol": symbol, "decision": "kept", "reason": "not better", **known}
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(SymbolDecision))
+    return SymbolDecision(**{**unknown, **values})
 
 
 def test_improvements_with_and_without_an_interval() -> None:

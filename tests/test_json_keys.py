@@ -39,7 +39,7 @@ DEFINITION = {
 DEFINED_WINDOWS = {"horizon", "validation", "test", "min_context", "rung"}
 CONFIRMATION = {"windows", "passes", "sampling_error", "candidates", "baselines", "no_change", "forecasts"}
 MEASURED = {"mae", "price_mae", "mae_percent", "no_change_mae", "skill", "windows", "seconds"}
-CONFIRMED = MEASURED | {"errors", "sampling_error"}
+CONFIRMED = MEASURED | {"errors", "sampling_error", "latency_s"}
 WINDOWS = {"validation", "confirmation", "test"}
 VERIFY = {
     "model", "symbol", "mode", "compilation", "windows", "horizon", "dtype", "trials", "warmup_s", "mean_s", "std_s",

@@ -163,7 +163,7 @@ def is_drawn(lines: list[str]) -> bool:
 def assert_heading(lines: list[str]) -> None:
     (heading,) = [line for line in lines if line.startswith("study ")]
     assert heading.split("  ")[0] == "study"
-    assert heading.split()[1:] == ["trials", "best", "incumbent", "better", "by", "left"]
+    assert heading.split()[1:] == ["trials", "best", "incumbent", "improvement", "remaining"]
 
 
 def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from forecasters.toto_model import TOTO
 from objectives.bars import PRICE_NAMES, bars_fingerprint, read_bars
 from objectives.evaluation import STAGES, Evaluator
 from objectives.metrics import Measurement, measure_no_change
-from objectives.windows import Windows, split
+from objectives.windows import SeedKind, Windows, now, split
 from studies.series import demo_bars
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
@@ -85,7 +86,7 @@ def validation(bars: Bars, horizon: int = 1) -> Windows:
 
 def comparable(measured: Measurement) -> dict[str, Any]:
     values = asdict(measured)
-    del values["seconds"]  # the only part that may differ
+    del values["seconds"], values["latency_s"]  # the only parts that may differ
     return values
 
 
@@ -127,9 +128,7 @@ def test_no_skill_where_no_price_moved() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 7, 30, 100])
 def test_errors_are_in_origin_order(bars: Bars, horizon: int, chunk_size: int) -> None:
     windows = validation(bars, horizon)
-    measured = Evaluator(Plain(), cache_bytes=0, chunk_size=chunk_size).measure(
-        windows, {**PARAMS, "aggregate": "mean"}
-    )
+    measured = Evaluator(Plain(), cache_bytes=0, rung=chunk_size).measure(windows, {**PARAMS, "aggregate": "mean"})
     errors = []
     for origin, seed in zip(windows.origins, windows.seeds(0), strict=True):
         tail = bars.close[origin - 64 : origin]
@@ -147,7 +146,7 @@ def test_rungs_come_after_every_chunk_but_the_last(bars: Bars) -> None:
     windows = validation(bars)
     rungs: list[tuple[int, float]] = []
     forecaster = Plain()
-    measured = Evaluator(forecaster, cache_bytes=0, chunk_size=8).measure(
+    measured = Evaluator(forecaster, cache_bytes=0, rung=8).measure(
         windows, PARAMS, on_rung=lambda done, mae: rungs.append((done, mae))
     )
     assert [done for done, _ in rungs] == [8, 16, 24]
@@ -155,7 +154,7 @@ def test_rungs_come_after_every_chunk_but_the_last(bars: Bars) -> None:
     for done, mae in rungs:
         assert mae == pytest.approx(np.mean([measured.errors[index] for index in order[:done]]), rel=1e-12)
     rungs.clear()
-    Evaluator(Plain(), cache_bytes=0, chunk_size=30).measure(
+    Evaluator(Plain(), cache_bytes=0, rung=30).measure(
         windows, PARAMS, on_rung=lambda done, mae: rungs.append((done, mae))
     )
     assert rungs == []
@@ -179,11 +178,127 @@ def test_what_a_rung_raises_ends_the_work_and_leaves_a_good_cache(bars: Bars) ->
     assert comparable(measured) == comparable(Evaluator(Plain(), cache_bytes=0).measure(validation(bars), PARAMS))
 
 
+@pytest.mark.parametrize("batch", [1, 4, 5, 8, 16, 20, 30, 100])
+def test_the_batch_of_a_forward_is_not_the_rung(bars: Bars, batch: int) -> None:
+    def measured(batch: int | None, stop: int | None = None) -> tuple[list[tuple[int, float]], dict[str, Any], Plain]:
+        class Pruned(Exception):
+            pass
+
+        def report(done: int, mae: float) -> None:
+            rungs.append((done, mae))
+            if done == stop:
+                raise Pruned
+
+        rungs: list[tuple[int, float]] = []
+        forecaster = Plain()
+        evaluator = Evaluator(forecaster, cache_bytes=1 << 20, rung=8, batch=batch)
+        if stop:
+            with pytest.raises(Pruned):
+                evaluator.measure(windows, PARAMS, on_rung=report)
+            rungs.clear()
+        return (
+            rungs,
+            comparable(evaluator.measure(windows, PARAMS, on_rung=report if stop is None else None)),
+            forecaster,
+        )
+
+    windows = validation(bars)
+    rungs, whole, forecaster = measured(batch)
+    assert (rungs, whole) == measured(None)[:2]  # these forecasts do not depend on their batch
+    assert [done for done, _ in rungs] == [8, 16, 24]
+    assert forecaster.forwards == -(-30 // batch)
+    _, again, forecaster = measured(batch, stop=16)
+    assert again == whole
+    assert forecaster.forwards == -(-30 // batch)  # the batches that were done were the same ones
+
+
+def test_what_is_pruned_costs_no_further_batch(bars: Bars) -> None:
+    def prune(done: int, mae: float) -> None:
+        raise InterruptedError
+
+    for batch, forwards in ((5, 2), (10, 1), (20, 1)):
+        forecaster = Plain()
+        with pytest.raises(InterruptedError):
+            Evaluator(forecaster, cache_bytes=0, rung=10, batch=batch).measure(validation(bars), PARAMS, on_rung=prune)
+        assert forecaster.forwards == forwards
+
+
+# --- forecasts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("model", ["toto", "kronos"])
+def test_a_forecast_of_now_is_that_made_later_for_the_same_bar(bars: Bars, model: str, exact: bool) -> None:
+    params = {
+        "toto": {"context_length": 128, "num_samples": 32, "aggregate": "mean"},
+        "kronos": {"max_context": 64, "clip": 2.0, "temperature": 0.5, "top_k": 8, "top_p": 0.9, "sample_count": 16},
+    }[model]
+    forecaster = forecasters.load(model, checkpoint=f"{model}-tiny")
+
+    def forecast(known: Any) -> list[list[float]]:
+        evaluator = Evaluator(forecaster, cache_bytes=0, exact=exact)
+        return evaluator.forecast(known, params, kind=SeedKind.SERVED).tolist()
+
+    served = forecast(now(bars.slice(0, 700), symbol="SP500"))
+    assert np.isfinite(served).all()
+    later = Windows(symbol="SP500", bars=bars.slice(0, 720), origins=(700,), horizon=1)
+    assert forecast(later) == served
+    after = np.arange(720) >= 700
+    garbage = {name: np.where(after, 9e4, getattr(later.bars, name)) for name in PRICE_NAMES}
+    assert forecast(replace(later, bars=replace(later.bars, **garbage))) == served
+    known = replace(later.bars, close=np.where(np.arange(720) >= 699, 2 * later.bars.close, later.bars.close))
+    assert forecast(replace(later, bars=known)) != served
+
+
+def test_samples_are_those_that_points_are_made_of(bars: Bars) -> None:
+    windows, evaluator = validation(bars, 3), Evaluator(Plain(), cache_bytes=1 << 20, max_num_samples=64)
+    params = {**PARAMS, "aggregate": "mean"}
+    samples = evaluator.samples(windows, params, pass_number=2, kind=SeedKind.SERVED)
+    assert samples.shape == (30, 32, 3)
+    points = evaluator.forecast(windows, params, pass_number=2, kind=SeedKind.SERVED)
+    np.testing.assert_allclose(samples.mean(axis=1), points, rtol=1e-12)
+    assert not np.allclose(evaluator.forecast(windows, params, pass_number=2), points, rtol=1e-6)  # a study's seeds
+    with pytest.raises(ValueError, match="draws no samples"):
+        Evaluator(Plain(), cache_bytes=0, exact=True).samples(windows, params)
+
+
+def test_a_forecast_of_now_that_is_not_finite_says_so(bars: Bars) -> None:
+    class Lost(Plain):
+        def draw(self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+            return super().draw(encoded, params, seeds) * np.nan
+
+    evaluator, contexts = Evaluator(Lost(), cache_bytes=0), now(bars.slice(0, 200), symbol="SP500")
+    for ask in (evaluator.forecast, evaluator.samples):
+        with pytest.raises(ForecastError, match="SP500: the forecast for the bar after 1999-10-18 is NaN or infinite"):
+            ask(contexts, PARAMS, kind=SeedKind.SERVED)
+
+
+# --- latency ---------------------------------------------------------------------------------------------------
+
+
+def test_latency_is_of_windows_that_were_computed(bars: Bars) -> None:
+    class Slow(Plain):
+        def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> PlainEncoded:
+            time.sleep(0.02)
+            return super().encode(contexts, params, horizon)
+
+    windows, evaluator = validation(bars), Evaluator(Slow(), cache_bytes=1 << 20)
+    first = evaluator.measure(windows, PARAMS).latency_s
+    assert first is not None
+    assert 0.002 <= first < 0.02  # 20 ms for ten windows
+    assert evaluator.measure(windows, PARAMS).latency_s is None  # the cache answered
+    assert evaluator.measure(windows, PARAMS, passes=[1]).latency_s is None  # drawn anew, and not encoded
+    more = replace(windows, origins=(windows.origins[0] - 1, *windows.origins))
+    both = evaluator.measure(more, PARAMS, passes=range(5)).latency_s
+    assert both is not None
+    assert both >= 0.002  # of the pass that encoded, not of five that share it
+
+
 # --- passes ----------------------------------------------------------------------------------------------------
 
 
 def test_errors_are_averaged_over_passes(bars: Bars) -> None:
-    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, chunk_size=7)
+    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, rung=7)
     single = [evaluator.measure(windows, PARAMS, passes=[number]) for number in (3, 4, 8)]
     together = evaluator.measure(windows, PARAMS, passes=[3, 4, 8])
     assert together.errors == pytest.approx(np.mean([one.errors for one in single], axis=0))
@@ -194,7 +309,7 @@ def test_errors_are_averaged_over_passes(bars: Bars) -> None:
 
 
 def test_the_sampling_error_is_that_of_repeating_with_other_seeds(bars: Bars) -> None:
-    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, chunk_size=30)
+    windows, evaluator = validation(bars), Evaluator(Plain(), cache_bytes=0, rung=30)
     repeated = [evaluator.measure(windows, PARAMS, passes=[2 * number, 2 * number + 1]) for number in range(200)]
     seen = np.std([one.mae for one in repeated], ddof=1)
     told = np.sqrt(np.mean([(one.sampling_error or 0) ** 2 for one in repeated]))
@@ -204,7 +319,7 @@ def test_the_sampling_error_is_that_of_repeating_with_other_seeds(bars: Bars) ->
 def test_passes_share_an_encoding_in_a_cache_that_holds_no_second_one(bars: Bars) -> None:
     forecaster = Plain()
     chunk_bytes = 2 * 10 * 8  # two float64 a window
-    Evaluator(forecaster, cache_bytes=chunk_bytes, chunk_size=10).measure(validation(bars), PARAMS, passes=range(5))
+    Evaluator(forecaster, cache_bytes=chunk_bytes, rung=10).measure(validation(bars), PARAMS, passes=range(5))
     assert (forecaster.forwards, len(forecaster.draws)) == (3, 15)
 
 

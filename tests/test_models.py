@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from conftest import FOLDERS
+from places import FOLDERS
 
 import forecasters
 from forecasters import Bars, ForecastError, StageParams, models, naive

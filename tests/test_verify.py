@@ -12,16 +12,14 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-import forecasters
-from forecasters import Bars, Running, compilation
+from forecasters import Bars, compilation
 from launch import verify
 from launch.cli import studies
 from launch.views.tables import terminal
+from objectives.evaluation import Evaluator
 from objectives.windows import split
 from studies import config as configuration
 from studies import space as spaces
-
-RUNNING = Running(compile_backend="eager", chunk=8)
 
 
 def bars(count: int = 300) -> Bars:
@@ -33,9 +31,13 @@ def bars(count: int = 300) -> Bars:
 @pytest.fixture
 def job(tmp_path: Path) -> verify.VerifyJob:
     compilation.forget()
+    compiling = {"backend": "eager", "dir": tmp_path / "compiled"}
+    config = configuration.load(
+        overrides={"toto": {"checkpoint": "toto-tiny"}, "compile": compiling, "search": {"batch": 8}}
+    )
     return verify.VerifyJob(
+        config=config,
         model="toto",
-        checkpoint={"checkpoint": "toto-tiny", "running": replace(RUNNING, compile_dir=str(tmp_path / "compiled"))},
         device="cpu",
         windows=split(bars(), symbol="X", horizon=1, validation=10, test=1).validation,
         trials=[{"context_length": 256, "num_samples": n, "aggregate": "median"} for n in (16, 40)],
@@ -43,13 +45,8 @@ def job(tmp_path: Path) -> verify.VerifyJob:
     )
 
 
-def here(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
-    """In this process, which is quicker."""
-    return verify.measure(job, lambda: forecasters.load(job.model, device=job.device, **job.running(mode)))
-
-
 def test_a_mode_stands_beside_eager(job: verify.VerifyJob):
-    eager, compiled = verify.compare(job, ["default"], run=here)
+    eager, compiled = verify.compare(job, ["default"], run=verify.measure)
     assert (eager.mode, eager.graphs, eager.speedup, eager.passed) == ("off", 0, 1.0, True)
     assert (compiled.mode, compiled.compilation, compiled.graphs) == ("default", "default", 1)
     assert compiled.warmup_s > 0
@@ -73,7 +70,7 @@ def test_a_mode_stands_beside_eager(job: verify.VerifyJob):
 )
 def test_what_is_not_the_same_does_not_pass(job: verify.VerifyJob, change: dict[str, Any], seen: dict[str, Any]):
     def run(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
-        measured = here(job, mode)
+        measured = verify.measure(job, mode)
         if mode == "off":
             return measured
         factor = next((value for name, value in change.items() if name in ("points", "samples")), None)
@@ -87,7 +84,7 @@ def test_what_is_not_the_same_does_not_pass(job: verify.VerifyJob, change: dict[
 
 def test_the_largest_difference_is_that_of_any_trial(job: verify.VerifyJob):
     def run(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
-        measured = here(job, "off")
+        measured = verify.measure(job, "off")
         first, second = measured.points
         return measured if mode == "off" else replace(measured, points=[first, second + 1])
 
@@ -96,7 +93,7 @@ def test_the_largest_difference_is_that_of_any_trial(job: verify.VerifyJob):
 
 
 def test_a_narrow_table_says_what_a_row_fails_by(job: verify.VerifyJob):
-    eager = verify.compare(job, [], run=here)[0]
+    eager = verify.compare(job, [], run=verify.measure)[0]
     why = "default failed: InductorError: there is no compiler of C++ on this machine, neither g++ nor clang"
     rows = [eager, replace(eager, mode="default", compilation=why, breaks=3, passed=False)]
     console = Console(width=80, color_system=None)
@@ -104,23 +101,23 @@ def test_a_narrow_table_says_what_a_row_fails_by(job: verify.VerifyJob):
         console.print(terminal(verify.table(rows), 80))
     head, *lines = captured.get().splitlines()
     assert max(map(len, (head, *lines))) <= 80
-    assert {"model", "mode", "breaks", "ran as"} <= set(re.split("  +", head.strip()))
-    assert {"again", "skipped"}.isdisjoint(head.split())  # of which there are none
-    reason = " ".join(line[head.index("ran as") :].strip() for line in lines[1:])
+    assert {"model", "mode", "graph breaks", "compilation"} <= set(re.split("  +", head.strip()))
+    assert {"recompilations", "skipped"}.isdisjoint(head.split())  # of which there are none
+    reason = " ".join(line[head.index("compilation") :].strip() for line in lines[1:])
     assert reason == why  # to its end, in lines
 
 
 def test_a_graph_that_the_trials_did_not_warm_up_counts_as_made_again(job: verify.VerifyJob):
-    real, calls = verify.answer, []
+    real, calls = Evaluator.samples, []
 
-    def grown(forecaster: Any, windows: Any, params: Any, chunk: int) -> np.ndarray:
+    def grown(evaluator: Evaluator, windows: Any, params: Any) -> np.ndarray:
         calls.append(params)
         # From the second repetition on with a context that no warm-up saw.
-        return real(forecaster, windows, params | {"context_length": 256 if len(calls) < 4 else 64}, chunk)
+        return real(evaluator, windows, params | {"context_length": 256 if len(calls) < 4 else 64})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "answer", grown)
-        measured = here(job, "default")
+        patch.setattr(Evaluator, "samples", grown)
+        measured = verify.measure(job, "default")
     assert measured.recompilations == 1
 
 

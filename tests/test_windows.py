@@ -13,7 +13,7 @@ import pytest
 from forecasters import Bars
 from objectives import windows as w
 from objectives.bars import PRICE_NAMES, DataError, bars_fingerprint, bars_until, read_bars, timestamp_text
-from objectives.windows import Windows, split
+from objectives.windows import Contexts, SeedKind, Windows, now, split
 from storage.symbols import SymbolError, check_symbol
 from studies.series import demo_bars, list_symbols
 
@@ -422,6 +422,38 @@ def test_seeds_follow_symbol_time_and_pass_only() -> None:
     others = [windows.seeds(1), replace(windows, symbol="B").seeds(0)]
     assert len(set(seeds).union(*others)) == 9
     assert seeds[0] == 14058462157771575944  # frozen: stored studies were drawn with such seeds
+
+
+def test_seeds_of_served_forecasts_follow_the_last_bar_that_is_known() -> None:
+    served = now(bars_of(200), symbol="A").seeds(0, SeedKind.SERVED)
+    later = Windows(symbol="A", bars=bars_of(400).slice(100, 350), origins=(90, 100, 110), horizon=1)
+    assert served == later.seeds(0, SeedKind.SERVED)[1:2]  # the same bar, at another position
+    assert len({*later.seeds(0), *later.seeds(0, SeedKind.SERVED), *later.seeds(1, SeedKind.SERVED)}) == 9
+    # Nor is it the seed of the study's window that the last bar is the target of.
+    assert Windows(symbol="A", bars=bars_of(200), origins=(199,), horizon=1).seeds(0) != served
+    assert served == (1319107637000394980,)  # frozen: a forecast once served can be made again
+
+
+def test_the_contexts_of_now() -> None:
+    bars = bars_of(200)
+    contexts = now(bars, symbol="A", horizon=3)
+    assert (len(contexts), contexts.origins, contexts.horizon) == (1, (200,), 3)
+    (context,) = contexts.contexts([0])
+    assert bars_fingerprint(context) == bars_fingerprint(bars)
+    assert contexts.last_closes.tolist() == [299]
+    assert contexts.last_timestamps.tolist() == bars.timestamps[-1:].tolist()
+    assert contexts.chunks(10) == ((0,),)
+    later = Windows(symbol="A", bars=bars_of(300), origins=(200,), horizon=3)
+    assert contexts.digest([0]) == later.digest([0])
+    assert (contexts.origin_text(0), later.origin_text(0)) == ("the bar after 2020-07-18", "2020-07-19")
+    with pytest.raises(ValueError, match="A: a study's seeds need the time of the target bar"):
+        contexts.seeds(0)
+    with pytest.raises(DataError, match="A: has 127 bars and needs 128 of context"):
+        now(bars_of(127), symbol="A")
+    with pytest.raises(ValueError, match="targets"):
+        Windows(symbol="A", bars=bars, origins=(200,), horizon=1)
+    with pytest.raises(ValueError, match="origin"):
+        Contexts(symbol="A", bars=bars, origins=(201,), horizon=1)
 
 
 @pytest.mark.parametrize("count", [1, 9, 10, 11, 20, 25, 30, 31, 250])

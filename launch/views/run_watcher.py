@@ -12,7 +12,7 @@ from typing import Any
 from launch.supervisor import Child
 from launch.views.live_table import RunState, StudyLine, WorkerLine
 from launch.worker import EXIT_DONE, EXIT_INTERRUPTED
-from storage import database, slots
+from storage import slots, study_rows
 from storage.database import RetryingStorage
 from storage.progress import RunSnapshot, run_snapshot
 
@@ -124,7 +124,7 @@ class RunWatcher:
         ours = [child.name for child in self.children if child.name]
         self._ours.update(ours)
         snapshot = run_snapshot(self._storage, self._studies, ours, **INCUMBENT)
-        best = database.best_values(self._storage, self._studies)
+        best = study_rows.best_values(self._storage, self._studies)
         now = time.monotonic()
         counts: dict[Any, int] = {study_id: one.done for study_id, one in snapshot.progress.items()}
         self._rates.add(now, {**counts, "all": sum(counts.values()), **dict.fromkeys(ours, 0), **snapshot.finished})
