@@ -20,7 +20,7 @@ from storage import database, slots, study_rows
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import promoting as promote
-from studies.evidence import MeasuredConfiguration, to_json
+from studies.evidence import MeasuredConfiguration, params_text, to_json
 
 DEFINITION = {
     "no_change_mae": 0.0125,
@@ -280,5 +280,5 @@ def test_numbers_for_people() -> None:
     assert [tables.duration(x) for x in spans] == said
     assert (tables.percent_gain(-0.0123), tables.percent_gain(None)) == ("-1.23 %", "-")
     assert (tables.percent_error(0.0123456), tables.percent_interval(0.01, None)) == ("1.2346 %", "-")
-    assert tables.params_text({"temperature": 2.4000000000000004, "top_k": 16}) == "temperature=2.4 top_k=16"
-    assert tables.params_text({}) == "-"
+    assert params_text({"temperature": 2.4000000000000004, "top_k": 16}) == "temperature=2.4 top_k=16"
+    assert params_text({}) == ""

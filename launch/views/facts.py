@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.views.decisions import NEXT
-from launch.views.tables import NOTHING, Column, Table, duration, params_text, percent_error, percent_gain
+from launch.views.tables import NOTHING, Column, Table, duration, percent_error, percent_gain
 from storage import board, slots, study_rows
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
 from storage.retrying import RetryingStorage
 from studies import evidence
-from studies.evidence import MeasuredConfiguration, StudyEvidence, relative_gain
+from studies.evidence import MeasuredConfiguration, StudyEvidence, params_text, relative_gain
 from studies.study import Study
 
 BEST_SHOWN = 5  # trials

@@ -13,13 +13,13 @@ from rich.text import Text
 from launch.output import counted, say, show
 from launch.views import tables
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
-from launch.views.tables import Column, Table, duration, params_text, percent_error, percent_gain, percent_share
+from launch.views.tables import Column, Table, duration, percent_error, percent_gain, percent_share
 from storage import slots, study_rows
 from storage.progress import first_parked_slots, pick_results, study_progress
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import study as studying
-from studies.evidence import ConfirmedSummary, read_summaries, relative_gain
+from studies.evidence import ConfirmedSummary, params_text, read_summaries, relative_gain
 
 UNCONFIRMED = ConfirmedSummary(mae=None, skill=None, incumbent_mae=None, incumbent_validation_mae=None)
 

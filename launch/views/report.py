@@ -25,7 +25,6 @@ from launch.views.tables import (
     Column,
     Table,
     duration,
-    params_text,
     percent_gain,
     percent_interval,
     percent_share,
@@ -37,6 +36,7 @@ from storage.retrying import RetryingStorage
 from studies import importance, promoting
 from studies import study as studying
 from studies.config import Config, ConfigError
+from studies.evidence import params_text
 from studies.promoting import Rule, SymbolDecision
 
 EXPLANATIONS = (

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import rich.table
 from rich.cells import cell_len
@@ -166,16 +165,6 @@ def percent_interval(low: float | None, high: float | None) -> str:
 
 def p_value(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
-
-
-def significant(value: Any) -> str:
-    """A value of a parameter as people write it: 2.4, not 2.4000000000000004."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def params_text(params: Mapping[str, Any]) -> str:
-    """Parameters in one line: "aggregate=mean num_samples=64"."""
-    return " ".join(f"{name}={significant(value)}" for name, value in params.items()) or NOTHING
 
 
 def rate(per_second: float | None) -> str:
