@@ -28,11 +28,22 @@ from sqlalchemy import text
 from benchmarks import private, recording
 from launch.views import dashboard
 from launch.views.run_watcher import RunWatcher
+from objectives.metrics import Measurement
 from storage import database, slots
 from storage.progress import free_counts, study_progress
 from storage.retrying import RetryingStorage
 from studies import config as configuration
 from studies import space
+from studies.evidence import (
+    ForecastSeries,
+    ForecastsShown,
+    MeasuredConfiguration,
+    NoChange,
+    Part,
+    StudyEvidence,
+    WindowSpan,
+    to_json,
+)
 
 PICK_MS, LIST_MS = 20, 2000  # to pick the next slot; for `studies list`
 READ_MS = 200  # for the live table, which then reads every 20 s
@@ -42,7 +53,7 @@ STUDIES, TRIALS = 500, 100
 PROMOTED = [f"S{number:03}" for number in range(1, STUDIES) if number % 10][:24]  # of finished studies
 SPACE = space.make("toto", configuration.load(None))
 IN_USE = {"aggregate": "mean", "num_samples": 64, **SPACE.fixed}
-COUNTS = {"validation": 30, "confirmation": 250, "test": 20}  # windows
+COUNTS: dict[Part, int] = {"validation": 30, "confirmation": 250, "test": 20}  # windows
 DEFINITION = {
     "metric": "pct_return_mae",
     "objective": "sampled",
@@ -99,26 +110,45 @@ def confirmation() -> dict[str, Any]:
     """A result about as long as real ones, 60 kB: seven configurations, an error for each of 300 windows."""
     errors = random.Random(0)
 
-    def measured(windows: int) -> dict[str, Any]:
-        return {"mae": 0.8, "skill": 0.2, "windows": windows, "errors": [errors.random() for _ in range(windows)]}
+    def measured(count: int) -> Measurement:
+        return Measurement(
+            mae=0.8, price_mae=0.8, mae_percent=0.8, no_change_mae=1.0, skill=0.2, sampling_error=0.001, windows=count,
+            errors=tuple(errors.random() for _ in range(count)), seconds={}, latency_s=None,
+        )  # fmt: skip
 
-    def one(params: dict[str, Any]) -> dict[str, Any]:
-        return {"params": params, **{name: measured(count) for name, count in COUNTS.items()}}
+    def one(params: dict[str, Any], trial: int | None = None) -> MeasuredConfiguration:
+        parts = {part: measured(count) for part, count in COUNTS.items()}
+        return MeasuredConfiguration(model="toto", params=params, trial=trial, **parts)
 
-    drawn = [[errors.random() for _ in range(50)] for _ in range(8)]
-    ends = {"first": "2025-11-21", "last": "2026-11-20"}
-    return {
-        "windows": {name: {"count": count, **ends} for name, count in COUNTS.items()},
-        "passes": 2,
-        "sampling_error": 0.0005,
-        "candidates": [
-            {"trial": number, **one({**IN_USE, "num_samples": 2**number * 128, "aggregate": "median"})}
-            for number in range(5)
-        ],
-        "baselines": {"incumbent": one(IN_USE), "stored": one({**IN_USE, "num_samples": 128})},
-        "no_change": measured(300),
-        "forecasts": drawn,
-    }
+    def forecasts(count: int) -> ForecastsShown:
+        def prices() -> tuple[float, ...]:
+            return tuple(errors.random() for _ in range(count))
+
+        def series(trial: int | None) -> ForecastSeries:
+            return ForecastSeries(trial=trial, points=prices(), low=prices(), high=prices())
+
+        return ForecastsShown(
+            times=("2026-11-20",) * count,
+            actual=prices(),
+            starts=tuple(range(count)),
+            series={"best": series(0), "incumbent": series(None)},
+        )
+
+    return to_json(
+        StudyEvidence(
+            windows={
+                part: WindowSpan(count=count, first="2025-11-21", last="2026-11-20") for part, count in COUNTS.items()
+            },
+            passes=2,
+            sampling_error=0.0005,
+            candidates=tuple(
+                one({**IN_USE, "num_samples": 2**number * 128, "aggregate": "median"}, number) for number in range(5)
+            ),
+            in_use={"incumbent": one(IN_USE), "stored": one({**IN_USE, "num_samples": 128})},
+            no_change={part: NoChange(mae=1.0, errors=measured(count).errors) for part, count in COUNTS.items()},
+            forecasts={part: forecasts(count) for part, count in COUNTS.items() if part != "confirmation"},
+        )
+    )
 
 
 def fill(storage: RetryingStorage) -> None:

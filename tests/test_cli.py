@@ -15,6 +15,7 @@ import numpy as np
 import places
 import pytest
 from click.testing import CliRunner, Result
+from evidence_builder import evidence
 from safetensors.numpy import load_file, save_file
 from sqlalchemy import text
 
@@ -25,6 +26,7 @@ from storage.progress import free_counts, stage_results, study_progress
 from studies import config as configuration
 from studies import study as studying
 from studies.evaluators import checkpoint_fingerprint
+from studies.evidence import to_json
 from studies.series import read_series
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
@@ -251,7 +253,7 @@ def test_a_study_whose_last_bar_is_gone_names_the_file(place: Place) -> None:
 def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) -> None:
     study = open_study(place)
     slots.park_study(place.storage, study.study_id, "no memory")
-    done = {"r": json.dumps({"windows": {"confirmation": {}}, "candidates": [], "baselines": {}})}
+    done = {"r": json.dumps(to_json(evidence()))}
     place.storage.transaction(
         lambda c: c.execute(text("update slots set state = 'done', result = cast(:r as jsonb) where stage = 2"), done)
     )

@@ -20,7 +20,7 @@ PROMOTE = {
     "improvement_high", "p_value", "improvement_validation", "improvement_test", "skill", "test_mae",
     "incumbent_test_mae", "windows", "decision", "reason", "next", "path", "written", "pairs",
 }  # fmt: skip
-PAIR = {"symbol", "model", "study", "status", "reason", "mae", "test_mae", "passes"}
+PAIR = {"symbol", "model", "study", "status", "reason", "mae", "validation_mae", "test_mae", "passes"}
 ROLLBACK = {"symbol", "model", "promoted_at", "step", "restored", "removed", "mismatch", "kept", "remaining"}
 LIST = {
     "study", "symbol", "model", "as_of", "state", "done", "budget", "parked", "parked_reason", "incumbent_mae",
