@@ -186,7 +186,7 @@ def worker(job: verify.VerifyJob, mode: str, threads: int, barrier: Any, results
 
 
 def together(job: verify.VerifyJob, mode: str, count: int, threads: int, cache: Path) -> dict[str, Any]:
-    """Answers a second of so many workers at once on one device."""
+    """Answers per second of several workers at once on one device."""
     job = with_kernels(job, cache / mode)
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(count), context.Queue()

@@ -141,7 +141,7 @@ class Run:
     # --- the faults
 
     def deal(self) -> Counter[str]:
-        """Every fault of the plan, each when so many trials are finished."""
+        """Cause every fault of the plan, each at its number of finished trials."""
         total = self.plan.studies * self.plan.trials
         faults = self.plan.faults()
         self.random.shuffle(faults)
@@ -268,7 +268,7 @@ class Run:
 
 
 def cut_bars(folder: Path, count: int, *, bars: int) -> None:
-    """So many symbols with so many bars each: pieces of the packaged indices, one after the other."""
+    """Write bars of `count` symbols: pieces of the packaged indices, one after the other."""
     with tempfile.TemporaryDirectory() as whole:
         paths = demo_bars(whole)
         folder.mkdir()

@@ -88,7 +88,7 @@ def random_checkpoints(folder: Path, kronos_size: KronosNetworkConfig = KRONOS_B
 
 
 def random_bars(count: int) -> Bars:
-    """So many days of a random walk."""
+    """A random walk of daily bars."""
     rng = np.random.default_rng(0)
     close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, count)))
     opening = close * np.exp(rng.normal(0, 0.003, count))

@@ -229,7 +229,7 @@ def cpu_of(postmaster: int) -> float:
 
 
 def measure(way: str, url: str, name: str, workers: int, postmaster: int) -> Cost:
-    """One cell: so many processes, each with its own connection, on one study."""
+    """One cell: a number of processes, each with its own connection, on one study."""
     context = mp.get_context("spawn")
     ready, results = context.Barrier(workers), context.Queue()
     count = TIMED[workers]

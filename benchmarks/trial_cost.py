@@ -39,7 +39,7 @@ Seconds = dict[str, float]  # of one repetition, by what was done
 
 
 def fastest(repetition: Callable[[], Seconds], repeats: int) -> Seconds:
-    """The least of each, of so many repetitions."""
+    """The smallest of each over the repetitions."""
     found = [repetition() for _ in range(repeats)]
     return {name: min(each[name] for each in found) for name in found[0]}
 

@@ -72,7 +72,7 @@ class PathCache(NamedTuple):
 
 
 def whole_bars(count: int) -> int:
-    """The least positive multiple of FIXED_BARS that holds so many."""
+    """The smallest positive multiple of FIXED_BARS that is at least `count`."""
     return -(-max(1, count) // FIXED_BARS) * FIXED_BARS
 
 

@@ -335,7 +335,7 @@ class Toto:
 
 
 def fixed_length(patches: int) -> int:
-    """The length, in patches, that so many are padded to: two a power of 2, so that few graphs serve all contexts."""
+    """The length, in patches, that this many are padded to: two lengths a power of 2, so that few graphs serve all."""
     power = 1 << (patches - 1).bit_length()  # the least power of 2 that holds them
     return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
 

@@ -57,7 +57,7 @@ def images_of(place: Place, study: Study) -> list[dict[str, Any]]:
 
 def note_of(place: Place, study: Study) -> str:
     study_there = optuna.load_study(study_name=study.name, storage=place.storage)
-    return optuna_dashboard.get_note(study_there).replace("\u2003", "").replace("\u00a0", " ")
+    return optuna_dashboard.get_note(study_there).replace("\u00a0\u00a0\u00a0", "").replace("\u00a0", " ")
 
 
 @pytest.fixture

@@ -245,8 +245,9 @@ def test_a_table_in_markdown_says_the_same() -> None:
         "| &lt;c> | - | - |",
     ]
     head, _, first, _ = tables.markdown(table, spaced=True).splitlines()
-    assert head == "| name | \u2003MAE | \u2003configuration |"
-    assert first.split(" | ")[1] == "\u20031.5000\u00a0%"
+    gap = 3 * "\u00a0"
+    assert head == f"| name | {gap}MAE | {gap}configuration |"
+    assert first.split(" | ")[1] == f"{gap}1.5000\u00a0%"
 
 
 DECIDED = promote.SymbolDecision(

@@ -192,7 +192,8 @@ class LiveView:
         if state.done >= state.budget:
             rest = ", confirming"
         else:
-            rest = f", about {(state.budget - state.done) / per_second / 60:.1f} min left" if per_second else ""
+            left = duration((state.budget - state.done) / per_second) if per_second else ""
+            rest = f", about {left} left" if left else ""
         self._print(f"{state.done}/{state.budget} trials, {per_second:.1f} per second{rest}")
 
     def _draw(self) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 GAP = 2  # cells between two columns of a terminal
 NOTHING = "-"
+NO_BREAK = "\u00a0"  # a space that no line is broken at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,9 @@ def markdown(table: Table, *, spaced: bool = False) -> str:
         for row in table.rows
     ]
     if spaced:
+        gap = 3 * NO_BREAK
         head, *rows = (
-            [line[0], *(f"\u2003{cell.replace(' %', chr(0xA0) + '%')}" for cell in line[1:])] for line in (head, *rows)
+            [line[0], *(gap + cell.replace(" %", f"{NO_BREAK}%") for cell in line[1:])] for line in (head, *rows)
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rules, *rows))
 
