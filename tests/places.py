@@ -84,6 +84,19 @@ checkpoint = "kronos-tiny"
 """
 
 
+# A worker that sleeps in every trial (confirmations have no rungs): a signal finds it there, at no cost of the processor.
+SLOW_TRIALS = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import time
+    from objectives.evaluation import Evaluator
+    measure = Evaluator.measure
+    def slowly(self, *words, on_rung=None, **options):
+        time.sleep({seconds} if on_rung else 0)
+        return measure(self, *words, on_rung=on_rung, **options)
+    Evaluator.measure = slowly
+"""
+
 INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
 
 
@@ -105,6 +118,14 @@ def write_bars(folder: Path, counts: Mapping[str, int]) -> None:
     folder.mkdir(exist_ok=True)
     for symbol, count in counts.items():
         (folder / f"{symbol}.csv").write_text("\n".join([*last_bars(symbol, count), ""]))
+
+
+def patch_python(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which every Python process runs this code first, from a module in this new folder."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    others = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *others])}
 
 
 @cache
@@ -176,6 +197,10 @@ class RunPlace(Place):
         text = self.settings.read_text().replace(f'models = ["{self.model}"]', f'models = ["{model}"]')
         self.settings.write_text(text)
         self.model = model
+
+    def slow_down(self, seconds: float) -> None:
+        """Let every trial last this long."""
+        self.environment |= patch_python(self.folder / "slow", SLOW_TRIALS.format(seconds=seconds))
 
     def command(self, *words: str) -> list[str]:
         return [str(BIN / words[0]), *words[1:], "--config", str(self.settings)]

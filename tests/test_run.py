@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -12,15 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import execute
 from optuna.trial import TrialState
 from places import RunPlace as Place
+from places import patch_python
 from processes import wait_until_gone, workers_of
-from safetensors.numpy import load_file, save_file
 
-from forecasters.checkpoints import BUNDLED
 from launch.views import listing
 from storage import database, embedded, slots
 from storage.progress import parked_slots, read_confirmations, study_progress
@@ -149,6 +146,7 @@ def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
 
 
 def test_kill_9_of_everything_then_the_same_command(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "30")
     place.wait_for_trials(12)
     workers = workers_of(supervisor.pid)
@@ -162,6 +160,7 @@ def test_kill_9_of_everything_then_the_same_command(place: Place) -> None:
 
 
 def test_workers_that_are_killed_are_replaced(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "40")
     for at in (5, 25):
         place.wait_for_trials(at)
@@ -174,6 +173,7 @@ def test_workers_that_are_killed_are_replaced(place: Place) -> None:
 
 
 def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "200")
     place.wait_for_trials(3)
     workers = workers_of(supervisor.pid)
@@ -186,6 +186,7 @@ def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
 
 
 def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "500")
     place.wait_for_trials(3)
     workers = workers_of(supervisor.pid)
@@ -233,6 +234,7 @@ def with_a_server_of_its_own(place: Place, folder: Path) -> Path:
 
 
 def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
+    place.slow_down(0.05)
     server = with_a_server_of_its_own(place, scratch / f"killed-{os.getpid()}")
     supervisor = place.launch("--trials", "60")
     try:
@@ -289,7 +291,8 @@ def test_two_runs_at_once_on_an_empty_database(place: Place, database_server: An
 
 
 def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
-    supervisor = place.launch("--trials", "60")
+    place.slow_down(0.1)
+    supervisor = place.launch("--trials", "30")
     place.wait_for_trials(4)
     frozen = workers_of(supervisor.pid)[0]
     os.kill(frozen, signal.SIGSTOP)
@@ -297,7 +300,12 @@ def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
     os.kill(frozen, signal.SIGCONT)
     supervisor.communicate(timeout=120)
     assert supervisor.returncode == 0
-    place.assert_exact(60, "SP500", "NASDAQ")
+    place.assert_exact(30, "SP500", "NASDAQ")
+    trials = [trial for symbol in ("SP500", "NASDAQ") for trial in place.trials(symbol)]
+    (lost,) = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert lost.datetime_complete is not None
+    later = [trial for trial in trials if trial.datetime_start and trial.datetime_start > lost.datetime_complete]
+    assert lost.user_attrs["worker"] in {trial.user_attrs["worker"] for trial in later}
 
 
 def test_no_password_in_files_or_command_lines(place: Place, database_server: Any) -> None:
@@ -337,10 +345,8 @@ if "launch.worker" in sys.orig_argv:
 
 def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(place: Place) -> None:
     place.search("toto")
-    patched = place.folder / "patched"
-    patched.mkdir()
-    (patched / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
-    environment, place.environment = place.environment, {**place.environment, "PYTHONPATH": str(patched)}
+    patched = patch_python(place.folder / "patched", SHORT_OF_MEMORY)
+    environment, place.environment = place.environment, {**place.environment, **patched}
     words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
     said = place.run(*words, code=1).stderr
     error = "SP500: out of memory on cpu with one window of 256 points, wanting 9.00 GiB more"
