@@ -84,7 +84,7 @@ checkpoint = "kronos-tiny"
 """
 
 
-# A worker that sleeps in every trial (confirmations have no rungs): a signal finds it there, at no cost of the processor.
+# A worker that sleeps in every trial, where signals find it at no cost of the processor. Confirmations have no rungs.
 SLOW_TRIALS = """
 import sys
 if "launch.worker" in sys.orig_argv:
