@@ -314,13 +314,12 @@ def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Pat
 
 @with_ray
 def test_a_run_on_a_ray_cluster_has_the_same_table(place: Place, nodes: Nodes) -> None:
-    place.slow_down(0.1)
     node = nodes.add()
-    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", "2", "--trials", "50")
+    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", "2", "--trials", "300")
     started.append(Terminal(command, place.environment, columns=100))
     started[-1].wait_for(is_drawn)
-    assert_ended(started[-1], started[-1].end(0), 50)
-    place.assert_exact(50, "SP500", "NASDAQ")
+    assert_ended(started[-1], started[-1].end(0), 300)
+    place.assert_exact(300, "SP500", "NASDAQ")
     nodes.lose(node)
 
 
