@@ -49,8 +49,10 @@ workers.lease_s = {lease_s}
 validation = {validation}
 min_context = 64
 [search]
-models = ["toto"]
+models = ["{model}"]
 trials = {trials}
+[naive]
+num_samples = [64, 128, 256, 512]
 [toto]
 checkpoint = "toto-tiny"
 context_length = [128, 256]
@@ -63,6 +65,7 @@ aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30", "quantile_0.
 class Plan:
     """What to run and what to do to it."""
 
+    model: str = "toto"
     workers: int = 8
     studies: int = 4
     trials: int = 100  # of each study
@@ -106,7 +109,7 @@ class Run:
         self.plan, self.folder, self.say = plan, folder, say
         self.random = random.Random(seed)
         self.settings = folder / "studies.toml"
-        settings = SETTINGS.format(trials=plan.trials, validation=plan.validation, lease_s=LEASE_S)
+        settings = SETTINGS.format(model=plan.model, trials=plan.trials, validation=plan.validation, lease_s=LEASE_S)
         self.settings.write_text(private.SETTINGS + settings, encoding="utf-8")
         cut_bars(folder / "bars", plan.studies, bars=plan.validation + 600)
         self.server = folder / private.SERVER
@@ -262,7 +265,7 @@ class Run:
         result.expect("parked slots", sum(p.parked for p in study_progress(self.storage).values()), 0)
         result.expect("open slots", sum(p.open for p in study_progress(self.storage).values()), 0)
 
-        compared, other = remeasure(self.storage, self.folder, trials)
+        compared, other = remeasure(self.storage, self.folder, self.plan.model, trials)
         result.expect("trials measured anew", compared, total)
         result.expect("trials with another number then", other, 0)
 
@@ -307,14 +310,16 @@ def is_there(line: Mapping[str, str], trials: Mapping[str, list[FrozenTrial]]) -
     return False
 
 
-def remeasure(storage: RetryingStorage, folder: Path, trials: Mapping[str, list[FrozenTrial]]) -> tuple[int, int]:
+def remeasure(
+    storage: RetryingStorage, folder: Path, model: str, trials: Mapping[str, list[FrozenTrial]]
+) -> tuple[int, int]:
     """Measure every finished trial's params here, undisturbed: how many, and how many have another number or report."""
     import torch
 
     job = RunPlan.read(sorted((folder / "logs").iterdir())[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    evaluator = evaluators.make_evaluator(job.config, "toto", device="cpu", cache_bytes=2**30)
+    evaluator = evaluators.make_evaluator(job.config, model, device="cpu", cache_bytes=2**30)
     compared = other = 0
     for study in studying.list_studies(storage):
         bars, _ = read_bars(Path(job.series[study.symbol]))
@@ -369,11 +374,12 @@ def run(plan: Plan, folder: Path, *, seed: int, say: Callable[[str], None] = lam
 def main() -> None:
     parser = recording.parser("faults", __doc__)
     parser.add_argument("--seed", type=int, default=None, help="of the moments and victims; default: another each time")
+    parser.add_argument("--model", choices=("toto", "naive"), default="toto", help="what is searched; default: toto")
     args = parser.parse_args()
     if args.seed is None:
         args.seed = random.randrange(10**6)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    plan = Plan()
+    plan = Plan(model=args.model)
     with private.folder() as folder:
         result = run(plan, folder, seed=args.seed, say=lambda line: print(line, file=sys.stderr))
     counts = {**result.dealt, **result.numbers}

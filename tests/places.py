@@ -60,8 +60,12 @@ checkpoint = "kronos-tiny"
 max_context = [128, 192]
 clip = [1.0, 1.4]
 sample_count = [96, 128]
+[naive]
+context_length = 256
+num_samples = [64, 128, 256]
+aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
 [search]
-models = ["toto"]
+models = ["naive"]
 """
 
 STUDY_SETTINGS = f"""{FOLDERS}
@@ -79,6 +83,19 @@ aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]
 checkpoint = "kronos-tiny"
 """
 
+
+# A worker that sleeps in every trial, where signals find it at no cost of the processor. Confirmations have no rungs.
+SLOW_TRIALS = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import time
+    from objectives.evaluation import Evaluator
+    measure = Evaluator.measure
+    def slowly(self, *words, on_rung=None, **options):
+        time.sleep({seconds} if on_rung else 0)
+        return measure(self, *words, on_rung=on_rung, **options)
+    Evaluator.measure = slowly
+"""
 
 INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
 
@@ -101,6 +118,14 @@ def write_bars(folder: Path, counts: Mapping[str, int]) -> None:
     folder.mkdir(exist_ok=True)
     for symbol, count in counts.items():
         (folder / f"{symbol}.csv").write_text("\n".join([*last_bars(symbol, count), ""]))
+
+
+def patch_python(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which every Python process runs this code first, from a module in this new folder."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    others = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *others])}
 
 
 @cache
@@ -154,14 +179,28 @@ class Place:
 
 
 class RunPlace(Place):
-    """For commands in processes of their own, on two symbols."""
+    """For commands in processes of their own, on two symbols.
+
+    They search `naive`, whose processes do not import torch: most tests are about the processes, not about the model.
+    """
 
     SETTINGS = RUN_SETTINGS
     BARS: ClassVar[Mapping[str, int]] = {"SP500": 420, "NASDAQ": 420}  # enough for the windows, quick to read
 
     def __init__(self, folder: Path, url: str) -> None:
         super().__init__(folder, url)
+        self.model = "naive"
         self.environment: dict[str, str] = {**os.environ, "OPTUNA_STORAGE": url}
+
+    def search(self, model: str) -> None:
+        """Let the settings name another model."""
+        text = self.settings.read_text().replace(f'models = ["{self.model}"]', f'models = ["{model}"]')
+        self.settings.write_text(text)
+        self.model = model
+
+    def slow_down(self, seconds: float) -> None:
+        """Let every trial last this long."""
+        self.environment |= patch_python(self.folder / "slow", SLOW_TRIALS.format(seconds=seconds))
 
     def command(self, *words: str) -> list[str]:
         return [str(BIN / words[0]), *words[1:], "--config", str(self.settings)]
@@ -199,12 +238,12 @@ class RunPlace(Place):
             assert time.monotonic() < deadline, f"{query}: {found}, not {wanted}"
             time.sleep(0.02)
 
-    def trials(self, symbol: str, model: str = "toto") -> list[optuna.trial.FrozenTrial]:
-        names = (symbol, model)
+    def trials(self, symbol: str, model: str | None = None) -> list[optuna.trial.FrozenTrial]:
+        names = (symbol, model or self.model)
         (study,) = [study for study in studying.list_studies(self.storage) if (study.symbol, study.model) == names]
         return optuna.load_study(study_name=study.name, storage=self.storage).get_trials(deepcopy=False)
 
-    def assert_exact(self, budget: int, *symbols: str, model: str = "toto") -> None:
+    def assert_exact(self, budget: int, *symbols: str, model: str | None = None) -> None:
         """Every trial of the budget is done, once."""
         for symbol in symbols:
             trials = self.trials(symbol, model)

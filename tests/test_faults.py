@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks import faults
 
 PLAN = faults.Plan(
+    model="naive",
     workers=4,
     studies=2,
     trials=120,  # a quick machine finishes forty a second, and every fault must find it at work

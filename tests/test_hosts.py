@@ -18,7 +18,7 @@ from places import BIN, RUN_SETTINGS, RunPlace, write_bars
 
 from storage import embedded
 
-BUDGET = 40
+BUDGET = 30
 SETTINGS = RUN_SETTINGS.replace("lease_s = 2.0", "lease_s = 5.0") + "[storage]\n"
 
 

@@ -34,6 +34,7 @@ from launch.views.live_table import RunState, StudyLine, WorkerLine, render
 from launch.views.run_watcher import GpuMemory, Rates, RunWatcher
 from storage import embedded, slots, study_rows
 
+INCUMBENT = {"season": 2, "context_length": 100, "num_samples": 48, "aggregate": "quantile_0.90"}
 HIDE_CURSOR = b"\x1b[?25l"
 
 
@@ -145,8 +146,8 @@ def launch(place: Place, *words: str, columns: int = 80, lines: int = 40) -> Ter
     return started[-1]
 
 
-STUDY = re.compile(r"(NASDAQ|SP500)/toto\S* +(\d+)/(\d+) .*")
-WORKER = re.compile(r"([01])( cpu)? +((NASDAQ|SP500)/toto\S* +)?(trial \d+/\d+|confirmation|waiting|done)\b.*")
+STUDY = re.compile(r"(NASDAQ|SP500)/naive\S* +(\d+)/(\d+) .*")
+WORKER = re.compile(r"([01])( cpu)? +((NASDAQ|SP500)/naive\S* +)?(trial \d+/\d+|confirmation|waiting|done)\b.*")
 BAR = re.compile(r"[━╸╺]+  (\d+)/(\d+)  .* left")
 
 
@@ -168,7 +169,7 @@ def assert_heading(lines: list[str]) -> None:
 
 def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
     """The end is told once, nothing of the table is left on the screen, and the cursor is there."""
-    ends = [line for line in lines if re.match(rf"(NASDAQ|SP500)/toto\S* +finished +{trials}/{trials} ", line)]
+    ends = [line for line in lines if re.match(rf"(NASDAQ|SP500)/naive\S* +finished +{trials}/{trials} ", line)]
     assert len(ends) == 2, "\n".join(lines)
     assert matches(terminal.lines(), BAR) == []
     assert not any(re.match("(worker|study) +(study|task|trials)", line) for line in lines[-terminal.screen.lines :])
@@ -177,13 +178,14 @@ def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
 
 
 def test_a_run_on_a_terminal(place: Place) -> None:
-    place.put_promoted("SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
-    terminal = launch(place, "--trials", "150")
+    place.slow_down(0.1)
+    place.put_promoted("SP500", INCUMBENT, model="naive")
+    terminal = launch(place, "--trials", "50")
     lines = terminal.wait_for(is_drawn)
     text = "\n".join(lines)
     assert [found[1] for found in matches(lines, WORKER)] == ["0", "1"], text
     assert [found[1] for found in matches(lines, STUDY)] == ["NASDAQ", "SP500"], text
-    assert matches(lines, BAR)[0][2] == "300"
+    assert matches(lines, BAR)[0][2] == "100"
     assert_heading(lines)
     assert all(line == "" for line in lines[lines.index(matches(lines, BAR)[0][0]) + 1 :]), text
 
@@ -191,11 +193,13 @@ def test_a_run_on_a_terminal(place: Place) -> None:
     os.kill(killed, signal.SIGKILL)
     text = "".join(terminal.wait_for(lambda now: any("was killed by SIGKILL" in line for line in now)))
     assert re.search(r"worker \d \(cpu\) was killed by SIGKILL; restarting in 1 s; see \S+/worker-\d.log", text)
-    assert_ended(terminal, terminal.end(0), 150)
-    place.assert_exact(150, "SP500", "NASDAQ")
+    assert_ended(terminal, terminal.end(0), 50)
+    place.assert_exact(50, "SP500", "NASDAQ")
 
 
 def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(place: Place) -> None:
+    place.put_promoted("SP500", INCUMBENT, model="naive")
+    place.slow_down(0.1)
     terminal = launch(place, "--trials", "2000", columns=120, lines=30)
     terminal.wait_for(is_drawn)
     for columns, lines in ((50, 30), (90, 12), (40, 24), (200, 50)):
@@ -212,7 +216,7 @@ def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(plac
     os.write(terminal.master, b"\x03")
     terminal.wait_for(lambda now: "stopping after the trials in progress; press Ctrl-C again to stop at once" in now)
     lines = terminal.end(130)
-    assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/toto\S* +running +\d+/2000 ", line)]) == 2
+    assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/naive\S* +running +\d+/2000 ", line)]) == 2
     assert matches(terminal.lines(), BAR) == []
     assert HIDE_CURSOR not in terminal.written
     assert "studies: 2 new" in lines
@@ -221,7 +225,7 @@ def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(plac
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:
     text = Place.SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace(
-        "[64, 128, 256]", "[20000, 24000]"
+        "[64, 128, 256]", "[1000000, 1200000]"
     )
     (place.folder / "studies.toml").write_text(text.replace("lease_s = 2.0", "lease_s = 30.0"))
     terminal = launch(place, "--trials", "500")
@@ -238,6 +242,7 @@ def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:
 
 
 def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None:
+    place.slow_down(0.1)
     terminal = launch(place, "--trials", "2000")
     terminal.wait_for(is_drawn)
     workers = workers_of(terminal.process.pid)
@@ -250,18 +255,20 @@ def test_a_run_stops_politely_when_its_terminal_hangs_up(place: Place) -> None:
 
 @pytest.mark.slow
 def test_under_nohup_a_run_outlives_its_terminal(place: Place) -> None:
+    place.slow_down(0.1)
     command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
-    command += place.command("launch-workers", "--cpus", "2", "--trials", "400")
+    command += place.command("launch-workers", "--cpus", "2", "--trials", "100")
     terminal = Terminal(command, place.environment, columns=80)
     started.append(terminal)
     terminal.wait_for(is_drawn)
     terminal.hang_up()  # what is written from now on fails with EIO
     assert terminal.process.wait(120) == 0
-    place.assert_exact(400, "SP500", "NASDAQ")
+    place.assert_exact(100, "SP500", "NASDAQ")
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:
+    place.slow_down(0.1)
     run = place.launch("--trials", "60")
     assert run.stderr is not None
     run.stderr.readline()
@@ -279,7 +286,7 @@ def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) ->
     terminal = launch(place, "--trials", "20", "--plain")
     lines = terminal.end(0)
     assert re.findall(rb"[^\x20-\x7e\r\n]", terminal.written) == []
-    assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/toto\S* +finished +20/20 ", line)]) == 2
+    assert len([line for line in lines if re.match(r"(NASDAQ|SP500)/naive\S* +finished +20/20 ", line)]) == 2
     place.environment["FORCE_COLOR"] = ""
     piped = place.run("launch-workers", "--cpus", "1", "--trials", "24")
     assert re.findall(r"[^\x20-\x7e\n]", piped.stdout + piped.stderr) == []
@@ -288,17 +295,18 @@ def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) ->
 
 @pytest.mark.slow
 def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Path) -> None:
+    place.slow_down(0.1)
     del place.environment["OPTUNA_STORAGE"]
     server = scratch / f"restarted-{os.getpid()}"
     (place.folder / "studies.toml").write_text(f'{Place.SETTINGS}[storage]\ndata_dir = "{server}"\n')
-    terminal = launch(place, "--trials", "400", columns=100)
+    terminal = launch(place, "--trials", "100", columns=100)
     try:
         terminal.wait_for(is_drawn)
         embedded.stop(server)
         terminal.wait_for(lambda now: any("the database has not answered for " in line for line in now))
         embedded.start(server)
         terminal.wait_for(is_drawn)
-        assert_ended(terminal, terminal.end(0), 400)
+        assert_ended(terminal, terminal.end(0), 100)
     finally:
         terminal.process.kill()
         embedded.stop(server)
@@ -307,11 +315,11 @@ def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Pat
 @with_ray
 def test_a_run_on_a_ray_cluster_has_the_same_table(place: Place, nodes: Nodes) -> None:
     node = nodes.add()
-    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", "2", "--trials", "150")
+    command = place.command("launch-workers", "--ray", nodes.address, "--cpus", "2", "--trials", "300")
     started.append(Terminal(command, place.environment, columns=100))
     started[-1].wait_for(is_drawn)
-    assert_ended(started[-1], started[-1].end(0), 150)
-    place.assert_exact(150, "SP500", "NASDAQ")
+    assert_ended(started[-1], started[-1].end(0), 300)
+    place.assert_exact(300, "SP500", "NASDAQ")
     nodes.lose(node)
 
 

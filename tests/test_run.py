@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -12,15 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import execute
 from optuna.trial import TrialState
 from places import RunPlace as Place
+from places import patch_python
 from processes import wait_until_gone, workers_of
-from safetensors.numpy import load_file, save_file
 
-from forecasters.checkpoints import BUNDLED
 from launch.views import listing
 from storage import database, embedded, slots
 from storage.progress import parked_slots, read_confirmations, study_progress
@@ -30,6 +27,7 @@ SETTINGS = Place.SETTINGS
 
 
 def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
+    place.search("toto")
     place.put_promoted("SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
     place.run("launch-workers", "--cpus", "2", "--trials", "15")
     place.assert_exact(15, "SP500", "NASDAQ")
@@ -76,6 +74,7 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
 
 @pytest.mark.parametrize("objective", ["sampled", "exact"])
 def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -> None:
+    place.search("toto")
     kronos = {"temperature": 0.15, "top_p": 0.82, "top_k": 16, "sample_count": 208, "max_context": 192, "clip": 1.8}
     place.put_promoted("SP500", kronos, model="kronos")
     place.run("launch-workers", "--cpus", "2", "--models", "both", "--trials", "6", "--objective", objective)
@@ -108,6 +107,7 @@ def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -
 
 
 def test_an_incumbent_of_the_other_model_is_compared_where_it_was_measured(place: Place) -> None:
+    place.search("toto")
     kronos = {"temperature": 0.4, "top_p": 0.95, "top_k": 0, "sample_count": 96, "max_context": 128, "clip": 1.0}
     place.put_promoted("SP500", kronos, model="kronos")
     place.run("launch-workers", "--cpus", "1", "--models", "toto", "--trials", "4", "--symbols", "SP500")
@@ -121,6 +121,7 @@ def test_an_incumbent_of_the_other_model_is_compared_where_it_was_measured(place
 
 
 def test_sampled_and_exact_never_mix(place: Place) -> None:
+    place.search("toto")
     place.run("launch-workers", "--cpus", "1", "--trials", "3", "--symbols", "SP500")
     refused = place.run("launch-workers", "--cpus", "1", "--symbols", "SP500", "--objective", "exact", code=1)
     assert "objective" in refused.stderr
@@ -133,6 +134,7 @@ def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
         'aggregates = ["mean", "median", "trimmed_mean_10", "quantile_0.30"]', 'aggregates = ["median"]'
     )
     (place.folder / "studies.toml").write_text(text.replace("[search]", "[search]\nprune_worst = 0.0"))
+    place.search("toto")
     place.run("launch-workers", "--cpus", "2", "--trials", "60", "--symbols", "SP500")
     values, workers = defaultdict(set), defaultdict(set)
     for trial in place.trials("SP500"):
@@ -144,6 +146,7 @@ def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
 
 
 def test_kill_9_of_everything_then_the_same_command(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "30")
     place.wait_for_trials(12)
     workers = workers_of(supervisor.pid)
@@ -157,6 +160,7 @@ def test_kill_9_of_everything_then_the_same_command(place: Place) -> None:
 
 
 def test_workers_that_are_killed_are_replaced(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "40")
     for at in (5, 25):
         place.wait_for_trials(at)
@@ -169,6 +173,7 @@ def test_workers_that_are_killed_are_replaced(place: Place) -> None:
 
 
 def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "200")
     place.wait_for_trials(3)
     workers = workers_of(supervisor.pid)
@@ -181,6 +186,7 @@ def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
 
 
 def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
+    place.slow_down(0.05)
     supervisor = place.launch("--trials", "500")
     place.wait_for_trials(3)
     workers = workers_of(supervisor.pid)
@@ -209,8 +215,8 @@ def end_by_two_signals(supervisor: subprocess.Popen[str], workers: list[int]) ->
 
 
 def test_a_second_signal_ends_at_once(place: Place) -> None:
-    # A trial of minutes, so that only the second signal can end it.
-    text = SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace("[64, 128, 256]", "[20000, 24000]")
+    # A trial of half a minute, so that only the second signal can end it.
+    text = SETTINGS.replace("[windows]", "[windows]\nvalidation = 300").replace("[64, 128, 256]", "[1000000, 1200000]")
     (place.folder / "studies.toml").write_text(text.replace("lease_s = 2.0", "lease_s = 30.0"))
     supervisor = place.launch("--trials", "500")
     running = "select count(*) from trials where state = 'RUNNING'"
@@ -228,6 +234,7 @@ def with_a_server_of_its_own(place: Place, folder: Path) -> Path:
 
 
 def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
+    place.slow_down(0.05)
     server = with_a_server_of_its_own(place, scratch / f"killed-{os.getpid()}")
     supervisor = place.launch("--trials", "60")
     try:
@@ -284,7 +291,8 @@ def test_two_runs_at_once_on_an_empty_database(place: Place, database_server: An
 
 
 def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
-    supervisor = place.launch("--trials", "60")
+    place.slow_down(0.1)
+    supervisor = place.launch("--trials", "30")
     place.wait_for_trials(4)
     frozen = workers_of(supervisor.pid)[0]
     os.kill(frozen, signal.SIGSTOP)
@@ -292,7 +300,12 @@ def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
     os.kill(frozen, signal.SIGCONT)
     supervisor.communicate(timeout=120)
     assert supervisor.returncode == 0
-    place.assert_exact(60, "SP500", "NASDAQ")
+    place.assert_exact(30, "SP500", "NASDAQ")
+    trials = [trial for symbol in ("SP500", "NASDAQ") for trial in place.trials(symbol)]
+    (lost,) = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert lost.datetime_complete is not None
+    later = [trial for trial in trials if trial.datetime_start and trial.datetime_start > lost.datetime_complete]
+    assert lost.user_attrs["worker"] in {trial.user_attrs["worker"] for trial in later}
 
 
 def test_no_password_in_files_or_command_lines(place: Place, database_server: Any) -> None:
@@ -331,10 +344,9 @@ if "launch.worker" in sys.orig_argv:
 
 
 def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(place: Place) -> None:
-    patched = place.folder / "patched"
-    patched.mkdir()
-    (patched / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
-    environment, place.environment = place.environment, {**place.environment, "PYTHONPATH": str(patched)}
+    place.search("toto")
+    patched = patch_python(place.folder / "patched", SHORT_OF_MEMORY)
+    environment, place.environment = place.environment, {**place.environment, **patched}
     words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
     said = place.run(*words, code=1).stderr
     error = "SP500: out of memory on cpu with one window of 256 points, wanting 9.00 GiB more"
@@ -360,14 +372,8 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
 
 
 def test_a_study_that_fails_five_times_in_a_row_is_parked(place: Place) -> None:
-    broken = place.folder / "broken"
-    shutil.copytree(BUNDLED / "toto-tiny", broken)
-    weights = load_file(broken / "model.safetensors")
-    name = next(name for name in weights if name.endswith("unembed.weight"))
-    weights[name] = np.full_like(weights[name], np.nan)
-    save_file(weights, broken / "model.safetensors")
-    settings = place.folder / "studies.toml"
-    settings.write_text(settings.read_text().replace('"toto-tiny"', f'"{broken}"'))
+    text = SETTINGS.replace("[naive]", "[naive]\nseason = 1000")  # more bars than there are
+    (place.folder / "studies.toml").write_text(text)
     words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
     for run in (1, 2):  # the second tries all of it again
         ended = place.run(*words, code=1)
