@@ -117,8 +117,14 @@ def confirmation() -> dict[str, Any]:
         )  # fmt: skip
 
     def one(params: dict[str, Any], trial: int | None = None) -> MeasuredConfiguration:
-        parts = {part: measured(count) for part, count in COUNTS.items()}
-        return MeasuredConfiguration(model="toto", params=params, trial=trial, **parts)
+        return MeasuredConfiguration(
+            model="toto",
+            params=params,
+            trial=trial,
+            validation=measured(COUNTS["validation"]),
+            confirmation=measured(COUNTS["confirmation"]),
+            test=measured(COUNTS["test"]),
+        )
 
     def forecasts(count: int) -> ForecastsShown:
         def prices() -> tuple[float, ...]:
