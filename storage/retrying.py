@@ -1,5 +1,10 @@
 """An Optuna storage that outlasts an absent server: which errors are worth a repeat, and how each method repeats.
 
+The policy: once a storage is open, every call waits up to `wait_s` for whatever an operator or time mends, and then
+raises DatabaseUnavailable. That is each state in TRANSIENT_STATES, and every connection that fails or breaks, name
+resolution included, but for PERMANENT_CONNECT_ERRORS. Any other error is raised at once. Opening a storage waits for
+nothing, since its URL may be wrong, unless the opener is patient (see database.open_storage).
+
 Knows Optuna's storage interface and Postgres' errors. Knows nothing of studies' content, forecasts or commands.
 """
 
@@ -32,12 +37,26 @@ IDLE_TRANSACTION_S = 10  # then the server rolls it back; ours pause for millise
 DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
 CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
 
-# Only what a restarting or crashed server, a deadlock, or too long a pause in a transaction answers.
-# A wrong password or a missing table is not retried.
-TRANSIENT_SQLSTATES = ("08", "57P01", "57P02", "57P03", "53300", "40P01", "40001", "25P03")
+# SQLSTATEs, or the classes that they begin with, that are waited for, each with its reason.
+TRANSIENT_STATES = {
+    "08": "the connection broke or was refused",
+    "25006": "read-only: a failover is under way, and this connection is to the server that was demoted",
+    "25P03": "the transaction paused for longer than IDLE_TRANSACTION_S: its process was frozen",
+    "40001": "a serialization failure: one of two transactions has to repeat",
+    "40P01": "a deadlock: one of two transactions has to repeat",
+    "53": "out of disk space, memory or connections",
+    "55P03": "a lock was held for longer than the server's lock_timeout",
+    "57014": "the server's statement_timeout, or somebody cancelled the statement",
+    "57P01": "the server shuts down",
+    "57P02": "another process of the server crashed",
+    "57P03": "the server is starting",
+    "57P05": "the server's idle_session_timeout",
+}
+READ_ONLY = "25006"
+# What libpq says of a connection that no waiting mends; it gives no SQLSTATE.
 PERMANENT_CONNECT_ERRORS = re.compile(
     r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
-    r"could not translate host name|invalid port|certificate|permission denied",
+    r"invalid port|certificate|permission denied",
 )
 
 
@@ -105,6 +124,8 @@ class RetryingStorage(RDBStorage):
                 if not is_transient(error):
                     raise
                 self.scoped_session.remove()
+                if sqlstate_of(error) == READ_ONLY:
+                    self.engine.dispose()  # the next connection is to the server that was promoted
                 if time.monotonic() > give_up_at:
                     raise DatabaseUnavailable(
                         f"{without_password(self.engine.url)}: no answer for {self.wait_s:.0f} s: {first_line(error)}"
@@ -298,15 +319,14 @@ for _name in (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether repeating the transaction can help: the server went away, is starting, or broke a deadlock."""
+    """Whether waiting and repeating the transaction can help; the module's docstring states the policy."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, PendingRollbackError):
             return True
         if isinstance(seen, DBAPIError):
-            sqlstate = getattr(seen.orig, "pgcode", None)
-            if sqlstate is not None:
-                return sqlstate.startswith(TRANSIENT_SQLSTATES)
+            if (sqlstate := sqlstate_of(seen)) is not None:
+                return sqlstate.startswith(tuple(TRANSIENT_STATES))
             if seen.connection_invalidated:
                 return True
             kind = type(seen.orig).__name__
@@ -315,6 +335,14 @@ def is_transient(error: BaseException) -> bool:
             )
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """The SQLSTATE that the server gave for this error or for its cause, None where no server answered."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, DBAPIError):
+        seen = seen.__cause__ or seen.__context__
+    return None if seen is None else getattr(seen.orig, "pgcode", None)
 
 
 def first_line(error: BaseException) -> str:
