@@ -79,6 +79,7 @@ class RetryingStorage(RDBStorage):
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
             # Small pools: every worker holds one, and a server has 100 to 200 connections.
             engine_kwargs={
+                "isolation_level": "READ COMMITTED",  # whatever the database's default: trials are numbered under locks
                 "pool_pre_ping": True,
                 "pool_size": 2,
                 "max_overflow": 2,
@@ -90,9 +91,12 @@ class RetryingStorage(RDBStorage):
         # RDBStorage has connected already to check the schema's version.
         self.engine.dispose()
 
-    def transaction(self, run: Callable[[Connection], T]) -> T:
-        """Run statements in one transaction, repeated while the server is away: `run` must be repeatable."""
-        return self._retry(lambda attempt: self._transaction(run))
+    def transaction(self, run: Callable[[Connection], T], *, wait_s: float | None = None) -> T:
+        """Run statements in one transaction, repeated while the server is away: `run` must be repeatable.
+
+        wait_s: how long to repeat, by default as long as every call. Raises DatabaseUnavailable.
+        """
+        return self._retry(lambda attempt: self._transaction(run), wait_s=wait_s)
 
     def _transaction(self, run: Callable[[Connection], T]) -> T:
         with self.engine.begin() as connection:
@@ -103,19 +107,19 @@ class RetryingStorage(RDBStorage):
         """What this thread has spent in calls of the database, since it began."""
         return getattr(self._clock, "seconds", 0.0)
 
-    def _retry(self, call: Callable[[int], T]) -> T:
+    def _retry(self, call: Callable[[int], T], *, wait_s: float | None = None) -> T:
         """Call until it gets through; `call` is told how many attempts broke before. Raises DatabaseUnavailable."""
         if getattr(self._clock, "inside", False):
-            return self._call_until_through(call)
+            return self._call_until_through(call, self.wait_s if wait_s is None else wait_s)
         self._clock.inside, began = True, time.perf_counter()
         try:
-            return self._call_until_through(call)
+            return self._call_until_through(call, self.wait_s if wait_s is None else wait_s)
         finally:
             self._clock.inside = False
             self._clock.seconds = self.seconds + time.perf_counter() - began
 
-    def _call_until_through(self, call: Callable[[int], T]) -> T:
-        give_up_at = time.monotonic() + self.wait_s
+    def _call_until_through(self, call: Callable[[int], T], wait_s: float) -> T:
+        give_up_at = time.monotonic() + wait_s
         attempt = 0
         while True:
             try:
@@ -128,7 +132,7 @@ class RetryingStorage(RDBStorage):
                     self.engine.dispose()  # the next connection is to the server that was promoted
                 if time.monotonic() > give_up_at:
                     raise DatabaseUnavailable(
-                        f"{without_password(self.engine.url)}: no answer for {self.wait_s:.0f} s: {first_line(error)}"
+                        f"{without_password(self.engine.url)}: no answer for {wait_s:.0f} s: {first_line(error)}"
                     ) from None
                 # Jitter: eight workers must not come back in the same millisecond.
                 time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
@@ -357,3 +361,8 @@ def first_line(error: BaseException) -> str:
         seen = seen.__cause__
     lines = [line.strip() for line in str(seen).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """An unexpected error for a log: its kind, and what it says in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"

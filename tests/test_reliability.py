@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -13,10 +16,16 @@ import pytest
 from conftest import execute
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
-from test_slots import make_study, must_claim
+from test_slots import make_study, must_claim, start_trial
 
-from storage import DatabaseUnavailable, database
+from launch import places
+from launch.supervisor import DatabaseReporter
+from launch.views import notes
+from launch.worker import LeaseKeeper
+from storage import DatabaseUnavailable, database, embedded, slots
+from storage.progress import free_counts
 from storage.retrying import RetryingStorage
+from studies import config as configuration
 
 
 @pytest.fixture
@@ -24,6 +33,16 @@ def storage(database_url: str) -> Iterator[RetryingStorage]:
     opened = database.open_storage(database_url, wait_s=20, create=False)
     yield opened
     opened.engine.dispose()
+
+
+@pytest.fixture
+def own_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.PrivateServer]:
+    """A server that the test may stop."""
+    folder = scratch / uuid.uuid4().hex
+    server = embedded.start(folder)
+    monkeypatch.setenv("PGPASSFILE", str(server.passfile))
+    yield server
+    embedded.stop(folder)
 
 
 def name_of(url: str) -> str:
@@ -126,3 +145,290 @@ def test_a_statement_that_timed_out_is_tried_again(storage: RetryingStorage, dat
         unlocked.start()
         must_claim(storage, study_id)
         unlocked.join()
+
+
+# --- threads that go on
+
+
+def logged(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
+
+
+def test_a_lease_is_renewed_after_a_statement_timeout(storage: RetryingStorage, database_url: str) -> None:
+    study_id = make_study(storage, budget=1)
+    slot = must_claim(storage, study_id, lease_s=1.5)
+    alter(database_url, "set statement_timeout = '100ms'")
+    keeper = LeaseKeeper(storage, [study_id], 1.5)
+    keeper.hold(slot)
+    keeper.start()
+    with closing(psycopg2.connect(database_url.replace("+psycopg2", ""))) as blocking:
+        blocking.cursor().execute("lock table slots")
+        time.sleep(1.2)
+        blocking.rollback()
+    time.sleep(2.5)  # longer than a lease
+    assert keeper.is_alive()
+    remaining = storage.transaction(
+        lambda c: c.execute(text("select extract(epoch from lease_until - now()) from slots where state = 'busy'"))
+    ).scalar_one()
+    assert remaining > 0
+    keeper.end()
+    keeper.join()
+    assert slots.finish(storage, slot)
+
+
+def test_a_lease_is_renewed_after_an_unexpected_error(
+    storage: RetryingStorage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_id = make_study(storage, budget=1)
+    slot = must_claim(storage, study_id, lease_s=60)
+    renew, calls, again = slots.renew, [], threading.Event()
+
+    def broken_once(*given: Any, **options: Any) -> bool:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError("two\nlines")
+        again.set()
+        return renew(*given, **options)
+
+    monkeypatch.setattr(slots, "renew", broken_once)
+    keeper = LeaseKeeper(storage, [study_id], 0.3)
+    keeper.hold(slot)
+    keeper.start()
+    assert again.wait(5)
+    keeper.end()
+    keeper.join()
+    assert logged(caplog, "lease keeper") == ["the lease keeper goes on after an error: ZeroDivisionError: two"]
+
+
+def test_others_slots_that_cannot_be_freed_do_not_keep_a_lease_from_its_renewal(
+    storage: RetryingStorage, database_url: str
+) -> None:
+    study_id = make_study(storage, budget=2)
+    others, ours = must_claim(storage, study_id, "a:1"), must_claim(storage, study_id, "a:2", lease_s=1.5)
+    trial_id = start_trial(storage, others)
+    slots.expire(storage, "a:1")
+    alter(database_url, "set lock_timeout = '50ms'")
+    with closing(psycopg2.connect(database_url.replace("+psycopg2", ""))) as blocking:
+        blocking.cursor().execute("select 1 from trials where trial_id = %s for update", [trial_id])
+        keeper = LeaseKeeper(storage, [study_id], 1.5)
+        keeper.hold(ours)
+        keeper.start()
+        time.sleep(3.5)  # longer than two leases
+        assert keeper.is_alive()
+        blocking.rollback()
+    keeper.end()
+    keeper.join()
+    assert slots.reap(storage, [study_id], lease_s=0.0) <= 1
+    assert slots.finish(storage, ours)
+
+
+def test_the_reporter_goes_on_after_errors_and_says_each_once(
+    storage: RetryingStorage, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_id = make_study(storage, budget=1)
+    must_claim(storage, study_id, "a:1")
+    said: list[str] = []
+    reports: list[int] = []
+
+    def report() -> None:
+        reports.append(1)
+        if len(reports) < 4:
+            storage.transaction(lambda c: c.execute(text("select 1 / 0")))
+
+    reporter = DatabaseReporter(storage, [study_id], lease_s=60, say=said.append, report=report)
+    expire, broken = slots.expire, [1, 1]
+
+    def broken_twice(*given: Any) -> None:
+        if broken:
+            broken.pop()
+            raise ZeroDivisionError("by chance")
+        expire(*given)
+
+    monkeypatch.setattr(slots, "expire", broken_twice)
+    reporter.free_slots_of("a:1")
+    reporter.start()
+    deadline = time.monotonic() + 10
+    while len(reports) < 6 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    reporter.end()
+    reporter.join()
+    assert len(reports) >= 6
+    assert said == ["the run goes on after an error: DataError: division by zero"]
+    must_claim(storage, study_id, "a:2")  # what the dead worker held is free
+
+
+def test_the_reporter_outlasts_a_statement_timeout(storage: RetryingStorage, database_url: str) -> None:
+    study_id = make_study(storage, budget=1)
+    must_claim(storage, study_id, "a:1")
+    alter(database_url, "set statement_timeout = '100ms'")
+    said: list[str] = []
+    reporter = DatabaseReporter(storage, [study_id], lease_s=60, say=said.append, report=lambda: None)
+    reporter.free_slots_of("a:1")
+    with closing(psycopg2.connect(database_url.replace("+psycopg2", ""))) as blocking:
+        blocking.cursor().execute("lock table slots")
+        reporter.start()
+        time.sleep(0.8)
+        blocking.rollback()
+    reporter.end()
+    reporter.join()
+    assert said == []
+    must_claim(storage, study_id, "a:2")
+
+
+def test_the_watcher_of_the_private_server_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(places, "CHECK_S", 0.02)
+    said: list[str] = []
+    checks: list[int] = []
+
+    def revive(folder: Path, *, listen: str) -> bool:
+        checks.append(1)
+        if len(checks) < 4:
+            raise ValueError("no port in the file")
+        return len(checks) == 4
+
+    monkeypatch.setattr(embedded, "revive", revive)
+    (tmp_path / "studies.toml").write_text(f'[storage]\ndata_dir = "{tmp_path}"\n')
+    with places.private_server_kept_alive(configuration.load(tmp_path / "studies.toml"), say=said.append):
+        deadline = time.monotonic() + 5
+        while len(checks) < 6 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert said == ["ValueError: no port in the file", "the private server was killed; restarted it"]
+
+
+def test_notes_that_cannot_be_written_are_told_and_tried_again(
+    storage: RetryingStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notes, "EVERY_S", 0.0)
+    monkeypatch.setattr(notes, "SHARE", 1e9)
+    said: list[str] = []
+    writer = notes.NoteWriter(storage, tmp_path, [], report=lambda: None, say=said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            notes, "study_progress", lambda opened: opened.transaction(lambda c: c.execute(text("select 1 / 0")))
+        )
+        writer()
+    writer()
+    assert said == ["the dashboard's notes are not up to date: DataError: division by zero"]
+
+
+# --- pooled connections, other defaults and other tables
+
+
+def test_no_lock_outlives_its_transaction(database_url: str, database_server: embedded.PrivateServer) -> None:
+    taken = "select count(*) from pg_stat_activity where query ~ 'pg_(try_)?advisory_lock'"
+    kept = "select count(*) from pg_locks where locktype = 'advisory'"
+    database.create_schema(database_url)
+    with closing(psycopg2.connect(database_server.url.replace("+psycopg2", ""))) as connection:
+        cursor = connection.cursor()
+        for query in (taken.replace("query ~", "pid <> pg_backend_pid() and query ~"), kept):
+            cursor.execute(query)
+            assert cursor.fetchone() == (0,)
+
+
+def test_opening_a_database_with_tables_waits_for_no_lock(database_url: str) -> None:
+    with closing(psycopg2.connect(database_url.replace("+psycopg2", ""))) as other:
+        # As a pooler's connection whose lock of the session was left behind.
+        other.cursor().execute("select pg_advisory_lock(%s)", [database.SCHEMA_LOCK])
+        opening = threading.Thread(target=database.create_schema, args=[database_url], daemon=True)
+        opening.start()
+        opening.join(5)
+        assert not opening.is_alive()
+
+
+def test_a_worker_chooses_a_study_that_nobody_is_on_else_the_one_with_most_left(storage: RetryingStorage) -> None:
+    small, medium, large = (make_study(storage, budget=budget, name=f"s{budget}") for budget in (2, 4, 6))
+    everyone = [small, medium, large]
+
+    def choices(worker: str, **options: Any) -> list[int]:
+        return list(free_counts(storage, everyone, worker=worker, **options))
+
+    assert choices("a:1") == [large, medium, small]
+    must_claim(storage, large, "a:1")
+    assert choices("a:1") == [large, medium, small]  # its own row is no other's
+    assert choices("a:2") == [medium, small, large]
+    assert choices("a:2", current=small) == [small, medium, large]
+    assert choices("a:2", current=large) == [medium, small, large]  # another is on it too
+    must_claim(storage, medium, "a:2")
+    left = must_claim(storage, small, "a:3")
+    assert choices("a:4") == [large, medium, small]  # somebody is on each of them
+    slots.renew(storage, left.claim, lease_s=0.0)
+    assert choices("a:4") == [small, large, medium]  # a lease that ran out is nobody's
+
+
+def test_trial_numbers_are_distinct_whatever_isolation_the_database_has(
+    storage: RetryingStorage, database_url: str
+) -> None:
+    alter(database_url, "set default_transaction_isolation = 'repeatable read'")
+    study_id = make_study(storage, budget=1)
+    opened = [database.open_storage(database_url, wait_s=20) for _ in range(2)]
+    numbers: list[int] = []
+
+    def create(own: RetryingStorage) -> None:
+        for _ in range(60):
+            numbers.append(own.get_trial(own.create_new_trial(study_id)).number)
+
+    threads = [threading.Thread(target=create, args=[own]) for own in opened]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own in opened:
+        own.engine.dispose()
+    assert sorted(numbers) == list(range(120))
+
+
+def test_a_strangers_table_is_recognised_and_nothing_is_altered(
+    database_url: str, database_server: embedded.PrivateServer
+) -> None:
+    name = f"stranger_{os.getpid()}"
+    execute(database_server.url, f"create database {name}")
+    url = database_server.url.rsplit("/", 1)[0] + "/" + name
+    try:
+        execute(url, "create table slots (id integer primary key, reel text)")
+        with pytest.raises(DatabaseUnavailable, match=f"{name}: has a table 'slots' that is not of") as caught:
+            database.open_storage(url)
+        assert "\n" not in str(caught.value)
+        assert "--storage" in str(caught.value)
+        with closing(psycopg2.connect(url.replace("+psycopg2", ""))) as connection:
+            cursor = connection.cursor()
+            cursor.execute(
+                "select table_name, column_name from information_schema.columns "
+                "where table_schema = 'public' order by ordinal_position"
+            )
+            assert cursor.fetchall() == [("slots", "id"), ("slots", "reel")]
+    finally:
+        execute(database_server.url, f"drop database {name} with (force)")
+
+
+# --- leases over a stop of the server
+
+
+def test_leases_that_ran_out_while_the_server_was_away_are_renewed_first(own_server: embedded.PrivateServer) -> None:
+    lease_s = 3.0
+    living, dead, reaper = (database.open_storage(own_server.url, wait_s=30) for _ in range(3))
+    study_id = make_study(living, budget=2)
+    slot = must_claim(living, study_id, "a:1", lease_s=lease_s)
+    must_claim(dead, study_id, "a:2", lease_s=lease_s)
+    keeper = LeaseKeeper(living, [], lease_s)
+    keeper.hold(slot)
+    keeper.start()
+    embedded.stop(own_server.data_dir)
+    time.sleep(lease_s + 1)
+    embedded.start(own_server.data_dir)
+    freed, deadline = 0, time.monotonic() + 3 * lease_s
+    while not freed and time.monotonic() < deadline:
+        freed += slots.reap(reaper, [study_id], lease_s=lease_s)
+        time.sleep(0.1)
+    assert freed == 1  # the row of the worker that is no more
+    keeper.end()
+    keeper.join()
+    assert slots.finish(living, slot)
+    for opened in (living, dead, reaper):
+        opened.engine.dispose()
+
+
+def test_a_worker_known_to_be_dead_loses_its_slot_at_once(storage: RetryingStorage) -> None:
+    study_id = make_study(storage, budget=1)
+    must_claim(storage, study_id, "a:1")
+    slots.expire(storage, "a:1")
+    assert slots.reap(storage, [study_id], lease_s=1e6) == 1  # however short the server has been up
