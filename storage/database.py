@@ -46,12 +46,23 @@ create unique index if not exists slots_claim on slots (claim) where claim is no
 
 COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots') and attnum > 0 and not attisdropped"
 # By these our table is known; `seconds` came later.
-OUR_COLUMNS = {"study_id", "stage", "number", "label", "params", "state", "claim", "worker", "lease_until"} | {
-    "failures",
-    "losses",
-    "error",
-    "result",
-}
+OUR_COLUMNS = set(
+    [
+        "study_id",
+        "stage",
+        "number",
+        "label",
+        "params",
+        "state",
+        "claim",
+        "worker",
+        "lease_until",
+        "failures",
+        "losses",
+        "error",
+        "result",
+    ]
+)
 
 
 def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False) -> RetryingStorage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import threading
 import time
 import uuid
@@ -15,6 +15,7 @@ import psycopg2
 import pytest
 from conftest import execute
 from sqlalchemy import event, text
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 from test_slots import make_study, must_claim, start_trial
 
@@ -314,15 +315,34 @@ def test_notes_that_cannot_be_written_are_told_and_tried_again(
 # --- pooled connections, other defaults and other tables
 
 
-def test_no_lock_outlives_its_transaction(database_url: str, database_server: embedded.PrivateServer) -> None:
-    taken = "select count(*) from pg_stat_activity where query ~ 'pg_(try_)?advisory_lock'"
-    kept = "select count(*) from pg_locks where locktype = 'advisory'"
-    database.create_schema(database_url)
-    with closing(psycopg2.connect(database_server.url.replace("+psycopg2", ""))) as connection:
-        cursor = connection.cursor()
-        for query in (taken.replace("query ~", "pid <> pg_backend_pid() and query ~"), kept):
-            cursor.execute(query)
-            assert cursor.fetchone() == (0,)
+@pytest.fixture
+def empty_url(database_server: embedded.PrivateServer) -> Iterator[str]:
+    """The URL of a database without any table."""
+    name = f"empty_{uuid.uuid4().hex}"
+    execute(database_server.url, f"create database {name}")
+    yield database_server.url.rsplit("/", 1)[0] + "/" + name
+    execute(database_server.url, f"drop database {name} with (force)")
+
+
+def test_locks_end_with_their_transactions(empty_url: str) -> None:
+    locks: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        locks.extend(re.findall(r"pg_\w*advisory\w*", statement))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        opened = database.open_storage(empty_url, wait_s=20)
+        assert locks == ["pg_advisory_xact_lock"]
+        database.create_schema(empty_url)
+        assert len(locks) == 1  # nothing is missing, so nothing is locked
+        study_id = make_study(opened, budget=1)
+        assert list(free_counts(opened, [study_id], worker="a:1")) == [study_id]
+        assert slots.finish(opened, must_claim(opened, study_id))
+        opened.engine.dispose()
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert set(locks) == {"pg_advisory_xact_lock"}
 
 
 def test_opening_a_database_with_tables_waits_for_no_lock(database_url: str) -> None:
@@ -377,27 +397,21 @@ def test_trial_numbers_are_distinct_whatever_isolation_the_database_has(
     assert sorted(numbers) == list(range(120))
 
 
-def test_a_strangers_table_is_recognised_and_nothing_is_altered(
-    database_url: str, database_server: embedded.PrivateServer
-) -> None:
-    name = f"stranger_{os.getpid()}"
-    execute(database_server.url, f"create database {name}")
-    url = database_server.url.rsplit("/", 1)[0] + "/" + name
-    try:
-        execute(url, "create table slots (id integer primary key, reel text)")
-        with pytest.raises(DatabaseUnavailable, match=f"{name}: has a table 'slots' that is not of") as caught:
-            database.open_storage(url)
-        assert "\n" not in str(caught.value)
-        assert "--storage" in str(caught.value)
-        with closing(psycopg2.connect(url.replace("+psycopg2", ""))) as connection:
-            cursor = connection.cursor()
-            cursor.execute(
-                "select table_name, column_name from information_schema.columns "
-                "where table_schema = 'public' order by ordinal_position"
-            )
-            assert cursor.fetchall() == [("slots", "id"), ("slots", "reel")]
-    finally:
-        execute(database_server.url, f"drop database {name} with (force)")
+def test_a_strangers_table_is_recognised_and_nothing_is_altered(empty_url: str) -> None:
+    execute(empty_url, "create table slots (id integer primary key, reel text)")
+    with pytest.raises(
+        DatabaseUnavailable, match=f"{name_of(empty_url)}: has a table 'slots' that is not of"
+    ) as caught:
+        database.open_storage(empty_url)
+    assert "\n" not in str(caught.value)
+    assert "--storage" in str(caught.value)
+    with closing(psycopg2.connect(empty_url.replace("+psycopg2", ""))) as connection:
+        cursor = connection.cursor()
+        cursor.execute(
+            "select table_name, column_name from information_schema.columns "
+            "where table_schema = 'public' order by ordinal_position"
+        )
+        assert cursor.fetchall() == [("slots", "id"), ("slots", "reel")]
 
 
 # --- leases over a stop of the server
