@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 import warnings
 from typing import Any, cast
@@ -46,23 +47,7 @@ create unique index if not exists slots_claim on slots (claim) where claim is no
 
 COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots') and attnum > 0 and not attisdropped"
 # By these our table is known; `seconds` came later.
-OUR_COLUMNS = set(
-    [
-        "study_id",
-        "stage",
-        "number",
-        "label",
-        "params",
-        "state",
-        "claim",
-        "worker",
-        "lease_until",
-        "failures",
-        "losses",
-        "error",
-        "result",
-    ]
-)
+OUR_COLUMNS = set(re.findall(r"^    (\w+) (?:integer|text|jsonb|timestamptz)", SLOTS_DDL, re.M)) - {"seconds"}
 
 
 def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False) -> RetryingStorage:

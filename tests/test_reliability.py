@@ -6,9 +6,11 @@ import re
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
@@ -20,12 +22,14 @@ from sqlalchemy.exc import DBAPIError
 from test_slots import make_study, must_claim, start_trial
 
 from launch import places
+from launch import worker as worker_process
 from launch.supervisor import DatabaseReporter
 from launch.views import notes
-from launch.worker import LeaseKeeper
+from launch.worker import EXIT_INTERRUPTED, LeaseKeeper, RunPlan, Worker
 from storage import DatabaseUnavailable, database, embedded, slots
 from storage.progress import free_counts
 from storage.retrying import RetryingStorage
+from storage.slots import Slot
 from studies import config as configuration
 
 
@@ -373,6 +377,34 @@ def test_a_worker_chooses_a_study_that_nobody_is_on_else_the_one_with_most_left(
     assert choices("a:4") == [large, medium, small]  # somebody is on each of them
     slots.renew(storage, left.claim, lease_s=0.0)
     assert choices("a:4") == [small, large, medium]  # a lease that ran out is nobody's
+
+
+def test_a_worker_leaves_a_study_that_another_chose_in_the_same_moment(
+    storage: RetryingStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {make_study(storage, budget=6, name=name): name for name in ("s1", "s2")}
+    listed = [SimpleNamespace(study_id=study_id, name=name, model="toto") for study_id, name in found.items()]
+    monkeypatch.setattr(worker_process.studying, "list_studies", lambda storage: listed)
+    (tmp_path / "studies.toml").write_text("")
+    config = configuration.load(tmp_path / "studies.toml")
+    plan = RunPlan(config=config, series={}, studies=tuple(found.values()), devices=("cpu",))
+    stop_request: Any = SimpleNamespace(received=False)
+    worker = Worker(plan, storage, "cpu", stop_request)
+    monkeypatch.setattr(worker, "_load", lambda model: SimpleNamespace(seconds=Counter()))
+    monkeypatch.setattr(worker, "_run_of", lambda study_id: SimpleNamespace(study=worker.studies[study_id]))
+    worked: list[int] = []
+
+    def work_on(run: Any, slot: Slot, clock: Any) -> None:
+        if not worked:
+            must_claim(storage, slot.study_id, "elsewhere:1")
+        slots.finish(storage, slot)
+        worked.append(slot.study_id)
+        stop_request.received = len(worked) == 4
+
+    monkeypatch.setattr(worker, "_work_on", work_on)
+    assert worker.work() == EXIT_INTERRUPTED
+    first, *others = worked
+    assert set(others) == set(found) - {first}
 
 
 def test_trial_numbers_are_distinct_whatever_isolation_the_database_has(
