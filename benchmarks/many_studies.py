@@ -241,7 +241,7 @@ def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
         "free slots of every study": lambda: free_counts(storage, everyone),
         "claim": lambda: slots.claim(storage, 10, worker="w:1", lease_s=60),
         "claim where there is none": lambda: slots.claim(storage, 11, worker="w:1", lease_s=60),
-        "reap": lambda: slots.reap(storage, everyone),
+        "reap": lambda: slots.reap(storage, everyone, lease_s=60),
         "all trials of a study": lambda: storage.get_all_trials(10),
         "new trials of a study": lambda: storage._get_trials(10, None, {901}, 950),
         "create and end a trial": lambda: storage.set_trial_state_values(storage.create_new_trial(10), TrialState.FAIL),

@@ -65,6 +65,7 @@ def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> 
         yield
         return
     from storage import embedded
+    from storage.retrying import one_line
 
     folder, ended = server_folder(config), threading.Event()
 
@@ -75,9 +76,10 @@ def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> 
                 if embedded.revive(folder, listen=config.storage.listen):
                     say("the private server was killed; restarted it")
                     reported = ""
-            except DatabaseUnavailable as error:
-                if str(error) != reported:  # each check tries again, but the same error is reported once
-                    reported = str(error)
+            except Exception as error:  # noqa: BLE001 - without this thread nobody would start the server again
+                line = str(error) if isinstance(error, DatabaseUnavailable) else one_line(error)
+                if line != reported:  # each check tries again, but the same error is reported once
+                    reported = line
                     say(reported)
 
     checker = threading.Thread(target=check, name="server", daemon=True)

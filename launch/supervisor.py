@@ -21,7 +21,7 @@ from typing import Protocol
 from launch.devices import DeviceSlot
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
 from storage import DatabaseUnavailable, slots
-from storage.retrying import RetryingStorage
+from storage.retrying import RetryingStorage, one_line
 
 POLL_S = 0.2
 MAX_CRASHES = 3  # of one worker within the window before it is no longer restarted
@@ -62,11 +62,14 @@ class DatabaseReporter(threading.Thread):
         storage: RetryingStorage,
         study_ids: Sequence[int],
         *,
+        lease_s: float,
         say: Callable[[str], None],
         report: Callable[[], None],
     ) -> None:
         super().__init__(name="database-reporter", daemon=True)
-        self._storage, self._study_ids, self._say, self._report = storage, study_ids, say, report
+        self._storage, self._study_ids, self._lease_s = storage, study_ids, lease_s
+        self._say, self._report = say, report
+        self._said = ""  # what the last round reported
         self._dead: deque[str] = deque()
         self._ended = threading.Event()
 
@@ -82,14 +85,24 @@ class DatabaseReporter(threading.Thread):
         last = False
         while not last:
             last = self._ended.wait(POLL_S)
-            try:
-                while self._dead:
-                    slots.expire(self._storage, self._dead[0])
-                    slots.reap(self._storage, self._study_ids)
-                    self._dead.popleft()
-                self._report()
-            except DatabaseUnavailable as error:
-                self._say(str(error))
+            said = ""
+            for work in (self._free_slots_of_the_dead, self._report):
+                try:
+                    work()
+                except DatabaseUnavailable as error:
+                    said = str(error)
+                    break  # it was waited for; the other would wait as long
+                except Exception as error:  # noqa: BLE001 - without this thread nobody learns how the run stands
+                    said = f"the run goes on after an error: {one_line(error)}"
+            if said and said != self._said:  # each round tries again, but the same error is reported once
+                self._say(said)
+            self._said = said
+
+    def _free_slots_of_the_dead(self) -> None:
+        while self._dead:
+            slots.expire(self._storage, self._dead[0])
+            slots.reap(self._storage, self._study_ids, lease_s=self._lease_s)
+            self._dead.popleft()
 
 
 class Supervisor:
@@ -113,7 +126,9 @@ class Supervisor:
     ) -> None:
         self.folder = folder
         self.say = say
-        self.reporter = DatabaseReporter(storage, study_ids, say=say, report=report)
+        self.reporter = DatabaseReporter(
+            storage, study_ids, lease_s=plan.config.workers.lease_s, say=say, report=report
+        )
         self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
         self.children = [
             Child(number=number, device_slot=slot, log=folder / f"worker-{number}.log")

@@ -24,7 +24,7 @@ from objectives.bars import read_bars
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
 from storage.progress import free_counts, study_progress
-from storage.retrying import RetryingStorage
+from storage.retrying import RetryingStorage, one_line
 from storage.slots import Slot
 from studies import config as configuration
 from studies import evaluators, working
@@ -113,9 +113,12 @@ class LeaseKeeper(threading.Thread):
             try:
                 if claim := self._claim:
                     slots.renew(self._storage, claim, lease_s=self._lease_s)
-                slots.reap(self._storage, self._study_ids)
+                # Not for long: what keeps it from freeing others' slots may not keep it from the next renewal.
+                slots.reap(self._storage, self._study_ids, lease_s=self._lease_s, wait_s=self._lease_s / 3)
             except DatabaseUnavailable as error:
                 log.warning("%s", error)  # the main thread's next statement fails too and ends the worker
+            except Exception as error:  # noqa: BLE001 - without this thread every slot longer than a lease is lost
+                log.error("the lease keeper goes on after an error: %s", one_line(error))
 
 
 class Worker:
@@ -132,7 +135,6 @@ class Worker:
         self.series: dict[str, Series] = {}
         self.runs: dict[int, StudyRun] = {}
         self.failures: dict[int, int] = {}  # in a row, by study id
-        self.presence = slots.StudyPresence(storage)
         self.last_finished: Slot | None = None
         self.lease_keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
 
@@ -144,15 +146,18 @@ class Worker:
         self.lease_keeper.start()
         try:
             study_id: int | None = None
+            just_chosen = False
             while not self.stop_request.received:
                 # The study is prepared before the claim, so that unreadable bars hold no slot.
                 run = None if study_id is None else self._run_of(study_id)
                 slot = None if run is None else self._claim(run.study.study_id)
                 if run is not None and slot is not None:
                     self._work_on(run, slot, clock)
+                    if just_chosen:  # another worker may have chosen it in the same moment
+                        study_id = self._choose_study(current=run.study.study_id)
+                        just_chosen = study_id != run.study.study_id
                     continue
-                self.presence.leave()
-                study_id = self._choose_study()
+                study_id, just_chosen = self._choose_study(), True
                 if study_id is None:
                     if self._all_finished():
                         if self.last_finished is not None:  # the time it was idle since then
@@ -167,14 +172,13 @@ class Worker:
     def _claim(self, study_id: int) -> Slot | None:
         return slots.claim(self.storage, study_id, worker=self.name, lease_s=self.config.workers.lease_s)
 
-    def _choose_study(self) -> int | None:
-        """The study with most free slots among those without a worker, else among all; None if no slot is free."""
-        free = free_counts(self.storage, list(self.studies))
-        by_free_slots = sorted(free, key=lambda study_id: (-free[study_id], study_id))
-        for study_id in by_free_slots:
-            if self.presence.take(study_id):
-                return study_id
-        return by_free_slots[0] if by_free_slots else None
+    def _choose_study(self, current: int | None = None) -> int | None:
+        """The study with most free slots among those without a worker, else among all; None if no slot is free.
+
+        current: the study to stay on unless another worker is on it too.
+        """
+        free = free_counts(self.storage, list(self.studies), worker=self.name, current=current)
+        return next(iter(free), None)
 
     def _all_finished(self) -> bool:
         progress = study_progress(self.storage)

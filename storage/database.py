@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 import warnings
 from typing import Any, cast
@@ -44,7 +45,9 @@ create index if not exists slots_open on slots (study_id, stage, number) where s
 create unique index if not exists slots_claim on slots (claim) where claim is not null;
 """
 
-HAS_SECONDS = "select 1 from pg_attribute where attrelid = 'slots'::regclass and attname = 'seconds'"
+COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots') and attnum > 0 and not attisdropped"
+# By these our table is known; `seconds` came later.
+OUR_COLUMNS = set(re.findall(r"^    (\w+) (?:integer|text|jsonb|timestamptz)", SLOTS_DDL, re.M)) - {"seconds"}
 
 
 def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False) -> RetryingStorage:
@@ -70,29 +73,49 @@ def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patien
 
 
 def create_schema(url: str) -> None:
-    """Make Optuna's tables and ours, once, however many processes ask at the same time.
+    """Make Optuna's tables and ours where they are missing, once, however many processes ask at the same time.
 
-    Raises DatabaseUnavailable.
+    Raises DatabaseUnavailable, also where the database has a table `slots` that is not ours; nothing is altered then.
     """
     parsed = parse_url(url)
-    engine = sqlalchemy.create_engine(parsed, connect_args={"connect_timeout": 10}, poolclass=sqlalchemy.pool.NullPool)
+    engine = sqlalchemy.create_engine(
+        parsed,
+        isolation_level="READ COMMITTED",
+        connect_args={"connect_timeout": 10},
+        poolclass=sqlalchemy.pool.NullPool,
+    )
     try:
+        with engine.begin() as connection:
+            columns = _columns_of_slots(connection, parsed)
+            if columns and "seconds" not in columns:  # made before the column was
+                connection.execute(text("alter table slots add column if not exists seconds jsonb"))
+        if columns:
+            return
         # Optuna's own creation is not safe for two at once (measured: 7 of 8 workers crash on an empty database).
-        with engine.connect() as lock:
-            lock.execute(text("select pg_advisory_lock(:key)"), {"key": SCHEMA_LOCK})
-            if lock.execute(text("select to_regclass('slots')")).scalar() is None:
+        # The lock is of this transaction, which stays open while Optuna works in one of its own: a lock of the session
+        # would outlive its user behind a pooler such as PgBouncer.
+        with engine.begin() as connection:
+            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+            if not _columns_of_slots(connection, parsed):
                 RDBStorage(
                     parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
                 ).engine.dispose()
-                with engine.begin() as connection:
-                    connection.execute(text(SLOTS_DDL))
-            elif lock.execute(text(HAS_SECONDS)).first() is None:  # made before the column was
-                with engine.begin() as connection:
-                    connection.execute(text("alter table slots add column if not exists seconds jsonb"))
+                connection.execute(text(SLOTS_DDL))
     except (StorageInternalError, SQLAlchemyError) as error:
         raise _unavailable(parsed, error) from None
     finally:
         engine.dispose()
+
+
+def _columns_of_slots(connection: Connection, url: URL) -> set[str]:
+    """The columns of our table, none where there is no table. Raises DatabaseUnavailable where it is not ours."""
+    columns = set(connection.execute(text(COLUMNS)).scalars())
+    if columns and not columns >= OUR_COLUMNS:
+        raise DatabaseUnavailable(
+            f"{without_password(url)}: has a table 'slots' that is not of forecast-studies; "
+            "create a database for the studies and name that with --storage"
+        )
+    return columns
 
 
 def _unavailable(url: URL, error: BaseException) -> DatabaseUnavailable:

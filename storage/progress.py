@@ -85,8 +85,15 @@ def read_confirmations(storage: RetryingStorage, study_ids: Iterable[int] | None
     return {row.study_id: Confirmation(**row._mapping) for row in rows}
 
 
-def free_counts(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int, int]:
-    """Return the number of rows that can be claimed now, by study id; studies without any are left out."""
+def free_counts(
+    storage: RetryingStorage, study_ids: Iterable[int], *, worker: str = "", current: int | None = None
+) -> dict[int, int]:
+    """Return the number of rows that can be claimed now, by study id; studies without any are left out.
+
+    They come in the order in which `worker` is to choose: first the studies on which no other worker is, that is,
+    holds a row by a lease that runs; of these `current`, the study it is on; then those with most such rows. Among
+    equals each worker has an order of its own, so that workers that start together spread.
+    """
     statement = text(
         """
         select study_id, count(*) as free from slots s
@@ -95,9 +102,13 @@ def free_counts(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int,
               select 1 from slots o
               where o.study_id = s.study_id and o.stage < :confirmation and o.state in ('free', 'busy')))
         group by study_id
+        order by exists (
+            select 1 from slots b
+            where b.study_id = s.study_id and b.state = 'busy' and b.worker <> :worker and b.lease_until > now()
+        ), study_id is distinct from :current, free desc, md5(:worker || study_id)
         """
     )
-    values = {"study_ids": list(study_ids), "confirmation": CONFIRMATION}
+    values = {"study_ids": list(study_ids), "confirmation": CONFIRMATION, "worker": worker, "current": current}
     return {row.study_id: row.free for row in storage.transaction(lambda c: c.execute(statement, values).all())}
 
 

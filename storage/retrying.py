@@ -1,5 +1,10 @@
 """An Optuna storage that outlasts an absent server: which errors are worth a repeat, and how each method repeats.
 
+The policy: once a storage is open, every call waits up to `wait_s` for whatever an operator or time mends, and then
+raises DatabaseUnavailable. That is each state in TRANSIENT_STATES, and every connection that fails or breaks, name
+resolution included, but for PERMANENT_CONNECT_ERRORS. Any other error is raised at once. Opening a storage waits for
+nothing, since its URL may be wrong, unless the opener is patient (see database.open_storage).
+
 Knows Optuna's storage interface and Postgres' errors. Knows nothing of studies' content, forecasts or commands.
 """
 
@@ -32,12 +37,26 @@ IDLE_TRANSACTION_S = 10  # then the server rolls it back; ours pause for millise
 DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
 CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
 
-# Only what a restarting or crashed server, a deadlock, or too long a pause in a transaction answers.
-# A wrong password or a missing table is not retried.
-TRANSIENT_SQLSTATES = ("08", "57P01", "57P02", "57P03", "53300", "40P01", "40001", "25P03")
+# SQLSTATEs, or the classes that they begin with, that are waited for, each with its reason.
+TRANSIENT_STATES = {
+    "08": "the connection broke or was refused",
+    "25006": "read-only: a failover is under way, and this connection is to the server that was demoted",
+    "25P03": "the transaction paused for longer than IDLE_TRANSACTION_S: its process was frozen",
+    "40001": "a serialization failure: one of two transactions has to repeat",
+    "40P01": "a deadlock: one of two transactions has to repeat",
+    "53": "out of disk space, memory or connections",
+    "55P03": "a lock was held for longer than the server's lock_timeout",
+    "57014": "the server's statement_timeout, or somebody cancelled the statement",
+    "57P01": "the server shuts down",
+    "57P02": "another process of the server crashed",
+    "57P03": "the server is starting",
+    "57P05": "the server's idle_session_timeout",
+}
+READ_ONLY = "25006"
+# What libpq says of a connection that no waiting mends; it gives no SQLSTATE.
 PERMANENT_CONNECT_ERRORS = re.compile(
     r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
-    r"could not translate host name|invalid port|certificate|permission denied",
+    r"invalid port|certificate|permission denied",
 )
 
 
@@ -60,6 +79,7 @@ class RetryingStorage(RDBStorage):
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
             # Small pools: every worker holds one, and a server has 100 to 200 connections.
             engine_kwargs={
+                "isolation_level": "READ COMMITTED",  # whatever the database's default: trials are numbered under locks
                 "pool_pre_ping": True,
                 "pool_size": 2,
                 "max_overflow": 2,
@@ -71,9 +91,12 @@ class RetryingStorage(RDBStorage):
         # RDBStorage has connected already to check the schema's version.
         self.engine.dispose()
 
-    def transaction(self, run: Callable[[Connection], T]) -> T:
-        """Run statements in one transaction, repeated while the server is away: `run` must be repeatable."""
-        return self._retry(lambda attempt: self._transaction(run))
+    def transaction(self, run: Callable[[Connection], T], *, wait_s: float | None = None) -> T:
+        """Run statements in one transaction, repeated while the server is away: `run` must be repeatable.
+
+        wait_s: how long to repeat, by default as long as every call. Raises DatabaseUnavailable.
+        """
+        return self._retry(lambda attempt: self._transaction(run), wait_s=wait_s)
 
     def _transaction(self, run: Callable[[Connection], T]) -> T:
         with self.engine.begin() as connection:
@@ -84,19 +107,19 @@ class RetryingStorage(RDBStorage):
         """What this thread has spent in calls of the database, since it began."""
         return getattr(self._clock, "seconds", 0.0)
 
-    def _retry(self, call: Callable[[int], T]) -> T:
+    def _retry(self, call: Callable[[int], T], *, wait_s: float | None = None) -> T:
         """Call until it gets through; `call` is told how many attempts broke before. Raises DatabaseUnavailable."""
         if getattr(self._clock, "inside", False):
-            return self._call_until_through(call)
+            return self._call_until_through(call, self.wait_s if wait_s is None else wait_s)
         self._clock.inside, began = True, time.perf_counter()
         try:
-            return self._call_until_through(call)
+            return self._call_until_through(call, self.wait_s if wait_s is None else wait_s)
         finally:
             self._clock.inside = False
             self._clock.seconds = self.seconds + time.perf_counter() - began
 
-    def _call_until_through(self, call: Callable[[int], T]) -> T:
-        give_up_at = time.monotonic() + self.wait_s
+    def _call_until_through(self, call: Callable[[int], T], wait_s: float) -> T:
+        give_up_at = time.monotonic() + wait_s
         attempt = 0
         while True:
             try:
@@ -105,9 +128,11 @@ class RetryingStorage(RDBStorage):
                 if not is_transient(error):
                     raise
                 self.scoped_session.remove()
+                if sqlstate_of(error) == READ_ONLY:
+                    self.engine.dispose()  # the next connection is to the server that was promoted
                 if time.monotonic() > give_up_at:
                     raise DatabaseUnavailable(
-                        f"{without_password(self.engine.url)}: no answer for {self.wait_s:.0f} s: {first_line(error)}"
+                        f"{without_password(self.engine.url)}: no answer for {wait_s:.0f} s: {first_line(error)}"
                     ) from None
                 # Jitter: eight workers must not come back in the same millisecond.
                 time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
@@ -298,15 +323,14 @@ for _name in (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether repeating the transaction can help: the server went away, is starting, or broke a deadlock."""
+    """Whether waiting and repeating the transaction can help; the module's docstring states the policy."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, PendingRollbackError):
             return True
         if isinstance(seen, DBAPIError):
-            sqlstate = getattr(seen.orig, "pgcode", None)
-            if sqlstate is not None:
-                return sqlstate.startswith(TRANSIENT_SQLSTATES)
+            if (sqlstate := sqlstate_of(seen)) is not None:
+                return sqlstate.startswith(tuple(TRANSIENT_STATES))
             if seen.connection_invalidated:
                 return True
             kind = type(seen.orig).__name__
@@ -315,6 +339,14 @@ def is_transient(error: BaseException) -> bool:
             )
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """The SQLSTATE that the server gave for this error or for its cause, None where no server answered."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, DBAPIError):
+        seen = seen.__cause__ or seen.__context__
+    return None if seen is None else getattr(seen.orig, "pgcode", None)
 
 
 def first_line(error: BaseException) -> str:
@@ -329,3 +361,8 @@ def first_line(error: BaseException) -> str:
         seen = seen.__cause__
     lines = [line.strip() for line in str(seen).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """An unexpected error for a log: its kind, and what it says in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -16,13 +16,11 @@ from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
-from storage.retrying import CLAIM_ATTR, RetryingStorage, is_transient
+from storage.retrying import CLAIM_ATTR, RetryingStorage
 
 BASELINE, TRIAL, CONFIRMATION = 0, 1, 2  # stages, in the order in which they are worked
 
-STUDY_LOCK = 2  # first key of the advisory lock that says "a worker works on this study"
 MAX_FAILURES = 3  # after three failures the cause is the slot's own work, not chance
 MAX_LOSSES = 10  # worker deaths are usually unrelated to the slot; ten in a row are not
 
@@ -205,16 +203,19 @@ def park_study(storage: RetryingStorage, study_id: int, error: str) -> None:
 
 def expire(storage: RetryingStorage, worker: str) -> None:
     """End the leases of a worker that is known to be dead. Raises DatabaseUnavailable."""
-    statement = text("update slots set lease_until = now() - interval '1 s' where worker = :worker and state = 'busy'")
+    statement = text("update slots set lease_until = '-infinity' where worker = :worker and state = 'busy'")
     storage.transaction(lambda c: c.execute(statement, {"worker": worker}))
 
 
-def reap(storage: RetryingStorage, study_ids: Iterable[int]) -> int:
+def reap(storage: RetryingStorage, study_ids: Iterable[int], *, lease_s: float, wait_s: float | None = None) -> int:
     """Free the rows whose lease ran out, fail the trials that their workers left, and return the number of rows.
 
+    lease_s: the length of a lease. Nobody could renew one while the server was away, so leases that ran out count only
+    once the server has been up for this long; those that `expire` ended count at once.
+    wait_s: how long to wait for the server, by default as long as every call does.
     A row that has lost its tenth worker is parked. Raises DatabaseUnavailable.
     """
-    values = {"study_ids": list(study_ids), "limit": MAX_LOSSES}
+    values = {"study_ids": list(study_ids), "lease_s": lease_s}
 
     def free_expired(connection: Connection) -> int:
         expired = connection.execute(text(EXPIRED), values).all()
@@ -238,12 +239,13 @@ def reap(storage: RetryingStorage, study_ids: Iterable[int]) -> int:
             )
         return len(expired)
 
-    return storage.transaction(free_expired)
+    return storage.transaction(free_expired, wait_s=wait_s)
 
 
 EXPIRED = """
 select study_id, stage, number, claim, worker, losses from slots
 where study_id = any(:study_ids) and state = 'busy' and lease_until < now()
+  and (lease_until = '-infinity' or now() - pg_postmaster_start_time() > make_interval(secs => :lease_s))
 order by study_id, stage, number for update skip locked
 """
 
@@ -282,36 +284,3 @@ def add_seconds(storage: RetryingStorage, slot: Slot, seconds: Mapping[str, floa
             connection.execute(statement, {"claim": slot.claim, "seconds": json.dumps(total)})
 
     storage.transaction(add_up)
-
-
-class StudyPresence:
-    """Which study this worker works on: an advisory lock that others see, and that ends with the database session."""
-
-    def __init__(self, storage: RetryingStorage) -> None:
-        self._storage = storage
-        self._connection: Connection | None = None
-
-    def take(self, study_id: int) -> bool:
-        """Leave the study before and take this one; True where no other worker has taken it. Raises SQLAlchemyError."""
-        self.leave()
-        statement = text("select pg_try_advisory_lock(:key, :study_id)")
-        try:
-            connection = self._storage.engine.connect()
-            taken = connection.execute(statement, {"key": STUDY_LOCK, "study_id": study_id}).scalar()
-            connection.commit()
-        except SQLAlchemyError as error:
-            if not is_transient(error):
-                raise
-            return False  # only a hint: the next claim waits for the server
-        if taken:
-            self._connection = connection
-        else:
-            connection.close()
-        return bool(taken)
-
-    def leave(self) -> None:
-        """Release the study that was taken, if any."""
-        if self._connection is not None:
-            self._connection.invalidate()  # ends the session and with it the lock
-            self._connection.close()
-            self._connection = None

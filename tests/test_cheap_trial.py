@@ -387,7 +387,7 @@ def test_an_error_fails_the_trial_with_what_it_reported(ours: RetryingStorage, r
 def test_a_trial_that_another_ended_is_lost_and_left_alone(ours: RetryingStorage, run: StudyRun) -> None:
     def reap() -> None:
         slots.expire(ours, "w:1")
-        assert slots.reap(ours, [run.study.study_id]) == 1
+        assert slots.reap(ours, [run.study.study_id], lease_s=0.0) == 1
 
     assert work(ours, run, Evaluator(at_end=reap)).state == "lost"
     trial = stock_trials(run)[-1]

@@ -15,6 +15,7 @@ from studies.config import DEFAULTS_PATH
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+RELIABILITY = ROOT / "docs" / "reliability.md"
 SCRIPTS = ROOT / "docs" / "coming-from-the-scripts.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DOCUMENTS = [README, *PAGES, ROOT / "hyperparams" / "README.md"]
@@ -129,6 +130,15 @@ def test_files_exist(path: Path) -> None:
             assert (ROOT / span).is_file(), span
         elif re.fullmatch(r"[a-z_]+(?:/[a-z_]+)*/", span) and path.parent == ROOT:
             assert (ROOT / span).is_dir() or span.startswith("hyperparams/"), span
+
+
+def test_each_kind_of_error_has_a_test() -> None:
+    rows = [cells(line) for line in RELIABILITY.read_text().splitlines() if line.startswith("| ") and "`test_" in line]
+    assert len(rows) > 20
+    sources = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
+    for *_, tests in rows:
+        for name in spans(tests):
+            assert any(f"\ndef {name}(" in source for source in sources), name
 
 
 def test_documents_are_looked_at() -> None:

@@ -22,7 +22,7 @@ def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
     assert claimed is not None
     assert claimed.number == TRIALS // 2
     assert slots.claim(storage, 11, worker="w:1", lease_s=60) is None
-    assert slots.reap(storage, everyone) == 0
+    assert slots.reap(storage, everyone, lease_s=60) == 0
     progress = study_progress(storage)
     assert (progress[10].done, progress[10].open, progress[11].done, progress[11].open) == (50, 51, 100, 0)
 

@@ -25,14 +25,14 @@ def storage(database_url: str) -> Iterator[RetryingStorage]:
     opened.engine.dispose()
 
 
-def make_study(storage: RetryingStorage, *, budget: int = 3, baselines: int = 0) -> int:
+def make_study(storage: RetryingStorage, *, budget: int = 3, baselines: int = 0, name: str = "s") -> int:
     def fill(connection, study_id: int) -> None:
         for number in range(baselines):
             slots.add(connection, study_id, BASELINE, number, label=f"b{number}", params={"x": number})
         slots.raise_budget(connection, study_id, budget)
         slots.add(connection, study_id, CONFIRMATION, 0, label="confirmation")
 
-    return study_rows.create_study(storage, "s", {"definition": {}}, "mae", fill)
+    return study_rows.create_study(storage, name, {"definition": {}}, "mae", fill)
 
 
 def claim(storage: RetryingStorage, study_id: int, worker: str = "w", lease_s: float = 60) -> Slot | None:
@@ -43,6 +43,10 @@ def must_claim(storage: RetryingStorage, study_id: int, worker: str = "w", lease
     slot = claim(storage, study_id, worker, lease_s)
     assert slot is not None
     return slot
+
+
+def reap(storage: RetryingStorage, study_id: int) -> int:
+    return slots.reap(storage, [study_id], lease_s=0.0)
 
 
 def start_trial(storage: RetryingStorage, slot: Slot) -> int:
@@ -90,11 +94,11 @@ def test_a_lost_lease_frees_the_slot_and_fails_its_trial(storage: RetryingStorag
     study_id = make_study(storage, budget=1)
     slot = must_claim(storage, study_id, lease_s=60)
     trial_id = start_trial(storage, slot)
-    assert slots.reap(storage, [study_id]) == 0  # its lease still runs
+    assert reap(storage, study_id) == 0  # its lease still runs
     assert storage.get_trial(trial_id).state == TrialState.RUNNING
     assert slots.renew(storage, slot.claim, lease_s=0.05)
     time.sleep(0.1)
-    assert slots.reap(storage, [study_id]) == 1
+    assert reap(storage, study_id) == 1
     assert storage.get_trial(trial_id).state == TrialState.FAIL
     assert storage.get_trial(trial_id).datetime_complete is not None
     again = must_claim(storage, study_id)
@@ -111,7 +115,7 @@ def test_a_claim_lost_before_its_trial_began_begins_none(storage: RetryingStorag
     study_id = make_study(storage, budget=1)
     slot = must_claim(storage, study_id, lease_s=0.01)
     time.sleep(0.05)
-    slots.reap(storage, [study_id])
+    reap(storage, study_id)
     again = must_claim(storage, study_id)
     with pytest.raises(ClaimLost):  # it would finish beside the other's: two trials in one slot
         start_trial(storage, slot)
@@ -125,7 +129,7 @@ def test_a_trial_told_before_the_death_counts(storage: RetryingStorage) -> None:
     trial_id = start_trial(storage, slot)
     storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
     time.sleep(0.05)
-    slots.reap(storage, [study_id])
+    reap(storage, study_id)
     assert storage.get_trial(trial_id).state == TrialState.COMPLETE
     assert must_claim(storage, study_id).stage == CONFIRMATION  # the slot is done, no second trial runs in it
 
@@ -148,7 +152,7 @@ def test_renewal_keeps_a_slow_slot(storage: RetryingStorage) -> None:
     for _ in range(5):
         time.sleep(0.1)
         assert slots.renew(storage, slot.claim, lease_s=0.3)
-        assert slots.reap(storage, [study_id]) == 0
+        assert reap(storage, study_id) == 0
     assert slots.finish(storage, slot)
 
 
@@ -170,7 +174,7 @@ def test_a_slot_that_kills_its_workers_is_parked(storage: RetryingStorage) -> No
         slot = must_claim(storage, study_id, worker="host:7")
         assert slot.stage == TRIAL
         slots.expire(storage, "host:7")
-        assert slots.reap(storage, [study_id]) == 1
+        assert reap(storage, study_id) == 1
     (parked,) = parked_slots(storage, study_id)
     assert "workers died on it" in parked.error
 
@@ -179,7 +183,7 @@ def test_expire_touches_only_the_dead_workers_slots(storage: RetryingStorage) ->
     study_id = make_study(storage, budget=2)
     dead, alive = must_claim(storage, study_id, "a:1"), must_claim(storage, study_id, "a:2")
     slots.expire(storage, "a:1")
-    assert slots.reap(storage, [study_id]) == 1
+    assert reap(storage, study_id) == 1
     assert slots.finish(storage, alive)
     assert must_claim(storage, study_id).number == dead.number
 

@@ -15,10 +15,10 @@ from launch.views import decisions, figures
 from launch.views.facts import CONFIRMATION, DECISION, UNDECIDED, StudyFacts, gather
 from launch.views.note_text import FORECAST, note
 from launch.views.tables import percent_error, percent_gain
-from storage import board
+from storage import DatabaseUnavailable, board
 from storage.board import Image
 from storage.progress import Progress, study_progress
-from storage.retrying import RetryingStorage
+from storage.retrying import RetryingStorage, one_line
 from studies.promoting import SymbolDecision
 from studies.study import Study, list_studies
 
@@ -51,12 +51,25 @@ class NoteWriter:
         self._report()
         began = time.monotonic()
         if began >= self._next:
-            self.write()
-            took = time.monotonic() - began
-            self._next = began + max(EVERY_S, took / SHARE)
+            try:
+                self.write()
+            finally:
+                took = time.monotonic() - began
+                self._next = began + max(EVERY_S, took / SHARE)
 
     def write(self) -> None:
-        """Rewrite the notes of the studies that moved since the last time."""
+        """Rewrite the notes of the studies that moved since the last time.
+
+        An error is told and costs no more than the notes. Raises DatabaseUnavailable.
+        """
+        try:
+            self._write()
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - notes are the least of a run
+            self.say(f"the dashboard's notes are not up to date: {one_line(error)}")
+
+    def _write(self) -> None:
         progress = study_progress(self._storage)
         moved = [
             study
