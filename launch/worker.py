@@ -177,7 +177,7 @@ class Worker:
         return by_free_slots[0] if by_free_slots else None
 
     def _all_finished(self) -> bool:
-        progress = study_progress(self.storage)
+        progress = study_progress(self.storage, list(self.studies))
         return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
     def _work_on(self, run: StudyRun, slot: Slot, clock: working.StageClock) -> None:

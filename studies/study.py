@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
@@ -21,12 +21,12 @@ from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_t
 from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
 from storage import configs, slots, study_rows, symbols
-from storage.progress import Confirmation, read_confirmations, study_progress
+from storage.progress import Confirmation, Progress, progress_in, read_confirmations, study_progress
 from storage.retrying import RetryingStorage
 from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
-from studies.evidence import INCUMBENT, STORED, from_json
+from studies.evidence import INCUMBENT, MEASURED_PATHS, STORED
 from studies.series import Series, confirmation_windows, split_windows, window_span
 from studies.space import Space
 
@@ -144,14 +144,19 @@ def open_studies(
     checkpoints: the fingerprint of each model's weights.
     Raises DataError, StudyMismatch, ConfigFileError.
     """
-    progress = study_progress(storage)
-    confirmations = read_confirmations(storage)
+    wanted = list(series)
+    asked_for = {(item.symbol, model) for item in wanted for model in models}
     existing: dict[tuple[str, str], list[Study]] = {}
     for study in list_studies(storage):
-        existing.setdefault((study.symbol, study.model), []).append(study)
+        if (study.symbol, study.model) in asked_for:
+            existing.setdefault((study.symbol, study.model), []).append(study)
+    ids = [study.study_id for found in existing.values() for study in found]
+    progress = study_progress(storage, ids)
+    confirmations = read_confirmations(storage, ids, paths=MEASURED_PATHS)
 
-    plans: list[Callable[[], Opened]] = []
-    for item in series:
+    extensions: list[_Extension] = []
+    plans: list[Callable[[Mapping[int, Opened]], Opened]] = []
+    for item in wanted:
         newest = timestamp_text(item.bars.timestamps[-1])
         for model in models:
             found = existing.get((item.symbol, model), [])
@@ -167,51 +172,83 @@ def open_studies(
             asked = confirmation_windows(config, item.symbol, bars_until(item.bars, as_of))
             if study:
                 check_definition(study, definition)
-                confirmation = confirmations[study.study_id]
-                outdated = not _confirms(confirmation, model, baselines, asked)
+                confirmation = confirmations.get(study.study_id)
+                if confirmation is None:
+                    raise StudyMismatch(
+                        f"study {study.name}: has no work, as a copy that Optuna made; "
+                        f"set it aside with: studies retire {study.name}"
+                    )
+                outdated = not _confirms(confirmation, baselines, asked)
                 # What another machine found in use stays in the comparison.
                 baselines = {**(confirmation.params or {}), **baselines}
-                plans.append(_resume_later(storage, config, study, baselines, outdated=outdated))
+                extensions.append(_Extension(study=study, baselines=baselines, outdated=outdated))
+                plans.append(lambda extended, study_id=study.study_id: extended[study_id])
             else:
                 if len(asked) < config.windows.confirmation:
                     notes += (
                         f"{item.path}: has {len(asked)} windows to confirm on, not {config.windows.confirmation}",
                     )
-                plans.append(_create_later(storage, config, definition, baselines, notes))
-    return [plan() for plan in plans]
+                create = _create_later(storage, config, definition, baselines, notes)
+                plans.append(lambda _, create=create: create())
+    extended = _extend(storage, config.search.trials, extensions)
+    return [plan(extended) for plan in plans]
 
 
-def _confirms(found: Confirmation, model: str, in_use: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
-    """Whether a confirmation, done or to be done, is of these windows and knows these configurations in use."""
+def _confirms(found: Confirmation, in_use: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
+    """Whether a confirmation, done or to be done, is of these windows and knows these configurations in use.
+
+    found: with the result that MEASURED_PATHS pick.
+    """
     known = list((found.params or {}).values())
     if found.result is not None:
-        evidence = from_json(model, found.result)
-        known += [one.params for one in evidence.candidates]
-        if evidence.windows["confirmation"] != window_span(asked):
+        known += found.result["candidates"]
+        if found.result["windows"] != [asdict(window_span(asked))]:
             return False
     return all(params in known for params in in_use.values())
 
 
-def _resume_later(
-    storage: RetryingStorage, config: Config, study: Study, baselines: Mapping[str, dict[str, Any]], *, outdated: bool
-) -> Callable[[], Opened]:
-    def resume() -> Opened:
-        def extend(connection: Any) -> int:
-            unparked = slots.unpark(connection, study.study_id)
-            added = slots.raise_budget(connection, study.study_id, config.search.trials)
-            if added or unparked or outdated:  # what was confirmed did not know of what is to come
-                slots.reopen(connection, study.study_id, slots.CONFIRMATION, params=baselines)
-            return added
+@dataclass(frozen=True, kw_only=True)
+class _Extension:
+    """A study to go on with, and what its confirmation is to measure beside its best trials."""
 
-        added = storage.transaction(extend)
-        now = study_progress(storage)[study.study_id]
-        state = "raised" if added else "resumed" if now.open else "finished"
+    study: Study
+    baselines: Mapping[str, dict[str, Any]]
+    outdated: bool  # what was confirmed is of other windows, or lacks a configuration in use
+
+
+def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extension]) -> dict[int, Opened]:
+    """Raise the budgets, free what is parked and ask for outdated confirmations anew, in one transaction.
+
+    By study id. Only studies with something to change cost statements of their own.
+    """
+    by_id = {one.study.study_id: one for one in extensions}
+    ids = sorted(by_id)  # two processes at the same studies wait for each other, in place of a deadlock
+
+    def extend(connection: Any) -> tuple[set[int], dict[int, Progress]]:
+        raised: set[int] = set()
+        changed: list[int] = []
+        before = progress_in(connection, ids)
+        for study_id in ids:
+            now, one = before[study_id], by_id[study_id]
+            unparked = slots.unpark(connection, study_id) if now.parked else 0
+            added = slots.raise_budget(connection, study_id, budget) if now.budget < budget else 0
+            if added:
+                raised.add(study_id)
+            if added or unparked or one.outdated:  # what was confirmed did not know of what is to come
+                slots.reopen(connection, study_id, slots.CONFIRMATION, params=one.baselines)
+                changed.append(study_id)
+        return raised, {**before, **(progress_in(connection, changed) if changed else {})}
+
+    raised, progress = storage.transaction(extend) if ids else (set(), {})
+    found = {}
+    for study_id, one in by_id.items():
+        now = progress[study_id]
+        state = "raised" if study_id in raised else "resumed" if now.open else "finished"
         notes = ()
-        if now.budget > config.search.trials:
-            notes = (f"{study.name} keeps its budget of {now.budget} trials; a budget is never lowered",)
-        return Opened(study=study, state=state, budget=now.budget, notes=notes)
-
-    return resume
+        if now.budget > budget:
+            notes = (f"{one.study.name} keeps its budget of {now.budget} trials; a budget is never lowered",)
+        found[study_id] = Opened(study=one.study, state=state, budget=now.budget, notes=notes)
+    return found
 
 
 def reconfirm(

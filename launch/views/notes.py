@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class NoteWriter:
 
     def write(self) -> None:
         """Rewrite the notes of the studies that moved since the last time."""
-        progress = study_progress(self._storage)
+        progress = study_progress(self._storage, [study.study_id for study in self._studies])
         moved = [
             study
             for study in self._studies
@@ -92,7 +92,7 @@ def _has_begun(progress: Progress) -> bool:
 
 
 def update(
-    storage: RetryingStorage, folder: Path, studies: Iterable[Study], *, rows: Sequence[SymbolDecision] | None = None
+    storage: RetryingStorage, folder: Path, studies: Sequence[Study], *, rows: Sequence[SymbolDecision] | None = None
 ) -> None:
     """Rewrite what the dashboard shows of studies.
 
@@ -102,7 +102,7 @@ def update(
     """
     failure: OSError | None = None
     decided = decisions.by_study(rows or ())
-    progress = study_progress(storage)
+    progress = study_progress(storage, [study.study_id for study in studies])
     for study in studies:
         if study.study_id not in progress:
             continue
