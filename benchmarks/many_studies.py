@@ -131,7 +131,7 @@ def confirmation() -> dict[str, Any]:
         )  # fmt: skip
 
     def one(params: dict[str, Any], trial: int | None = None) -> MeasuredConfiguration:
-        parts = {part: measured(count) for part, count in COUNTS.items()}
+        parts: dict[str, Any] = {part: measured(count) for part, count in COUNTS.items()}
         return MeasuredConfiguration(model="toto", params=params, trial=trial, **parts)
 
     def forecasts(count: int) -> ForecastsShown:
@@ -150,8 +150,10 @@ def confirmation() -> dict[str, Any]:
 
     return to_json(
         StudyEvidence(
-            windows={part: WindowSpan(count=count, first="2025-11-21", last=AS_OF) for part, count in COUNTS.items()}
-            | {"confirmation": SPAN},
+            windows={
+                part: SPAN if part == "confirmation" else WindowSpan(count=count, first="2025-11-21", last=AS_OF)
+                for part, count in COUNTS.items()
+            },
             passes=2,
             sampling_error=0.0005,
             candidates=tuple(

@@ -105,7 +105,8 @@ def launch_workers(
     unfinished = [item.study for item in opened if item.state != "finished"]
     if not unfinished:
         say(f"nothing to do: {counted(len(opened), 'study')} finished at the newest bar")
-        listing.print_rows(storage, [item.study.study_id for item in opened], plain=plain)
+        shown = listing.Selection(study_ids=[item.study.study_id for item in opened])
+        listing.print_rows(storage, shown, plain=plain)
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
@@ -206,17 +207,25 @@ def studies() -> None:
 
 
 @studies.command(name="list")
+@symbols_option
+@click.option("--models", type=Names(), multiple=True, help="Only these models.")
+@click.option("--newest", is_flag=True, help="Only the newest study of each symbol and model.")
 @json_option
 @shared
-def list_command(config: Config, as_json: bool) -> None:
+def list_command(
+    config: Config, symbols: Sequence[Sequence[str]], models: Sequence[Sequence[str]], newest: bool, as_json: bool
+) -> None:
     """List the studies with their progress, best trial and confirmed improvement.
 
     \b
-    studies list --json
+    studies list --symbols BTCUSD,AAPL --newest --json
     """
     from launch.views import listing
 
-    listing.print_rows(open_storage(config), as_json=as_json)
+    selection = listing.Selection(
+        symbols=checked_symbols(symbols), models=checked_models(models, config) if models else (), newest=newest
+    )
+    listing.print_rows(open_storage(config), selection, as_json=as_json)
 
 
 @studies.command(name="show")
@@ -230,10 +239,13 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     studies show BTCUSD/toto@2026-03-19
     """
     from launch.views import listing
+    from studies import study as studying
 
-    found = listing.details(open_storage(config), name)
+    storage = open_storage(config)
+    found = listing.details(storage, name)
     if found is None:
-        raise ConfigError(f"no study {name!r}; see: studies list")
+        retired = studying.retired_names(storage, name)
+        raise ConfigError(f"no study {name!r}; see: " + (f"studies show {retired[-1]}" if retired else "studies list"))
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -276,17 +288,19 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
 
 @studies.command()
 @click.argument("name")
+@click.option("--undo", is_flag=True, help="Bring a retired study back; by its first name the one retired last.")
 @shared
-def retire(config: Config, name: str) -> None:
+def retire(config: Config, name: str, undo: bool) -> None:
     """Retire a study, so that launch-workers opens a new one. It keeps its trials.
 
     \b
     studies retire BTCUSD/toto@2026-03-19
+    studies retire --undo BTCUSD/toto@2026-03-19
     """
     from studies import study as studying
 
     try:
-        click.echo(studying.retire(open_storage(config), name))
+        click.echo((studying.unretire if undo else studying.retire)(open_storage(config), name))
     except KeyError:
         raise ConfigError(f"no study {name!r}; see: studies list") from None
 

@@ -83,7 +83,7 @@ def run_workers(
         try:
             note_writer.say = say  # the view is closed
             note_writer.write()
-            listing.print_rows(storage, shown, plain=plain)
+            listing.print_rows(storage, listing.Selection(study_ids=shown), plain=plain)
             progress = study_progress(storage, names)
             for study_id, parked in first_parked_slots(storage, names).items():
                 status = status or 1

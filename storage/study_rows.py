@@ -59,8 +59,11 @@ def create_study(
 
 
 def rename_study(storage: RetryingStorage, name: str, new_name: str) -> bool:
-    """False where there is no study of that name."""
-    statement = text("update studies set study_name = :new_name where study_name = :name")
+    """False where there is no study of that name, or one of the new name already."""
+    statement = text(
+        "update studies set study_name = :new_name where study_name = :name "
+        "and not exists (select 1 from studies where study_name = :new_name)"
+    )
     return storage.transaction(lambda c: c.execute(statement, {"name": name, "new_name": new_name}).rowcount == 1)
 
 

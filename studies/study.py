@@ -33,6 +33,8 @@ from studies.space import Space
 METRIC = "pct_return_mae"
 DEFINITION = "definition"  # study user attribute
 NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
+ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
+MAX_NAME = 512  # characters of a study's name in Optuna's table
 SEARCH_PASSES = (0,)  # the seeds of every trial
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
@@ -121,11 +123,12 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
-def list_studies(storage: RetryingStorage) -> list[Study]:
-    """Every study of ours, sorted by name; retired and foreign ones are not among them."""
+def list_studies(storage: RetryingStorage, *, retired: bool = False) -> list[Study]:
+    """Every study of ours, sorted by name; foreign ones are not among them. retired: those set aside, and no others."""
     studies = []
     for study_id, name, definition in study_rows.studies_with(storage, DEFINITION):
-        if (match := NAME.fullmatch(name)) and isinstance(definition, dict):
+        before, aside, _ = name.partition(ASIDE)
+        if bool(aside) is retired and (match := NAME.fullmatch(before)) and isinstance(definition, dict):
             studies.append(Study(study_id=study_id, name=name, definition=definition, **match.groupdict()))
     return sorted(studies, key=lambda study: study.name)
 
@@ -174,10 +177,7 @@ def open_studies(
                 check_definition(study, definition)
                 confirmation = confirmations.get(study.study_id)
                 if confirmation is None:
-                    raise StudyMismatch(
-                        f"study {study.name}: has no work, as a copy that Optuna made; "
-                        f"set it aside with: studies retire {study.name}"
-                    )
+                    raise _no_work(study)
                 outdated = not _confirms(confirmation, baselines, asked)
                 # What another machine found in use stays in the comparison.
                 baselines = {**(confirmation.params or {}), **baselines}
@@ -192,6 +192,13 @@ def open_studies(
                 plans.append(lambda _, create=create: create())
     extended = _extend(storage, config.search.trials, extensions)
     return [plan(extended) for plan in plans]
+
+
+def _no_work(study: Study) -> StudyMismatch:
+    return StudyMismatch(
+        f"study {study.name}: has trials but no budget, as a copy made with Optuna; "
+        f"set it aside with: studies retire {study.name}"
+    )
 
 
 def _confirms(found: Confirmation, in_use: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
@@ -261,7 +268,9 @@ def reconfirm(
     check_definition(study, define(config, series, study.model, study.as_of, checkpoint))
     space = spaces.make(study.model, config)
     baselines, notes = _baselines(config, study.symbol, study.model, space)
-    confirmation = read_confirmations(storage, [study.study_id])[study.study_id]
+    confirmation = read_confirmations(storage, [study.study_id], paths={}).get(study.study_id)
+    if confirmation is None:
+        raise _no_work(study)
 
     def ask(connection: Any) -> bool:
         if slots.open_trials(connection, study.study_id):
@@ -335,12 +344,37 @@ def _baselines(
 def retire(storage: RetryingStorage, name: str) -> str:
     """Set a study aside: it keeps its trials under another name and is not gone on with. Returns that name.
 
-    Raises KeyError where there is no such study.
+    Raises KeyError where there is no such study, ConfigError where it cannot have another name.
     """
-    aside = f"{name}~{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    if ASIDE in name:
+        raise ConfigError(f"study {name} is retired already; bring it back with: studies retire --undo {name}")
+    aside = f"{name}{ASIDE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    if len(aside) > MAX_NAME:
+        raise ConfigError(
+            f"{len(name)} characters are too long a name to retire: {aside[:40]}.. would exceed {MAX_NAME}"
+        )
     if not study_rows.rename_study(storage, name, aside):
         raise KeyError(name)
     return aside
+
+
+def retired_names(storage: RetryingStorage, name: str) -> list[str]:
+    """The retired studies of this name, which may be a retired one's, oldest first."""
+    names = [study.name for study in list_studies(storage, retired=True)]
+    return [each for each in names if name in (each, each.partition(ASIDE)[0])]
+
+
+def unretire(storage: RetryingStorage, name: str) -> str:
+    """Bring a retired study back under its own name; of several that had this name the newest. Returns the name.
+
+    Raises KeyError where there is no such study, ConfigError where another study has the name now.
+    """
+    if not (found := retired_names(storage, name)):
+        raise KeyError(name)
+    before = found[-1].partition(ASIDE)[0]
+    if not study_rows.rename_study(storage, found[-1], before):
+        raise ConfigError(f"there is a study {before} already; set it aside first with: studies retire {before}")
+    return before
 
 
 # --- running -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import places
 import pytest
 from click.testing import Result
@@ -261,6 +262,21 @@ def test_a_summary_of_every_symbol_in_the_predecessors_shape(place: Place) -> No
     place.promote()
     assert len(place.summaries()) == 2  # what says the same is not written again
     assert {entry["status"] for entry in place.summaries()[1]["results"]} == {"no_improvement", "failed"}
+
+
+def test_a_copy_made_with_optuna_is_left_out_with_a_line(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.study([(NEW, measured(0.0095))], as_of="2026-03-18")
+    place.study([(NEW, measured(0.0095))], symbol="AAPL", as_of="2026-03-18")
+    for name in (f"BTCUSD/toto@{AS_OF}", f"GOOG/toto@{AS_OF}"):
+        names = {"from_study_name": "BTCUSD/toto@2026-03-18", "to_study_name": name}
+        optuna.copy_study(from_storage=place.storage, to_storage=place.storage, **names)
+    rows = json.loads(place.promote("--dry-run", "--json").stdout)
+    assert {row["symbol"]: row["study"] for row in rows} == {
+        symbol: f"{symbol}/toto@2026-03-18" for symbol in ("AAPL", "BTCUSD")
+    }
+    assert f"GOOG/toto@{AS_OF}: left out" in caplog.text
+    alone = place.promote("--symbols", "GOOG")
+    assert (alone.exit_code, "GOOG: no study" in alone.stderr) == (1, True)
 
 
 def test_promotes_two_dozen_studies_without_torch(place: Place) -> None:
