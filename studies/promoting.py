@@ -51,7 +51,7 @@ class ModelOutcome:
     symbol: str
     model: str
     study: str
-    status: str  # "success": a file was written; "no_improvement"; "failed": nothing to decide on
+    status: str  # "success": a file was written, or would be; "no_improvement"; "failed": nothing to decide on
     reason: str
     mae: float | None  # its best configuration's, on the windows of the rule
     validation_mae: float | None  # the same configuration's on the windows of the search
@@ -83,7 +83,7 @@ class SymbolDecision:
     reason: str
     next: str | None  # the command that would change a "kept" of this reason
     path: str | None  # the file of the decision, where there is one
-    written: Sequence[str]  # every file written, or that a dry run would write
+    written: Sequence[str]  # every file written; none in a dry run
     pairs: Sequence[ModelOutcome]
 
 
@@ -288,7 +288,9 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         reason=decision.reason,
         next=_next(verdict),
         path=str(root / "best" / f"{study.symbol}.json") if decision.promote or record else None,
-        written=[str(root / folder / f"{study.symbol}.json") for _, folders in writes for folder in folders],
+        written=[]
+        if dry_run
+        else [str(root / folder / f"{study.symbol}.json") for _, folders in writes for folder in folders],
         pairs=_outcomes(rule, case, [each for each, _ in writes]),
     )
 

@@ -121,6 +121,7 @@ def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> No
     [
         (["--models", "totto"], ["totto", "toto"]),
         (["--trials", "0"], ["--trials"]),
+        (["--trials", "99999999999"], ["--trials", "1000000"]),
         (["--gpus", "0", "--cpus", "1"], ["exclude each other"]),
         (["--gpus", "x"], ["--gpus", "'x'"]),
         (["--symbols", ","], ["--symbols"]),
@@ -129,6 +130,18 @@ def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> No
 )
 def test_usage(place: Place, words: list[str], said: list[str]) -> None:
     place.refused(place.launch(*words), *said, code=2)
+
+
+def test_usage_of_other_commands(place: Place) -> None:
+    place.refused(place.invoke(cli.promote, "--min-improvement", "nan"), "--min-improvement", "nan", code=2)
+    place.refused(place.invoke(cli.promote, "--max-p", "nan"), "--max-p", code=2)
+    for option in ("--output", "--markdown"):
+        place.refused(place.invoke(cli.studies, "report", option, str(place.folder)), option, "directory", code=2)
+
+
+def test_too_many_trials_in_the_settings(place: Place) -> None:
+    place.settings.write_text(place.settings.read_text().replace("[search]", "[search]\ntrials = 99999999999"))
+    place.refused(place.launch(), "[search] trials", "1000000")
 
 
 def test_a_gpu_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +156,8 @@ def test_an_unknown_aggregate_in_the_settings(place: Place) -> None:
 
 def test_databases_that_cannot_be_used(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.refused(place.launch(url="postgresql://u:hunter2@127.0.0.1:1/d"), "refused")
+    assert "hunter2" not in place.refused(place.launch(url="postgresql://u:hunter2@h:54x32/d"), "PORT")
+    assert "hunter2" not in place.refused(place.launch(url="postgresql://u:hunter2@h:99999/d"), "65535")
     monkeypatch.setenv("PGPASSWORD", "hunter2")
     wrong = place.launch(url=place.url.replace("studies@", "studies:hunter3@"))
     line = place.refused(wrong, "password authentication failed")

@@ -142,7 +142,7 @@ def _reason(metadata: Mapping[str, Any]) -> str:
     reason = str(metadata.get("reason", NOTHING))
     if isinstance(gain, float):
         reason += f", improvement {percent_gain(gain)}"
-    if isinstance(interval, Sequence) and len(interval) == 2:
+    if isinstance(interval, list) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval):
         reason += f" ({percent_interval(*interval)})"
     return reason
 
