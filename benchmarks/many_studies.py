@@ -2,6 +2,7 @@
 
 `python -m benchmarks.many_studies`, half a minute; a private server in a temporary folder. Milliseconds of this
 machine, the fastest of five (two, of processes), against what they must stay below; exits 1 where one does not.
+`--studies N` makes another number of studies; the limits are those of 500.
 
 optuna-dashboard is served as `studies dashboard` serves it. Its list of studies asks for /api/meta and /api/studies,
 the page of a study for /api/studies/ID and then for its importances; the page's program comes once and is 1.9 MB.
@@ -19,13 +20,16 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.trial import TrialState
 from sqlalchemy import text
 
 from benchmarks import private, recording
+from forecasters import Bars
 from launch.views import dashboard
 from launch.views.run_watcher import RunWatcher
 from objectives.metrics import Measurement
@@ -34,6 +38,7 @@ from storage.progress import free_counts, study_progress
 from storage.retrying import RetryingStorage
 from studies import config as configuration
 from studies import space
+from studies import study as studying
 from studies.evidence import (
     ForecastSeries,
     ForecastsShown,
@@ -44,31 +49,40 @@ from studies.evidence import (
     WindowSpan,
     to_json,
 )
+from studies.series import Series, confirmation_windows, window_span
 
 PICK_MS, LIST_MS = 20, 2000  # to pick the next slot; for `studies list`
 READ_MS = 200  # for the live table, which then reads every 20 s
 PROMOTE_MS = 3000  # for `promote` over two dozen studies
+RESUME_MS = 4000  # for `launch-workers` to find that every study of the default 500 is there, the bars read
 PAGE_MS = 1000  # for the dashboard's data, which its pages ask for again every ten seconds
 STUDIES, TRIALS = 500, 100
 PROMOTED = [f"S{number:03}" for number in range(1, STUDIES) if number % 10][:24]  # of finished studies
-SPACE = space.make("toto", configuration.load(None))
+CONFIG = configuration.load(None)
+CONFIG = replace(CONFIG, search=replace(CONFIG.search, trials=TRIALS))
+SPACE = space.make("toto", CONFIG)
 IN_USE = {"aggregate": "mean", "num_samples": 64, **SPACE.fixed}
 COUNTS: dict[Part, int] = {"validation": 30, "confirmation": 250, "test": 20}  # windows
-DEFINITION = {
-    "metric": "pct_return_mae",
-    "objective": "sampled",
-    "no_change_mae": 1.0,
-    "bars": "b" * 64,
-    "checkpoint": "c" * 64,
-    "windows": {"horizon": 1, "validation": 30, "test": 20, "min_context": 128, "rung": 10},
-    "space": SPACE.to_json(),
-}
+AS_OF, CHECKPOINT = "2026-11-20", "c" * 64
+
+
+def daily_bars(count: int) -> Bars:
+    """A random walk whose last bar is of AS_OF."""
+    close = 100 * np.exp(np.cumsum(np.random.default_rng(0).normal(size=count) * 0.01))
+    times = np.datetime64(AS_OF, "ns") - np.arange(count)[::-1] * np.timedelta64(1, "D")
+    return Bars(timestamps=times, open=close, high=close, low=close, close=close, volume=None)
+
+
+BARS = daily_bars(500)  # of every symbol
+DEFINITION = studying.define(CONFIG, Series(symbol="S001", path=Path("S001.csv"), bars=BARS), "toto", AS_OF, CHECKPOINT)
+SPAN = window_span(confirmation_windows(CONFIG, "S001", BARS))
 
 # Every study has a baseline, a confirmation and what dashboards show: a note and plots, 26 kB in 13 rows.
 # Every tenth study is under way, the others are finished.
 FILL = """
 insert into studies (study_id, study_name)
-    select s, 'S' || to_char(s, 'FM000') || '/toto@2026-11-20' from generate_series(1, :studies) s;
+    select s, 'S' || to_char(s, case when s < 1000 then 'FM000' else 'FM0000' end) || '/toto@2026-11-20'
+    from generate_series(1, :studies) s;
 insert into study_directions (study_id, direction, objective)
     select s, 'MINIMIZE', 0 from generate_series(1, :studies) s;
 insert into study_user_attributes (study_id, key, value_json)
@@ -143,7 +157,8 @@ def confirmation() -> dict[str, Any]:
     return to_json(
         StudyEvidence(
             windows={
-                part: WindowSpan(count=count, first="2025-11-21", last="2026-11-20") for part, count in COUNTS.items()
+                part: SPAN if part == "confirmation" else WindowSpan(count=count, first="2025-11-21", last=AS_OF)
+                for part, count in COUNTS.items()
             },
             passes=2,
             sampling_error=0.0005,
@@ -157,11 +172,19 @@ def confirmation() -> dict[str, Any]:
     )
 
 
-def fill(storage: RetryingStorage) -> None:
+def fill(storage: RetryingStorage, studies: int = STUDIES) -> None:
     """Make the studies in an empty database."""
-    values = {"studies": STUDIES, "trials": TRIALS, "definition": json.dumps(DEFINITION)}
+    values = {"studies": studies, "trials": TRIALS, "definition": json.dumps(DEFINITION)}
     values["confirmation"] = json.dumps(confirmation())
     storage.transaction(lambda connection: connection.execute(text(FILL), values))
+
+
+def resume(storage: RetryingStorage, studies: int) -> list[studying.Opened]:
+    """What `launch-workers` does with studies that are there already, once it has read the bars."""
+    series = [
+        Series(symbol=f"S{number:03}", path=Path(f"S{number:03}.csv"), bars=BARS) for number in range(1, studies + 1)
+    ]
+    return studying.open_studies(storage, CONFIG, series, ["toto"], {"toto": CHECKPOINT})
 
 
 def command(url: str, folder: Path, *words: str) -> str:
@@ -231,11 +254,13 @@ def fastest_ms(work: Callable[[], object], times: int = 5) -> float:
     return 1e3 * min(taken)
 
 
-def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
+def measure(url: str, folder: Path, studies: int) -> dict[str, tuple[float, int]]:
     """Milliseconds and their limit, by what was done."""
     storage = database.open_storage(url, wait_s=10)
-    fill(storage)
-    everyone = list(range(1, STUDIES + 1))
+    fill(storage, studies)
+    everyone = list(range(1, studies + 1))
+    resuming = f"resume {studies} studies"
+    found = {resuming: (fastest_ms(lambda: resume(storage, studies), times=2), RESUME_MS)}
     picks: dict[str, Callable[[], object]] = {
         "progress of every study": lambda: study_progress(storage),
         "free slots of every study": lambda: free_counts(storage, everyone),
@@ -246,7 +271,7 @@ def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
         "new trials of a study": lambda: storage._get_trials(10, None, {901}, 950),
         "create and end a trial": lambda: storage.set_trial_state_values(storage.create_new_trial(10), TrialState.FAIL),
     }
-    found = {name: (fastest_ms(work), PICK_MS) for name, work in picks.items()}
+    found |= {name: (fastest_ms(work), PICK_MS) for name, work in picks.items()}
     watch = RunWatcher(storage, {study_id: f"S{study_id}" for study_id in everyone})
     found["a read of every study for the live table"] = (fastest_ms(watch.read), READ_MS)
     found["studies list, as a process"] = (fastest_ms(lambda: list_studies(url, folder), times=2), LIST_MS)
@@ -266,14 +291,18 @@ def measure(url: str, folder: Path) -> dict[str, tuple[float, int]]:
 
 
 def main() -> int:
-    options = recording.parser("many_studies", __doc__).parse_args()
+    parser = recording.parser("many_studies", __doc__)
+    parser.add_argument(
+        "--studies", type=recording.at_least_one, default=STUDIES, metavar="N", help=f"how many; {STUDIES} by default"
+    )
+    options = parser.parse_args()
     with private.folder() as folder, private.server(folder) as server:
-        found = measure(server.url, folder)
+        found = measure(server.url, folder, options.studies)
         storage = database.open_storage(server.url, wait_s=10, create=False)
         postgres = private.postgres(storage)
         storage.engine.dispose()
     rows = [(name, ms, limit) for name, (ms, limit) in found.items()]
-    recording.table(f"{STUDIES} studies of {TRIALS} trials", ("what", "ms", "below"), rows)
+    recording.table(f"{options.studies} studies of {TRIALS} trials", ("what", "ms", "below"), rows)
     figures = {name: {"ms": ms, "limit_ms": limit} for name, ms, limit in rows}
     recording.write(options, figures, postgres=postgres)
     return 0 if all(ms < limit for _, ms, limit in rows) else 1

@@ -18,7 +18,9 @@ from typing import Any, cast
 import click
 
 from launch.options import (
+    FILE,
     HELP,
+    Fraction,
     Names,
     SectionedGroup,
     check_devices,
@@ -36,7 +38,7 @@ from launch.options import (
 from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
 from storage import DatabaseUnavailable
-from studies.config import Config, ConfigError
+from studies.config import MAX_TRIALS, Config, ConfigError
 
 
 @click.command(name="launch-workers", context_settings=HELP)
@@ -46,7 +48,7 @@ from studies.config import Config, ConfigError
 @click.option("--gpus-total", type=click.IntRange(min=1), help="With --ray: number of GPU workers, one GPU each.")
 @symbols_option
 @models_option
-@click.option("--trials", type=click.IntRange(min=1), help="Number of trials per study, also of existing studies.")
+@click.option("--trials", type=click.IntRange(1, MAX_TRIALS), help="Number of trials per study, also existing ones.")
 @click.option("--objective", type=click.Choice(["sampled", "exact"]),
               help="The exact objective has no sampling noise.  [default: sampled]")  # fmt: skip
 @click.option("--plain", is_flag=True, help="Print lines of progress instead of the live table.")
@@ -105,7 +107,8 @@ def launch_workers(
     unfinished = [item.study for item in opened if item.state != "finished"]
     if not unfinished:
         say(f"nothing to do: {counted(len(opened), 'study')} finished at the newest bar")
-        listing.print_rows(storage, [item.study.study_id for item in opened], plain=plain)
+        shown = listing.Selection(study_ids=[item.study.study_id for item in opened])
+        listing.print_rows(storage, shown, plain=plain)
         return
     counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
@@ -116,13 +119,13 @@ def launch_workers(
 
 
 @click.command(context_settings=HELP)
-@click.option("--min-improvement", type=click.FloatRange(0, 1, max_open=True),
+@click.option("--min-improvement", type=Fraction(0, 1, max_open=True),
               help="Promote if the MAE falls by more than this fraction.  [default: 0.01]")  # fmt: skip
 @symbols_option
 @models_option
 @click.option("--force", is_flag=True, help="Promote even without an improvement or a comparison.")
 @click.option("--require-test", is_flag=True, help="Keep the incumbent if the candidate is worse on the test windows.")
-@click.option("--max-p", type=click.FloatRange(0, 1), metavar="P",
+@click.option("--max-p", type=Fraction(0, 1), metavar="P",
               help="Keep the incumbent if the p-value of the improvement is above P.")  # fmt: skip
 @click.option("--on", "on", type=click.Choice(["confirmation", "validation"]), default="confirmation",
               show_default=True, help="Windows that decide; MAEs on those of the search are biased.")  # fmt: skip
@@ -159,10 +162,9 @@ def promote(
         restored = history.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
         if as_json:
             click.echo(json.dumps(asdict(restored), indent=2, default=str))
-            return
-        for line in decisions.rollback_lines(restored, dry_run=dry_run):
-            click.echo(line)
-        decisions.say_rollback(symbol, restored, dry_run=dry_run)
+        else:
+            click.echo("\n".join(decisions.rollback_lines(restored, dry_run=dry_run)))
+            decisions.say_rollback(symbol, restored, dry_run=dry_run)
         return
     if on == "validation":
         say(
@@ -206,17 +208,25 @@ def studies() -> None:
 
 
 @studies.command(name="list")
+@symbols_option
+@click.option("--models", type=Names(), multiple=True, help="Only these models.")
+@click.option("--newest", is_flag=True, help="Only the newest study of each symbol and model.")
 @json_option
 @shared
-def list_command(config: Config, as_json: bool) -> None:
+def list_command(
+    config: Config, symbols: Sequence[Sequence[str]], models: Sequence[Sequence[str]], newest: bool, as_json: bool
+) -> None:
     """List the studies with their progress, best trial and confirmed improvement.
 
     \b
-    studies list --json
+    studies list --symbols BTCUSD,AAPL --newest --json
     """
     from launch.views import listing
 
-    listing.print_rows(open_storage(config), as_json=as_json)
+    selection = listing.Selection(
+        symbols=checked_symbols(symbols), models=checked_models(models, config) if models else (), newest=newest
+    )
+    listing.print_rows(open_storage(config), selection, as_json=as_json)
 
 
 @studies.command(name="show")
@@ -230,10 +240,13 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     studies show BTCUSD/toto@2026-03-19
     """
     from launch.views import listing
+    from studies import study as studying
 
-    found = listing.details(open_storage(config), name)
+    storage = open_storage(config)
+    found = listing.details(storage, name)
     if found is None:
-        raise ConfigError(f"no study {name!r}; see: studies list")
+        retired = studying.retired_names(storage, name)
+        raise ConfigError(f"no study {name!r}; see: " + (f"studies show {retired[-1]}" if retired else "studies list"))
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -276,17 +289,19 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
 
 @studies.command()
 @click.argument("name")
+@click.option("--undo", is_flag=True, help="Bring a retired study back; by its first name the one retired last.")
 @shared
-def retire(config: Config, name: str) -> None:
+def retire(config: Config, name: str, undo: bool) -> None:
     """Retire a study, so that launch-workers opens a new one. It keeps its trials.
 
     \b
     studies retire BTCUSD/toto@2026-03-19
+    studies retire --undo BTCUSD/toto@2026-03-19
     """
     from studies import study as studying
 
     try:
-        click.echo(studying.retire(open_storage(config), name))
+        click.echo((studying.unretire if undo else studying.retire)(open_storage(config), name))
     except KeyError:
         raise ConfigError(f"no study {name!r}; see: studies list") from None
 
@@ -389,13 +404,8 @@ def verify_compile(
 
 @studies.command(name="dashboard")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
-@click.option(
-    "--port",
-    default=8080,
-    show_default=True,
-    type=click.IntRange(0, 65535),
-    help="Port to listen on; 0 for any free one.",
-)
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
+              help="Port to listen on; 0 for any free one.")  # fmt: skip
 @shared
 def dashboard_command(config: Config, host: str, port: int) -> None:
     """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts, and has no login.
@@ -411,10 +421,8 @@ def dashboard_command(config: Config, host: str, port: int) -> None:
 
 
 @studies.command(name="report")
-@click.option("--output", default="report.html", show_default=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="File to write the page to.")  # fmt: skip
-@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE",
-              help="File to write the tables to as Markdown.")  # fmt: skip
+@click.option("--output", default="report.html", show_default=True, type=FILE, help="File to write the page to.")
+@click.option("--markdown", type=FILE, help="File to write the tables to as Markdown.")
 @symbols_option
 @models_option
 @shared

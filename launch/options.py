@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from studies.config import Config
 
 BOTH = tuple(name for name, model in MODELS.items() if not model.baseline)  # what --models both means
 HELP = {"help_option_names": ["-h", "--help"]}  # the context settings of every command
+FILE = click.Path(dir_okay=False, path_type=Path)  # to write to; its metavar is FILE
 version_option = click.version_option(package_name="forecast-studies", prog_name="forecast-studies")
 
 
@@ -91,6 +93,14 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Fraction(click.FloatRange):
+    """A number within a range, which "nan" is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return self.fail("nan is not a number", param, ctx) if math.isnan(number) else number
 
 
 class Names(click.ParamType):

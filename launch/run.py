@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -17,7 +18,7 @@ from launch.ray_cluster import Cluster
 from launch.views import listing, live, notes
 from launch.worker import EXIT_INTERRUPTED, RunPlan
 from storage import DatabaseUnavailable, database, urls
-from storage.progress import parked_slots, study_progress
+from storage.progress import first_parked_slots, study_progress
 from storage.retrying import RetryingStorage
 from studies.config import Config, ConfigError
 from studies.series import Series
@@ -82,12 +83,11 @@ def run_workers(
         try:
             note_writer.say = say  # the view is closed
             note_writer.write()
-            listing.print_rows(storage, shown, plain=plain)
-            progress = study_progress(storage)
-            for study_id, name in names.items():
-                for parked in parked_slots(storage, study_id)[:1]:
-                    status = status or 1
-                    say(f"{name}: {progress[study_id].parked} parked, the first with: {parked.error}")
+            listing.print_rows(storage, listing.Selection(study_ids=shown), plain=plain)
+            progress = study_progress(storage, names)
+            for study_id, parked in first_parked_slots(storage, names).items():
+                status = status or 1
+                say(f"{names[study_id]}: {progress[study_id].parked} parked, the first with: {parked.error}")
         except DatabaseUnavailable as error:
             status = status or 1
             say(str(error))
@@ -100,7 +100,7 @@ def _log_folder(config: Config) -> Path:
     try:
         for suffix in ("", *(f"-{n}" for n in range(1, 100))):
             folder = config.workers.log_dir / f"{stamp}{suffix}"
-            if not folder.exists():
+            with contextlib.suppress(FileExistsError):  # of another run in the same second
                 folder.mkdir(parents=True)
                 return folder.resolve()
     except OSError as error:

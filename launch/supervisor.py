@@ -201,7 +201,7 @@ class Supervisor:
 
     def _describe_exit(self, status: int) -> str:
         """How the worker ended, in words that follow its name; a negative status is a signal's number."""
-        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        return f"was killed by {signal_name(-status)}" if status < 0 else f"exited with status {status}"
 
     def _start(self, child: Child) -> None:
         with child.log.open("ab") as log:
@@ -256,6 +256,13 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     child.process.kill()
                     child.process.wait()
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal; a real-time one, which Python gives no name, is told by its distance from the first."""
+    if signal.SIGRTMIN < number < signal.SIGRTMAX:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+    return signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
 
 
 def last_line(path: Path) -> str:

@@ -38,6 +38,7 @@ log = logging.getLogger("worker")
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of Python after a traceback
 MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
+BROKEN_DEVICE = "CUDA error"  # after one, every call of this process fails: only a restart gives the device back
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -181,7 +182,7 @@ class Worker:
         return next(iter(free), None)
 
     def _all_finished(self) -> bool:
-        progress = study_progress(self.storage)
+        progress = study_progress(self.storage, list(self.studies))
         return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
     def _work_on(self, run: StudyRun, slot: Slot, clock: working.StageClock) -> None:
@@ -199,7 +200,16 @@ class Worker:
             )
             self.last_finished = slot
         except ForecastError as error:
-            self._count_failure(study, slot, error)
+            self._count_failure(study, slot, str(error))
+            return
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            described = f"{type(error).__name__}: {error}".removesuffix(": ")
+            log.exception("%s slot %d: unexpected error", study.name, slot.number)
+            self._count_failure(study, slot, described)
+            if BROKEN_DEVICE in described:
+                raise
             return
         except Interrupted:
             slots.release(self.storage, slot)
@@ -216,9 +226,9 @@ class Worker:
         compiled = {} if compilation == "off" else {"compilation": compilation}
         return {"worker": self.name, "device": self.device, **compiled}
 
-    def _count_failure(self, study: Study, slot: Slot, error: Exception) -> None:
+    def _count_failure(self, study: Study, slot: Slot, error: str) -> None:
         log.error("%s slot %d failed: %s", study.name, slot.number, error)
-        slots.fail(self.storage, slot, str(error))
+        slots.fail(self.storage, slot, error)
         self.failures[study.study_id] = self.failures.get(study.study_id, 0) + 1
         if self.failures[study.study_id] >= MAX_FAILURES_IN_A_ROW:
             reason = f"{MAX_FAILURES_IN_A_ROW} failures in a row: {error}"

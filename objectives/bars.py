@@ -10,6 +10,7 @@ import csv
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +242,17 @@ def _shown(cell: Any) -> str:
 
 def bars_until(bars: Bars, timestamp: np.datetime64 | str) -> Bars:
     """The bars up to and including the one at this time (text as `timestamp_text` writes it). Raises DataError."""
-    time = _parse_times([timestamp])[0] if isinstance(timestamp, str) else timestamp.astype("datetime64[ns]")
+    time = _parse_time(timestamp) if isinstance(timestamp, str) else timestamp.astype("datetime64[ns]")
     place = int(np.searchsorted(bars.timestamps, time))
     if np.isnat(time) or place == len(bars) or bars.timestamps[place] != time:
         first, last = (timestamp_text(bars.timestamps[end]) for end in (0, -1))
         raise DataError(f"there is no bar at {timestamp}: the bars run from {first} to {last}")
     return bars.slice(0, place + 1)
+
+
+@lru_cache(maxsize=1024)  # pandas takes a millisecond, and thousands of studies end at the same few bars
+def _parse_time(timestamp: str) -> np.datetime64:
+    return _parse_times([timestamp])[0]
 
 
 def timestamp_text(timestamp: np.datetime64) -> str:

@@ -59,8 +59,11 @@ def create_study(
 
 
 def rename_study(storage: RetryingStorage, name: str, new_name: str) -> bool:
-    """False where there is no study of that name."""
-    statement = text("update studies set study_name = :new_name where study_name = :name")
+    """False where there is no study of that name, or one of the new name already."""
+    statement = text(
+        "update studies set study_name = :new_name where study_name = :name "
+        "and not exists (select 1 from studies where study_name = :new_name)"
+    )
     return storage.transaction(lambda c: c.execute(statement, {"name": name, "new_name": new_name}).rowcount == 1)
 
 
@@ -82,7 +85,8 @@ select t.study_id,
        max(extract(epoch from t.datetime_complete))::float as last,
        array_agg(distinct a.value_json) as workers
 from trials t left join trial_user_attributes a on a.trial_id = t.trial_id and a.key = 'worker'
-where t.datetime_complete is not null and t.datetime_start is not null group by t.study_id
+where t.datetime_complete is not null and t.datetime_start is not null and t.study_id = any(:study_ids)
+group by t.study_id
 """
 
 STATES = "select state::text, count(*) from trials where study_id = :study_id group by state order by state"
@@ -111,9 +115,10 @@ class Effort:
     workers: tuple[str, ...]
 
 
-def efforts(storage: RetryingStorage) -> dict[int, Effort]:
-    """The effort of every study that has an ended trial, by study id, in one query."""
-    rows = storage.transaction(lambda c: c.execute(text(EFFORTS)).all())
+def efforts(storage: RetryingStorage, study_ids: Iterable[int]) -> dict[int, Effort]:
+    """The effort of those of these studies that have an ended trial, by study id, in one query."""
+    values = {"study_ids": list(study_ids)}
+    rows = storage.transaction(lambda c: c.execute(text(EFFORTS), values).all())
     return {
         row.study_id: Effort(
             seconds=row.seconds, first=row.first, last=row.last, workers=tuple(json.loads(w) for w in row.workers if w)

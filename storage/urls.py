@@ -12,10 +12,13 @@ def parse_url(url: str) -> URL:
     """A checked Postgres URL for SQLAlchemy. Raises DatabaseUnavailable, without the password."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+        is_a_port = parsed.port is None or 0 < parsed.port < 65536
+    except (ArgumentError, ValueError):  # a ValueError is of a port that is no number
         raise DatabaseUnavailable(
             "the storage is not a URL; write postgresql://USER@HOST:PORT/DATABASE (--storage, OPTUNA_STORAGE)"
         ) from None
+    if not is_a_port:
+        raise DatabaseUnavailable(f"{without_password(parsed)}: a port is a number from 1 to 65535")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise DatabaseUnavailable(
             f"{parsed.get_backend_name()}: studies live in Postgres; write postgresql://USER@HOST:PORT/DATABASE"

@@ -22,6 +22,7 @@ from objectives import aggregation
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
 DEMO_PATH = Path(__file__).with_name("demo.toml")
+MAX_TRIALS = 1_000_000  # of a study: each is a row, and a mistyped number must not fill the disk
 
 
 class ConfigError(ExpectedError, ValueError):
@@ -41,6 +42,10 @@ def _address(value: str) -> str | None:
     except ValueError:
         return "must be an IP address of this machine, or 0.0.0.0 for all of them"
     return None
+
+
+def _trials(value: int) -> str | None:
+    return at_least(1)(value) or (f"must be at most {MAX_TRIALS}" if value > MAX_TRIALS else None)
 
 
 def _share(value: float) -> str | None:
@@ -67,7 +72,7 @@ class WindowCounts:
 class Search:
     models: tuple[str, ...] = setting(_known_models)
     objective: str = setting(one_of("sampled", "exact"))
-    trials: int = setting(at_least(1))
+    trials: int = setting(_trials)
     rung: int = setting(at_least(1))
     batch: int = setting(at_least(0))  # 0: as many as a rung
     prune_worst: float = setting(_share)

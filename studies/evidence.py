@@ -267,6 +267,10 @@ def read_summaries(storage: RetryingStorage, study_ids: Sequence[int] | None = N
     return {study_id: _summary(values) for study_id, values in found.items()}
 
 
+# What a confirmation was of: all that opening a study asks of a result.
+MEASURED_PATHS = {"windows": "$.windows.confirmation", "candidates": "$.candidates[*].params"}
+
+
 def _summary(values: Mapping[str, Sequence[float]]) -> ConfirmedSummary:
     best = lowest(zip(values["mae"], values["skill"], strict=True), lambda one: one[0])
     return ConfirmedSummary(

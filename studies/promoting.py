@@ -5,6 +5,7 @@ Reads the confirmations and the promoted files; loads no model. The rule itself 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from studies.evidence import PARTS, MeasuredConfiguration, StudyEvidence, from_j
 from studies.promotion import Decision
 from studies.space import Space
 from studies.study import Study
+
+log = logging.getLogger(__name__)
 
 FOLDERS = ("best", "optimized_compiled")  # written beside the model's own
 SAME = ("metric", "objective", "bars")  # parts of a definition that make two models comparable
@@ -48,7 +51,7 @@ class ModelOutcome:
     symbol: str
     model: str
     study: str
-    status: str  # "success": a file was written; "no_improvement"; "failed": nothing to decide on
+    status: str  # "success": a file was written, or would be; "no_improvement"; "failed": nothing to decide on
     reason: str
     mae: float | None  # its best configuration's, on the windows of the rule
     validation_mae: float | None  # the same configuration's on the windows of the search
@@ -80,7 +83,7 @@ class SymbolDecision:
     reason: str
     next: str | None  # the command that would change a "kept" of this reason
     path: str | None  # the file of the decision, where there is one
-    written: Sequence[str]  # every file written, or that a dry run would write
+    written: Sequence[str]  # every file written; none in a dry run
     pairs: Sequence[ModelOutcome]
 
 
@@ -142,9 +145,14 @@ def promote(
     Every promoted file is read, and every decision made, before the first is written.
     Raises NothingToPromote, ConfigFileError.
     """
+    studies = [study for study in studying.list_studies(storage) if not symbols or study.symbol in symbols]
+    progress = study_progress(storage, [study.study_id for study in studies])
     newest: dict[str, dict[str, Study]] = {}
-    for study in sorted(studying.list_studies(storage), key=lambda study: study.as_of):
-        newest.setdefault(study.symbol, {})[study.model] = study
+    for study in sorted(studies, key=lambda study: study.as_of):
+        if study.study_id in progress:
+            newest.setdefault(study.symbol, {})[study.model] = study
+        else:
+            log.warning("%s: left out, as it has no budget; a copy made with Optuna?", study.name)
     asked = {symbol: [s for s in found.values() if s.model in models] for symbol, found in newest.items()}
     missing = [symbol for symbol in symbols if not asked.get(symbol)]
     if missing:
@@ -152,7 +160,6 @@ def promote(
     wanted = list(symbols) or sorted(symbol for symbol, studies in asked.items() if studies)
     if not wanted:
         raise NothingToPromote("no study yet; make some with: launch-workers")
-    progress = study_progress(storage)
     ids = [study.study_id for symbol in wanted for study in newest[symbol].values()]
     confirmations = read_confirmations(storage, ids)
 
@@ -281,7 +288,9 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         reason=decision.reason,
         next=_next(verdict),
         path=str(root / "best" / f"{study.symbol}.json") if decision.promote or record else None,
-        written=[str(root / folder / f"{study.symbol}.json") for _, folders in writes for folder in folders],
+        written=[]
+        if dry_run
+        else [str(root / folder / f"{study.symbol}.json") for _, folders in writes for folder in folders],
         pairs=_outcomes(rule, case, [each for each, _ in writes]),
     )
 

@@ -53,11 +53,11 @@ def summary(storage: RetryingStorage, decisions: Sequence[SymbolDecision]) -> di
     were at these studies at the same time: those of a run, whatever was restarted.
     """
     ids = {study.name: study.study_id for study in studying.list_studies(storage)}
-    efforts = study_rows.efforts(storage)
     outcomes = [outcome for decision in decisions for outcome in decision.pairs]
     of_studies = [ids[outcome.study] for outcome in outcomes]
+    efforts = study_rows.efforts(storage, of_studies)
     found = [efforts[study_id] for study_id in of_studies if study_id in efforts]
-    progress, models = study_progress(storage), sorted({outcome.model for outcome in outcomes})
+    progress, models = study_progress(storage, of_studies), sorted({outcome.model for outcome in outcomes})
 
     def entry(outcome: ModelOutcome) -> dict[str, Any]:
         return _entry(outcome, efforts.get(ids[outcome.study]))

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
@@ -21,18 +21,20 @@ from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_t
 from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
 from storage import configs, slots, study_rows, symbols
-from storage.progress import Confirmation, read_confirmations, study_progress
+from storage.progress import Confirmation, Progress, progress_in, read_confirmations, study_progress
 from storage.retrying import RetryingStorage
 from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
-from studies.evidence import INCUMBENT, STORED, from_json
+from studies.evidence import INCUMBENT, MEASURED_PATHS, STORED
 from studies.series import Series, confirmation_windows, split_windows, window_span
 from studies.space import Space
 
 METRIC = "pct_return_mae"
 DEFINITION = "definition"  # study user attribute
 NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
+ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
+MAX_NAME = 512  # characters of a study's name in Optuna's table
 SEARCH_PASSES = (0,)  # the seeds of every trial
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
@@ -121,11 +123,12 @@ def fingerprint(definition: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
-def list_studies(storage: RetryingStorage) -> list[Study]:
-    """Every study of ours, sorted by name; retired and foreign ones are not among them."""
+def list_studies(storage: RetryingStorage, *, retired: bool = False) -> list[Study]:
+    """Every study of ours, sorted by name; foreign ones are not among them. retired: those set aside, and no others."""
     studies = []
     for study_id, name, definition in study_rows.studies_with(storage, DEFINITION):
-        if (match := NAME.fullmatch(name)) and isinstance(definition, dict):
+        before, aside, _ = name.partition(ASIDE)
+        if bool(aside) is retired and (match := NAME.fullmatch(before)) and isinstance(definition, dict):
             studies.append(Study(study_id=study_id, name=name, definition=definition, **match.groupdict()))
     return sorted(studies, key=lambda study: study.name)
 
@@ -144,14 +147,19 @@ def open_studies(
     checkpoints: the fingerprint of each model's weights.
     Raises DataError, StudyMismatch, ConfigFileError.
     """
-    progress = study_progress(storage)
-    confirmations = read_confirmations(storage)
+    wanted = list(series)
+    asked_for = {(item.symbol, model) for item in wanted for model in models}
     existing: dict[tuple[str, str], list[Study]] = {}
     for study in list_studies(storage):
-        existing.setdefault((study.symbol, study.model), []).append(study)
+        if (study.symbol, study.model) in asked_for:
+            existing.setdefault((study.symbol, study.model), []).append(study)
+    ids = [study.study_id for found in existing.values() for study in found]
+    progress = study_progress(storage, ids)
+    confirmations = read_confirmations(storage, ids, paths=MEASURED_PATHS)
 
-    plans: list[Callable[[], Opened]] = []
-    for item in series:
+    extensions: list[_Extension] = []
+    plans: list[Callable[[Mapping[int, Opened]], Opened]] = []
+    for item in wanted:
         newest = timestamp_text(item.bars.timestamps[-1])
         for model in models:
             found = existing.get((item.symbol, model), [])
@@ -167,51 +175,87 @@ def open_studies(
             asked = confirmation_windows(config, item.symbol, bars_until(item.bars, as_of))
             if study:
                 check_definition(study, definition)
-                confirmation = confirmations[study.study_id]
-                outdated = not _confirms(confirmation, model, baselines, asked)
+                confirmation = confirmations.get(study.study_id)
+                if confirmation is None:
+                    raise _no_work(study)
+                outdated = not _confirms(confirmation, baselines, asked)
                 # What another machine found in use stays in the comparison.
                 baselines = {**(confirmation.params or {}), **baselines}
-                plans.append(_resume_later(storage, config, study, baselines, outdated=outdated))
+                extensions.append(_Extension(study=study, baselines=baselines, outdated=outdated))
+                plans.append(lambda extended, study_id=study.study_id: extended[study_id])
             else:
                 if len(asked) < config.windows.confirmation:
                     notes += (
                         f"{item.path}: has {len(asked)} windows to confirm on, not {config.windows.confirmation}",
                     )
-                plans.append(_create_later(storage, config, definition, baselines, notes))
-    return [plan() for plan in plans]
+                create = _create_later(storage, config, definition, baselines, notes)
+                plans.append(lambda _, create=create: create())
+    extended = _extend(storage, config.search.trials, extensions)
+    return [plan(extended) for plan in plans]
 
 
-def _confirms(found: Confirmation, model: str, in_use: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
-    """Whether a confirmation, done or to be done, is of these windows and knows these configurations in use."""
+def _no_work(study: Study) -> StudyMismatch:
+    return StudyMismatch(
+        f"study {study.name}: has trials but no budget, as a copy made with Optuna; "
+        f"set it aside with: studies retire {study.name}"
+    )
+
+
+def _confirms(found: Confirmation, in_use: Mapping[str, dict[str, Any]], asked: Windows) -> bool:
+    """Whether a confirmation, done or to be done, is of these windows and knows these configurations in use.
+
+    found: with the result that MEASURED_PATHS pick.
+    """
     known = list((found.params or {}).values())
     if found.result is not None:
-        evidence = from_json(model, found.result)
-        known += [one.params for one in evidence.candidates]
-        if evidence.windows["confirmation"] != window_span(asked):
+        known += found.result["candidates"]
+        if found.result["windows"] != [asdict(window_span(asked))]:
             return False
     return all(params in known for params in in_use.values())
 
 
-def _resume_later(
-    storage: RetryingStorage, config: Config, study: Study, baselines: Mapping[str, dict[str, Any]], *, outdated: bool
-) -> Callable[[], Opened]:
-    def resume() -> Opened:
-        def extend(connection: Any) -> int:
-            unparked = slots.unpark(connection, study.study_id)
-            added = slots.raise_budget(connection, study.study_id, config.search.trials)
-            if added or unparked or outdated:  # what was confirmed did not know of what is to come
-                slots.reopen(connection, study.study_id, slots.CONFIRMATION, params=baselines)
-            return added
+@dataclass(frozen=True, kw_only=True)
+class _Extension:
+    """A study to go on with, and what its confirmation is to measure beside its best trials."""
 
-        added = storage.transaction(extend)
-        now = study_progress(storage)[study.study_id]
-        state = "raised" if added else "resumed" if now.open else "finished"
+    study: Study
+    baselines: Mapping[str, dict[str, Any]]
+    outdated: bool  # what was confirmed is of other windows, or lacks a configuration in use
+
+
+def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extension]) -> dict[int, Opened]:
+    """Raise the budgets, free what is parked and ask for outdated confirmations anew, in one transaction.
+
+    By study id. Only studies with something to change cost statements of their own.
+    """
+    by_id = {one.study.study_id: one for one in extensions}
+    ids = sorted(by_id)  # two processes at the same studies wait for each other, in place of a deadlock
+
+    def extend(connection: Any) -> tuple[set[int], dict[int, Progress]]:
+        raised: set[int] = set()
+        changed: list[int] = []
+        before = progress_in(connection, ids)
+        for study_id in ids:
+            now, one = before[study_id], by_id[study_id]
+            unparked = slots.unpark(connection, study_id) if now.parked else 0
+            added = slots.raise_budget(connection, study_id, budget) if now.budget < budget else 0
+            if added:
+                raised.add(study_id)
+            if added or unparked or one.outdated:  # what was confirmed did not know of what is to come
+                slots.reopen(connection, study_id, slots.CONFIRMATION, params=one.baselines)
+                changed.append(study_id)
+        return raised, {**before, **(progress_in(connection, changed) if changed else {})}
+
+    raised, progress = storage.transaction(extend) if ids else (set(), {})
+    found = {}
+    for study_id, one in by_id.items():
+        now = progress[study_id]
+        state = "raised" if study_id in raised else "resumed" if now.open else "finished"
         notes = ()
-        if now.budget > config.search.trials:
-            notes = (f"{study.name} keeps its budget of {now.budget} trials; a budget is never lowered",)
-        return Opened(study=study, state=state, budget=now.budget, notes=notes)
-
-    return resume
+        if now.budget > budget:
+            notes = (f"{one.study.name} keeps its budget of {now.budget} trials; a budget is never lowered",)
+        found[study_id] = Opened(study=one.study, state=state, budget=now.budget, notes=notes)
+    return found
 
 
 def reconfirm(
@@ -224,7 +268,9 @@ def reconfirm(
     check_definition(study, define(config, series, study.model, study.as_of, checkpoint))
     space = spaces.make(study.model, config)
     baselines, notes = _baselines(config, study.symbol, study.model, space)
-    confirmation = read_confirmations(storage, [study.study_id])[study.study_id]
+    confirmation = read_confirmations(storage, [study.study_id], paths={}).get(study.study_id)
+    if confirmation is None:
+        raise _no_work(study)
 
     def ask(connection: Any) -> bool:
         if slots.open_trials(connection, study.study_id):
@@ -298,12 +344,37 @@ def _baselines(
 def retire(storage: RetryingStorage, name: str) -> str:
     """Set a study aside: it keeps its trials under another name and is not gone on with. Returns that name.
 
-    Raises KeyError where there is no such study.
+    Raises KeyError where there is no such study, ConfigError where it cannot have another name.
     """
-    aside = f"{name}~{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    if ASIDE in name:
+        raise ConfigError(f"study {name} is retired already; bring it back with: studies retire --undo {name}")
+    aside = f"{name}{ASIDE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    if len(aside) > MAX_NAME:
+        raise ConfigError(
+            f"{len(name)} characters are too long a name to retire: {aside[:40]}.. would exceed {MAX_NAME}"
+        )
     if not study_rows.rename_study(storage, name, aside):
         raise KeyError(name)
     return aside
+
+
+def retired_names(storage: RetryingStorage, name: str) -> list[str]:
+    """The retired studies of this name, which may be a retired one's, oldest first."""
+    names = [study.name for study in list_studies(storage, retired=True)]
+    return [each for each in names if name in (each, each.partition(ASIDE)[0])]
+
+
+def unretire(storage: RetryingStorage, name: str) -> str:
+    """Bring a retired study back under its own name; of several that had this name the newest. Returns the name.
+
+    Raises KeyError where there is no such study, ConfigError where another study has the name now.
+    """
+    if not (found := retired_names(storage, name)):
+        raise KeyError(name)
+    before = found[-1].partition(ASIDE)[0]
+    if not study_rows.rename_study(storage, found[-1], before):
+        raise ConfigError(f"there is a study {before} already; set it aside first with: studies retire {before}")
+    return before
 
 
 # --- running -------------------------------------------------------------------------------------------------

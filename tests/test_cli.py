@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import click
 import numpy as np
+import optuna
 import places
 import pytest
 from click.testing import CliRunner, Result
@@ -21,7 +22,7 @@ from sqlalchemy import text
 
 import forecasters
 from launch import cli
-from storage import slots
+from storage import slots, study_rows
 from storage.progress import free_counts, stage_results, study_progress
 from studies import config as configuration
 from studies import study as studying
@@ -120,6 +121,7 @@ def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> No
     [
         (["--models", "totto"], ["totto", "toto"]),
         (["--trials", "0"], ["--trials"]),
+        (["--trials", "99999999999"], ["--trials", "1000000"]),
         (["--gpus", "0", "--cpus", "1"], ["exclude each other"]),
         (["--gpus", "x"], ["--gpus", "'x'"]),
         (["--symbols", ","], ["--symbols"]),
@@ -128,6 +130,18 @@ def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> No
 )
 def test_usage(place: Place, words: list[str], said: list[str]) -> None:
     place.refused(place.launch(*words), *said, code=2)
+
+
+def test_usage_of_other_commands(place: Place) -> None:
+    place.refused(place.invoke(cli.promote, "--min-improvement", "nan"), "--min-improvement", "nan", code=2)
+    place.refused(place.invoke(cli.promote, "--max-p", "nan"), "--max-p", code=2)
+    for option in ("--output", "--markdown"):
+        place.refused(place.invoke(cli.studies, "report", option, str(place.folder)), option, "directory", code=2)
+
+
+def test_too_many_trials_in_the_settings(place: Place) -> None:
+    place.settings.write_text(place.settings.read_text().replace("[search]", "[search]\ntrials = 99999999999"))
+    place.refused(place.launch(), "[search] trials", "1000000")
 
 
 def test_a_gpu_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +156,8 @@ def test_an_unknown_aggregate_in_the_settings(place: Place) -> None:
 
 def test_databases_that_cannot_be_used(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.refused(place.launch(url="postgresql://u:hunter2@127.0.0.1:1/d"), "refused")
+    assert "hunter2" not in place.refused(place.launch(url="postgresql://u:hunter2@h:54x32/d"), "PORT")
+    assert "hunter2" not in place.refused(place.launch(url="postgresql://u:hunter2@h:99999/d"), "65535")
     monkeypatch.setenv("PGPASSWORD", "hunter2")
     wrong = place.launch(url=place.url.replace("studies@", "studies:hunter3@"))
     line = place.refused(wrong, "password authentication failed")
@@ -280,6 +296,59 @@ def test_retire_makes_room_for_a_new_study(place: Place) -> None:
     assert fresh.name == study.name
     assert fresh.study_id != study.study_id
     assert place.invoke(cli.studies, "retire", "NONE/toto@2020-01-01").exit_code == 1
+
+
+def test_a_retired_study_is_shown_and_brought_back(place: Place) -> None:
+    study = open_study(place)
+    retired = place.invoke(cli.studies, "retire", study.name).stdout.strip()
+    missing = place.invoke(cli.studies, "show", study.name)
+    assert (missing.exit_code, f"studies show {retired}" in missing.stderr) == (1, True)
+    shown = json.loads(place.invoke(cli.studies, "show", retired, "--json").stdout)
+    assert (shown["study"], shown["budget"]) == (retired, 100)
+    assert json.loads(place.invoke(cli.studies, "list", "--json").stdout) == []
+    again = place.invoke(cli.studies, "retire", retired)
+    assert (again.exit_code, "retired already" in again.stderr) == (1, True)
+
+    fresh = open_study(place)
+    refused = place.invoke(cli.studies, "retire", "--undo", study.name)
+    assert (refused.exit_code, f"there is a study {study.name} already" in refused.stderr) == (1, True)
+    assert {one.name for one in studying.list_studies(place.storage, retired=True)} == {retired}
+    place.storage.delete_study(fresh.study_id)
+    assert place.invoke(cli.studies, "retire", "--undo", study.name).stdout.strip() == study.name
+    assert [one.study_id for one in studying.list_studies(place.storage)] == [study.study_id]
+    nothing = place.invoke(cli.studies, "retire", "--undo", study.name)
+    assert (nothing.exit_code, "no study" in nothing.stderr) == (1, True)
+
+
+def test_a_name_that_is_too_long_to_retire(place: Place) -> None:
+    name = f"SP500/toto@{'1' * 490}"
+    study_rows.create_study(place.storage, name, {}, "mae", lambda *_: None)
+    result = place.invoke(cli.studies, "retire", name)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "512" in result.stderr
+
+
+def test_a_list_of_some_studies(place: Place) -> None:
+    study = open_study(place)
+
+    def listed(*words: str) -> list[str]:
+        return [row["study"] for row in json.loads(place.invoke(cli.studies, "list", "--json", *words).stdout)]
+
+    assert listed("--symbols", "SP500", "--models", "toto", "--newest") == [study.name]
+    assert listed("--symbols", "NASDAQ") == listed("--models", "kronos") == []
+    assert "no such study" in place.invoke(cli.studies, "list", "--symbols", "NASDAQ").stderr
+    assert place.invoke(cli.studies, "list", "--models", "totto").exit_code == 2
+
+
+def test_a_copy_made_with_optuna_is_not_gone_on_with(place: Place) -> None:
+    study = open_study(place)
+    retired = studying.retire(place.storage, study.name)
+    names = {"from_study_name": retired, "to_study_name": study.name}
+    optuna.copy_study(from_storage=place.storage, to_storage=place.storage, **names)
+    for result in (place.launch(), place.invoke(cli.studies, "confirm", study.name, "--cpus", "1")):
+        assert (result.exit_code, f"studies retire {study.name}" in result.stderr) == (1, True)
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_list_and_show(place: Place) -> None:

@@ -20,6 +20,7 @@ from storage import database, slots, study_rows
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import promoting as promote
+from studies import study as studying
 from studies.evidence import MeasuredConfiguration, params_text, to_json
 
 DEFINITION = {
@@ -119,6 +120,45 @@ def test_an_incumbent_that_could_not_be_confirmed(storage: RetryingStorage) -> N
     assert "incumbent: out of memory on cuda:0" in shown(storage)
 
 
+def test_a_study_that_is_opened_during_the_listing(storage: RetryingStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(storage)
+    read = study_rows.best_values
+
+    def opened_meanwhile(*words: Any) -> Any:
+        make(storage, NAME.replace("BTCUSD", "AAPL"))
+        return read(*words)
+
+    monkeypatch.setattr(study_rows, "best_values", opened_meanwhile)
+    assert [row.study for row in listing.rows(storage)] == [NAME]
+
+
+def test_a_copy_made_with_optuna_has_no_work(storage: RetryingStorage) -> None:
+    make(storage, trials=2)
+    copy = NAME.replace("BTCUSD", "AAPL")
+    optuna.copy_study(from_study_name=NAME, from_storage=storage, to_storage=storage, to_study_name=copy)
+    (row, other) = listing.rows(storage)
+    assert (row.study, row.state, row.done, row.budget, row.best_mae) == (copy, "no work", 0, 0, 0.01)
+    assert other.state == "running"
+    details = listing.details(storage, copy)
+    assert details is not None
+    assert details.to_json()["trials"] == {"complete": 2}
+    assert "no work" in shown(storage, name=copy)
+
+
+def test_what_is_selected(storage: RetryingStorage) -> None:
+    for symbol, model, day in [("A", "toto", 18), ("A", "toto", 19), ("A", "kronos", 17), ("B", "toto", 18)]:
+        make(storage, f"{symbol}/{model}@2026-03-{day}")
+    studies = studying.list_studies(storage)
+
+    def names(**words: Any) -> list[str]:
+        return [study.name.replace("@2026-03-", " ") for study in listing.Selection(**words).of(studies)]
+
+    assert names() == ["A/kronos 17", "A/toto 18", "A/toto 19", "B/toto 18"]
+    assert names(newest=True) == ["A/kronos 17", "A/toto 19", "B/toto 18"]
+    assert names(symbols=["A"], models=["toto"]) == ["A/toto 18", "A/toto 19"]
+    assert names(study_ids=[studies[1].study_id], newest=True) == ["A/toto 18"]
+
+
 def test_parked_slots_and_their_reasons(storage: RetryingStorage) -> None:
     study_id = make(storage, baseline=None)
     for _ in range(slots.MAX_FAILURES):
@@ -141,8 +181,8 @@ def test_parked_slots_and_their_reasons(storage: RetryingStorage) -> None:
     assert "none recorded yet" in text
 
 
-def shown(storage: RetryingStorage, width: int = 80) -> str:
-    details = listing.details(storage, NAME)
+def shown(storage: RetryingStorage, width: int = 80, *, name: str = NAME) -> str:
+    details = listing.details(storage, name)
     assert details is not None
     json.dumps(details.to_json())
     console = Console(width=width, color_system=None)

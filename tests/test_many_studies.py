@@ -1,14 +1,24 @@
-"""Five hundred studies of a hundred trials in one database: counted, listed and claimed from correctly."""
+"""Many studies of a hundred trials in one database: counted, listed, claimed from and resumed correctly."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import places
+import pytest
+from sqlalchemy import event
 
 from benchmarks import many_studies
-from benchmarks.many_studies import STUDIES, TRIALS, fill, list_studies
+from benchmarks.many_studies import STUDIES, TRIALS, fill, list_studies, resume
 from storage import database, slots
 from storage.progress import free_counts, study_progress
+from storage.retrying import RetryingStorage
+
+Place = places.Place  # of the fixture `place`
 
 
 def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
@@ -42,3 +52,48 @@ def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
     assert len(summaries["study_summaries"]) == STUDIES
     assert (study["name"], len(study["trials"])) == ("S011/toto@2026-11-20", TRIALS)
     storage.engine.dispose()
+
+
+def statements_of(storage: RetryingStorage, work: Callable[[], object]) -> list[str]:
+    """The statements that some work sends to the server."""
+    sent: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    event.listen(storage.engine, "before_cursor_execute", note)
+    work()
+    event.remove(storage.engine, "before_cursor_execute", note)
+    return sent
+
+
+def test_resuming_takes_no_statement_for_each_study(place: places.Place) -> None:
+    fill(place.storage, 40)
+    sent = {count: statements_of(place.storage, lambda count=count: resume(place.storage, count)) for count in (10, 40)}
+    assert len(sent[10]) == len(sent[40]) <= 4
+    assert not any("select study_id, state, params, result from" in statement for statement in sent[40])  # 60 kB each
+    opened = resume(place.storage, 40)
+    assert [item.study.symbol for item in opened] == [f"S{number:03}" for number in range(1, 41)]
+    assert [item.state for item in opened] == (["finished"] * 9 + ["resumed"]) * 4
+
+
+def test_studies_raised_together_are_each_confirmed_anew(place: places.Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(place.storage, 12)
+    search = replace(many_studies.CONFIG.search, trials=TRIALS + 5)
+    monkeypatch.setattr(many_studies, "CONFIG", replace(many_studies.CONFIG, search=search))
+    opened = resume(place.storage, 11)
+    assert {(item.state, item.budget) for item in opened} == {("raised", TRIALS + 5)}
+    progress = study_progress(place.storage)
+    assert (progress[1].open, progress[10].open) == (6, 56)  # a confirmation beside the trials
+    assert progress[12].budget == TRIALS  # not asked for
+    assert set(study_progress(place.storage, [3, 7, 99])) == {3, 7}
+
+
+def test_a_confirmation_of_other_windows_is_asked_for_anew(
+    place: places.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(place.storage, 3)
+    windows = replace(many_studies.CONFIG.windows, confirmation=200)
+    monkeypatch.setattr(many_studies, "CONFIG", replace(many_studies.CONFIG, windows=windows))
+    assert [item.state for item in resume(place.storage, 2)] == ["resumed"] * 2
+    assert {study: found.open for study, found in study_progress(place.storage).items()} == {1: 1, 2: 1, 3: 0}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import places
 import pytest
 from click.testing import Result
@@ -146,7 +147,8 @@ def test_gates_that_are_asked_for(place: Place) -> None:
     assert row["p_value"] > 0.05
     assert place.row("--dry-run", "--require-test")["reason"] == "worse on test"
     assert place.row("--dry-run", "--max-p", "0.05")["reason"] == "not significant"
-    assert place.row("--dry-run", "--max-p", "1")["decision"] == "promoted"
+    would = place.row("--dry-run", "--max-p", "1")
+    assert (would["decision"], would["written"]) == ("promoted", [])
     assert place.promoted()["config"] == OLD
     assert not (place.folder / "results").exists()  # a dry run writes nothing
 
@@ -230,7 +232,8 @@ def test_rollback_gives_back_what_was_replaced(place: Place) -> None:
     assert place.promoted()["model"] == "kronos"
     assert place.promote("--rollback", "BTCUSD").exit_code == 0
     assert place.promoted() == place.promoted("toto") == first
-    assert place.promote("--rollback", "BTCUSD").exit_code == 0
+    printed = place.promote("--rollback", "BTCUSD", "--json")
+    assert (json.loads(printed.stdout)["symbol"], printed.stderr) == ("BTCUSD", "")
     assert (place.folder / "hyperparams/best/BTCUSD.json").read_bytes() == before
     last = place.promote("--rollback", "BTCUSD")
     assert last.exit_code == 1
@@ -261,6 +264,21 @@ def test_a_summary_of_every_symbol_in_the_predecessors_shape(place: Place) -> No
     place.promote()
     assert len(place.summaries()) == 2  # what says the same is not written again
     assert {entry["status"] for entry in place.summaries()[1]["results"]} == {"no_improvement", "failed"}
+
+
+def test_a_copy_made_with_optuna_is_left_out_with_a_line(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.study([(NEW, measured(0.0095))], as_of="2026-03-18")
+    place.study([(NEW, measured(0.0095))], symbol="AAPL", as_of="2026-03-18")
+    for name in (f"BTCUSD/toto@{AS_OF}", f"GOOG/toto@{AS_OF}"):
+        names = {"from_study_name": "BTCUSD/toto@2026-03-18", "to_study_name": name}
+        optuna.copy_study(from_storage=place.storage, to_storage=place.storage, **names)
+    rows = json.loads(place.promote("--dry-run", "--json").stdout)
+    assert {row["symbol"]: row["study"] for row in rows} == {
+        symbol: f"{symbol}/toto@2026-03-18" for symbol in ("AAPL", "BTCUSD")
+    }
+    assert f"GOOG/toto@{AS_OF}: left out" in caplog.text
+    alone = place.promote("--symbols", "GOOG")
+    assert (alone.exit_code, "GOOG: no study" in alone.stderr) == (1, True)
 
 
 def test_promotes_two_dozen_studies_without_torch(place: Place) -> None:

@@ -65,6 +65,14 @@ def test_tables_say_what_promote_says_and_what_was_measured(place: Place, study:
     assert used["reason"].startswith(f"improved, improvement {100 * row['improvement']:+.2f} %")
     assert table_after(tables, "Decisions")[0]["reason"] == "unchanged"
 
+    path = place.promoted_file("SP500")
+    content = json.loads(path.read_text())
+    content["metadata"]["improvement_interval"] = ["a", None]
+    path.write_text(json.dumps(content))
+    _, tables = report(place)
+    (used,) = [one for one in table_after(tables, "Configuration in use") if one["symbol"] == "SP500"]
+    assert used["reason"] == f"improved, improvement {100 * row['improvement']:+.2f} %"
+
 
 def row_trial(place: Place) -> int:
     return json.loads((place.folder / "hyperparams" / "best" / "SP500.json").read_text())["metadata"]["trial"]

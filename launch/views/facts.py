@@ -117,7 +117,8 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
     Raises DatabaseUnavailable.
     """
     study_id = study.study_id
-    result = read_confirmations(storage, [study_id])[study_id].result
+    confirmation = read_confirmations(storage, [study_id]).get(study_id)
+    result = confirmation.result if confirmation else None
     facts = StudyFacts(
         study=study,
         progress=progress,

@@ -15,12 +15,14 @@ from launch.views import tables
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
 from launch.views.tables import Column, Table, duration, percent_error, percent_gain, percent_share
 from storage import slots, study_rows
-from storage.progress import first_parked_slots, pick_results, study_progress
+from storage.progress import Progress, first_parked_slots, pick_results, study_progress
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import study as studying
 from studies.evidence import ConfirmedSummary, params_text, read_summaries, relative_gain
+from studies.study import Study
 
+NO_WORK = "no work"  # the state of a study without a budget, such as a copy made with Optuna
 UNCONFIRMED = ConfirmedSummary(mae=None, skill=None, incumbent_mae=None, incumbent_validation_mae=None)
 
 
@@ -36,7 +38,7 @@ class StudyRow:
     symbol: str
     model: str
     as_of: str
-    state: str  # "running", "parked" or "finished"
+    state: str  # "running", "parked", "finished", or NO_WORK
     done: int
     budget: int
     parked: int
@@ -51,18 +53,46 @@ class StudyRow:
     confirmed_skill: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which studies to list. Empty: all."""
+
+    study_ids: Sequence[int] | None = None
+    symbols: Sequence[str] = ()
+    models: Sequence[str] = ()
+    newest: bool = False  # of each symbol and model only the study with the newest bars
+
+    def of(self, studies: Sequence[Study]) -> list[Study]:
+        """The studies to list, in the order given."""
+        found = [
+            study
+            for study in studies
+            if (self.study_ids is None or study.study_id in self.study_ids)
+            and (not self.symbols or study.symbol in self.symbols)
+            and (not self.models or study.model in self.models)
+        ]
+        if not self.newest:
+            return found
+        newest = {(study.symbol, study.model): study for study in sorted(found, key=lambda study: study.as_of)}
+        return [study for study in found if newest[study.symbol, study.model] is study]
+
+
 def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[StudyRow]:
     """Every study, or those named by id, sorted by name. Raises DatabaseUnavailable."""
-    progress = study_progress(storage)
+    return rows_of(storage, Selection(study_ids=study_ids).of(studying.list_studies(storage)))
+
+
+def rows_of(storage: RetryingStorage, studies: Sequence[Study]) -> list[StudyRow]:
+    """A row for each of these studies, in six statements. Raises DatabaseUnavailable."""
+    study_ids = [study.study_id for study in studies]
+    progress = study_progress(storage, study_ids)
     best = study_rows.best_values(storage, study_ids)
     baselines = pick_results(storage, slots.BASELINE, {"mae": "$.validation.mae"}, study_ids, label="incumbent")
     summaries = read_summaries(storage, study_ids)
     reasons = first_parked_slots(storage, study_ids)
     found = []
-    for study in studying.list_studies(storage):
-        if study_ids is not None and study.study_id not in study_ids:
-            continue
-        now = progress[study.study_id]
+    for study in studies:
+        now = progress.get(study.study_id, _without_work(study))
         confirmed = summaries.get(study.study_id, UNCONFIRMED)
         measured = next(iter(baselines.get(study.study_id, {"mae": ()})["mae"]), None)
         incumbent = confirmed.incumbent_validation_mae or measured
@@ -75,7 +105,7 @@ def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> li
                 symbol=study.symbol,
                 model=study.model,
                 as_of=study.as_of,
-                state=now.state,
+                state=now.state if study.study_id in progress else NO_WORK,
                 done=now.done,
                 budget=now.budget,
                 parked=now.parked,
@@ -91,6 +121,10 @@ def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> li
             )
         )
     return found
+
+
+def _without_work(study: Study) -> Progress:
+    return Progress(study_id=study.study_id, budget=0, done=0, parked=0, open=0)
 
 
 def table(rows: Sequence[StudyRow]) -> Table:
@@ -127,13 +161,14 @@ def _newest_only(rows: Sequence[StudyRow]) -> bool:
     return len({(row.symbol, row.model) for row in rows}) == len(rows)
 
 
-def print_rows(
-    storage: RetryingStorage, study_ids: Sequence[int] | None = None, *, as_json: bool = False, plain: bool = False
-) -> None:
-    """Print every study, or those named by id. plain: without control characters, on a terminal too."""
-    found = rows(storage, study_ids)
+def print_rows(storage: RetryingStorage, selection: Selection, *, as_json: bool = False, plain: bool = False) -> None:
+    """Print the selected studies. plain: without control characters, on a terminal too."""
+    studies = studying.list_studies(storage)
+    found = rows_of(storage, selection.of(studies))
     if found or as_json:
         show(found, table, as_json=as_json, plain=plain)
+    elif studies:
+        say("no such study; see: studies list")
     else:
         say("no studies yet; create some with launch-workers")
 
@@ -168,13 +203,15 @@ class StudyDetails:
 
 
 def details(storage: RetryingStorage, name: str) -> StudyDetails | None:
-    """Everything about the study of this name; None where there is none. Raises DatabaseUnavailable."""
-    study = next((study for study in studying.list_studies(storage) if study.name == name), None)
+    """Everything about the study of this name, retired or not; None where there is none. Raises DatabaseUnavailable."""
+    studies = studying.list_studies(storage, retired=studying.ASIDE in name)
+    study = next((study for study in studies if study.name == name), None)
     if study is None:
         return None
-    (row,) = rows(storage, [study.study_id])
+    (row,) = rows_of(storage, [study])
     importances, missing = importance.importances(storage, name)
-    facts = gather(storage, study, study_progress(storage)[study.study_id])
+    progress = study_progress(storage, [study.study_id]).get(study.study_id, _without_work(study))
+    facts = gather(storage, study, progress)
     return StudyDetails(row=row, facts=facts, importances=importances, importances_missing=missing)
 
 

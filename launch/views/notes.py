@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class NoteWriter:
             self.say(f"the dashboard's notes are not up to date: {one_line(error)}")
 
     def _write(self) -> None:
-        progress = study_progress(self._storage)
+        progress = study_progress(self._storage, [study.study_id for study in self._studies])
         moved = [
             study
             for study in self._studies
@@ -105,7 +105,7 @@ def _has_begun(progress: Progress) -> bool:
 
 
 def update(
-    storage: RetryingStorage, folder: Path, studies: Iterable[Study], *, rows: Sequence[SymbolDecision] | None = None
+    storage: RetryingStorage, folder: Path, studies: Sequence[Study], *, rows: Sequence[SymbolDecision] | None = None
 ) -> None:
     """Rewrite what the dashboard shows of studies.
 
@@ -115,7 +115,7 @@ def update(
     """
     failure: OSError | None = None
     decided = decisions.by_study(rows or ())
-    progress = study_progress(storage)
+    progress = study_progress(storage, [study.study_id for study in studies])
     for study in studies:
         if study.study_id not in progress:
             continue

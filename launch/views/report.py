@@ -85,12 +85,9 @@ def make(
     rule = Rule(min_improvement=config.promotion.min_improvement)
     rows = promoting.promote(storage, config, rule, symbols=symbols, models=models, dry_run=True)
     names = {pair.study for row in rows for pair in row.pairs}
-    progress = study_progress(storage)
-    found = [
-        gather(storage, study, progress[study.study_id])
-        for study in studying.list_studies(storage)
-        if study.name in names
-    ]
+    shown = [study for study in studying.list_studies(storage) if study.name in names]
+    progress = study_progress(storage, [study.study_id for study in shown])
+    found = [gather(storage, study, progress[study.study_id]) for study in shown]
     seconds = sum(sum(facts.seconds.values()) for facts in found)
     done, budget = (sum(getattr(facts.progress, key) for facts in found) for key in ("done", "budget"))
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
@@ -145,7 +142,7 @@ def _reason(metadata: Mapping[str, Any]) -> str:
     reason = str(metadata.get("reason", NOTHING))
     if isinstance(gain, float):
         reason += f", improvement {percent_gain(gain)}"
-    if isinstance(interval, Sequence) and len(interval) == 2:
+    if isinstance(interval, list) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval):
         reason += f" ({percent_interval(*interval)})"
     return reason
 
