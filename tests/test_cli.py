@@ -121,7 +121,7 @@ def test_repeated_timestamps_keep_the_last_and_are_said_once(place: Place) -> No
     [
         (["--models", "totto"], ["totto", "toto"]),
         (["--trials", "0"], ["--trials"]),
-        (["--trials", "99999999999"], ["--trials", "1000000"]),
+        (["--trials", "1000001"], ["--trials", "1000000"]),  # not more: where it is taken, each is a row
         (["--gpus", "0", "--cpus", "1"], ["exclude each other"]),
         (["--gpus", "x"], ["--gpus", "'x'"]),
         (["--symbols", ","], ["--symbols"]),
@@ -140,7 +140,7 @@ def test_usage_of_other_commands(place: Place) -> None:
 
 
 def test_too_many_trials_in_the_settings(place: Place) -> None:
-    place.settings.write_text(place.settings.read_text().replace("[search]", "[search]\ntrials = 99999999999"))
+    place.settings.write_text(place.settings.read_text().replace("[search]", "[search]\ntrials = 1000001"))
     place.refused(place.launch(), "[search] trials", "1000000")
 
 
