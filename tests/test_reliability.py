@@ -309,7 +309,7 @@ def test_notes_that_cannot_be_written_are_told_and_tried_again(
     writer = notes.NoteWriter(storage, tmp_path, [], report=lambda: None, say=said.append)
     with monkeypatch.context() as broken:
         broken.setattr(
-            notes, "study_progress", lambda opened: opened.transaction(lambda c: c.execute(text("select 1 / 0")))
+            notes, "study_progress", lambda opened, ids: opened.transaction(lambda c: c.execute(text("select 1 / 0")))
         )
         writer()
     writer()

@@ -87,6 +87,8 @@ def test_from_disk_in_a_browser(place: Place, study: Study, tab: Tab, monkeypatc
     tab.page.on("request", lambda request: requests.append(request.url))
     path = (place.folder / "report.html").as_uri()
     tab.open(path, "Forecast studies")
+    for figure in tab.page.locator(".figure").all():
+        figure.scroll_into_view_if_needed()  # drawn when it comes near
     for text in (study.name, "Forecast vs. actual", "Error by window", "Optimization history", "Parameter importance"):
         found = tab.page.get_by_text(text).first
         found.scroll_into_view_if_needed()
