@@ -143,13 +143,13 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
         ),
     )
     evaluator = cast(Any, Instant())
-    watch = working.StageClock(storage, [])
+    clock = working.StageClock(storage, [])
 
     def once() -> None:
         slot = slots.claim(storage, study_id, worker=database.worker_name(), lease_s=60)
         assert slot is not None
         outcome = working.work(
-            storage, run, slot, evaluator, attrs={"worker": database.worker_name(), "device": "cpu"}, watch=watch
+            storage, run, slot, evaluator, attrs={"worker": database.worker_name(), "device": "cpu"}, clock=clock
         )
         assert outcome.state == "complete", outcome
 

@@ -196,7 +196,7 @@ class Worker:
                 slot,
                 self.evaluators[study.model],
                 attrs=self._trial_attrs(study.model),
-                watch=clock,
+                clock=clock,
             )
             self.last_finished = slot
         except ForecastError as error:

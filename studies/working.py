@@ -76,7 +76,7 @@ def work(
     evaluator: Evaluator,
     *,
     attrs: Mapping[str, str],
-    watch: StageClock,
+    clock: StageClock,
 ) -> Outcome:
     """Do what a claimed slot asks for and finish it.
 
@@ -84,16 +84,16 @@ def work(
     Raises ForecastError after failing the slot's trial; the slot itself is the caller's to fail.
     """
     if slot.stage == slots.TRIAL:
-        return _run_trial(storage, run, slot, evaluator, attrs=attrs, watch=watch)
+        return _run_trial(storage, run, slot, evaluator, attrs=attrs, clock=clock)
     if slot.stage == slots.BASELINE:
         assert slot.params is not None
         measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
         result = {"params": dict(slot.params), "validation": measurement_json(measured, errors=False)}
-        kept = slots.finish(storage, slot, result=result, seconds=watch.lap())
+        kept = slots.finish(storage, slot, result=result, seconds=clock.lap())
         text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
         return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
     evidence = confirmation.confirm(run, evaluator, slot.params or {})
-    kept = slots.finish(storage, slot, result=to_json(evidence), seconds=watch.lap())
+    kept = slots.finish(storage, slot, result=to_json(evidence), seconds=clock.lap())
     return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=confirmation.summary(evidence))
 
 
@@ -104,7 +104,7 @@ def _run_trial(
     evaluator: Evaluator,
     *,
     attrs: Mapping[str, str],
-    watch: StageClock,
+    clock: StageClock,
 ) -> Outcome:
     try:
         trial = _new_trial(storage, run, slot, attrs=attrs)
@@ -124,7 +124,7 @@ def _run_trial(
 
     try:
         try:
-            with watch.timing("sample"):
+            with clock.timing("sample"):
                 params = run.space.suggest(trial)
             storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
             measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=report)
@@ -132,7 +132,7 @@ def _run_trial(
                 trial.set_user_attr(name, value)
         except optuna.TrialPruned:
             end(TrialState.PRUNED, reported[-1])
-            slots.finish(storage, slot, seconds=watch.lap())
+            slots.finish(storage, slot, seconds=clock.lap())
             return Outcome(
                 state="pruned", number=trial.number, text=f"{params_text(trial.params)} mae={reported[-1]:.6g}"
             )
@@ -143,7 +143,7 @@ def _run_trial(
                 end(TrialState.FAIL)
             raise
         end(TrialState.COMPLETE, measured.mae)
-        slots.finish(storage, slot, seconds=watch.lap())
+        slots.finish(storage, slot, seconds=clock.lap())
     except UpdateFinishedTrialError:  # the lease was lost, and with it the trial
         return Outcome(state="lost", number=trial.number, text=params_text(trial.params))
     text = f"{params_text(trial.params)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"

@@ -287,9 +287,9 @@ class StudyPlace(Place):
         """Do every slot of a study, as a worker does. Returns what its confirmation says."""
         run = self.run(study, **searching)
         evaluator = evaluator or self.evaluator(exact=searching.get("objective") == "exact")
-        watch = working.StageClock(self.storage, [evaluator])
+        clock = working.StageClock(self.storage, [evaluator])
         while slot := slots.claim(self.storage, study.study_id, worker="host:1", lease_s=60):
-            working.work(self.storage, run, slot, evaluator, attrs={"worker": "host:1", "device": "cpu"}, watch=watch)
+            working.work(self.storage, run, slot, evaluator, attrs={"worker": "host:1", "device": "cpu"}, clock=clock)
         return self.result(study)
 
     def result(self, study: Study) -> Any:

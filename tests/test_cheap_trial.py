@@ -330,8 +330,8 @@ def run(ours: RetryingStorage) -> StudyRun:
 def work(ours: RetryingStorage, run: StudyRun, evaluator: Evaluator) -> working.Outcome:
     slot = slots.claim(ours, run.study.study_id, worker="w:1", lease_s=60)
     assert slot is not None
-    watch = working.StageClock(ours, [])
-    return working.work(ours, run, slot, cast(Any, evaluator), attrs={"worker": "w:1", "device": "cpu"}, watch=watch)
+    clock = working.StageClock(ours, [])
+    return working.work(ours, run, slot, cast(Any, evaluator), attrs={"worker": "w:1", "device": "cpu"}, clock=clock)
 
 
 def test_a_pruned_and_a_complete_trial_take_few_statements(ours: RetryingStorage, run: StudyRun) -> None:

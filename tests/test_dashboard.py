@@ -88,11 +88,11 @@ def test_a_study_says_how_it_stands_as_it_goes(place: Place, folder: Path) -> No
     place.put("best", INCUMBENT)
     study = place.open().study
     run, evaluator = place.run(study), place.evaluator()
-    watch = working.StageClock(place.storage, [evaluator])
+    clock = working.StageClock(place.storage, [evaluator])
     for _ in range(3):
         slot = slots.claim(place.storage, study.study_id, worker="host:1", lease_s=60)
         assert slot is not None
-        working.work(place.storage, run, slot, evaluator, attrs={"worker": "host:1"}, watch=watch)
+        working.work(place.storage, run, slot, evaluator, attrs={"worker": "host:1"}, clock=clock)
     notes.update(place.storage, folder, [study])
     note = note_of(place, study)
     assert note.startswith(f"# SP500 with toto, bars up to {study.as_of}\n")
