@@ -77,6 +77,16 @@ def database_server(scratch: Path) -> Iterator[embedded.PrivateServer]:
 
 
 @pytest.fixture
+def own_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.PrivateServer]:
+    """A server that the test may stop."""
+    folder = scratch / uuid.uuid4().hex
+    server = embedded.start(folder)
+    monkeypatch.setenv("PGPASSFILE", str(server.passfile))
+    yield server
+    embedded.stop(folder)
+
+
+@pytest.fixture
 def database_url(database_server: embedded.PrivateServer) -> Iterator[str]:
     """The URL, without a password, of a database with the schema and nothing else; dropped after the test."""
     name = f"t_{uuid.uuid4().hex}"

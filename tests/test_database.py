@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -20,16 +18,6 @@ from sqlalchemy import text
 from storage import DatabaseUnavailable, database, embedded, slots, urls
 from storage.progress import worker_seconds
 from storage.retrying import CLAIM_ATTR
-
-
-@pytest.fixture
-def own_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[embedded.PrivateServer]:
-    """A server that the test may stop."""
-    folder = scratch / uuid.uuid4().hex
-    server = embedded.start(folder)
-    monkeypatch.setenv("PGPASSFILE", str(server.passfile))
-    yield server
-    embedded.stop(folder)
 
 
 def crash(folder: Path) -> None:

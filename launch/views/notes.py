@@ -46,6 +46,7 @@ class NoteWriter:
         self._written: dict[int, Progress] = {}
         self._next = time.monotonic() + EVERY_S
         self._complained = False
+        self._said = ""  # of the last attempt
 
     def __call__(self) -> None:
         self._report()
@@ -60,14 +61,18 @@ class NoteWriter:
     def write(self) -> None:
         """Rewrite the notes of the studies that moved since the last time.
 
-        An error is told and costs no more than the notes. Raises DatabaseUnavailable.
+        An error is said once, not with every attempt, and costs no more than the notes. Raises DatabaseUnavailable.
         """
+        said = ""
         try:
             self._write()
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - notes are the least of a run
-            self.say(f"the dashboard's notes are not up to date: {one_line(error)}")
+            said = f"the dashboard's notes are not up to date: {one_line(error)}"
+        if said and said != self._said:
+            self.say(said)
+        self._said = said
 
     def _write(self) -> None:
         progress = study_progress(self._storage, [study.study_id for study in self._studies])
