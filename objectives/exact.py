@@ -59,13 +59,10 @@ def _quantile(mixture: StudentMixture, q: float) -> np.ndarray:
     low, high = own.min(axis=-1), own.max(axis=-1)
     for _ in range(BISECTIONS):
         middle = low + (high - low) / 2
-        below = _cdf(mixture, middle) < q
+        standard = (middle[..., None] - mixture.loc) / mixture.scale
+        below = (mixture.probs * stdtr(mixture.df, standard)).sum(axis=-1) < q
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return low + (high - low) / 2
-
-
-def _cdf(mixture: StudentMixture, x: np.ndarray) -> np.ndarray:
-    return (mixture.probs * stdtr(mixture.df, (x[..., None] - mixture.loc) / mixture.scale)).sum(axis=-1)
 
 
 def _sum_below(mixture: StudentMixture, x: np.ndarray) -> np.ndarray:
