@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.views.decisions import NEXT
-from launch.views.tables import NOTHING, Column, Table, duration, percent_error, percent_gain
+from launch.views.tables import NOTHING, Column, Table, duration, numbers, percent_error, percent_gain
 from storage import board, slots, study_rows
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
 from storage.retrying import RetryingStorage
@@ -156,9 +156,9 @@ def search_table(facts: StudyFacts) -> Table:
     return Table(
         columns=[
             Column(heading="", cells=[*maes, "no change"]),
-            _numbers("MAE", [percent_error(mae) for mae in (*maes.values(), no_change)], 3),
-            _numbers("improvement", [*gains, NOTHING], 2),
-            _numbers("skill", [*skills, NOTHING], 1),
+            numbers("MAE", [percent_error(mae) for mae in (*maes.values(), no_change)], 3),
+            numbers("improvement", [*gains, NOTHING], 2),
+            numbers("skill", [*skills, NOTHING], 1),
             Column(
                 heading="configuration", cells=[*(params_text(configurations[n]) for n in maes), NOTHING], code=True
             ),
@@ -173,17 +173,17 @@ def confirmation_table(found: StudyEvidence) -> Table:
 
     def maes(part: evidence.Part, heading: str, priority: int) -> Column:
         values = [*(one.mae(part) for one in measured), found.no_change[part].mae]
-        return _numbers(heading, [percent_error(mae) for mae in values], priority)
+        return numbers(heading, [percent_error(mae) for mae in values], priority)
 
     def gains(part: evidence.Part, heading: str, priority: int) -> Column:
         incumbent = found.incumbent
         old = incumbent.mae(part) if incumbent else None
         values = [None if one is incumbent else relative_gain(old, one.mae(part)) for one in measured]
-        return _numbers(heading, [*map(percent_gain, values), NOTHING], priority)
+        return numbers(heading, [*map(percent_gain, values), NOTHING], priority)
 
     def skills(part: evidence.Part, heading: str, priority: int) -> Column:
         values = [one.on(part) for one in measured]
-        return _numbers(heading, [*(percent_gain(one.skill if one else None) for one in values), NOTHING], priority)
+        return numbers(heading, [*(percent_gain(one.skill if one else None) for one in values), NOTHING], priority)
 
     return Table(
         columns=[
@@ -202,10 +202,6 @@ def confirmation_table(found: StudyEvidence) -> Table:
 def trial_name(number: int | None) -> str:
     """How tables and figures name a trial."""
     return f"trial {number}"
-
-
-def _numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
-    return Column(heading=heading, cells=cells, right=True, priority=priority)
 
 
 def _configuration_text(one: MeasuredConfiguration) -> str:

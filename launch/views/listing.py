@@ -13,7 +13,7 @@ from rich.text import Text
 from launch.output import counted, say, show
 from launch.views import tables
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
-from launch.views.tables import Column, Table, duration, percent_error, percent_gain, percent_share
+from launch.views.tables import Column, Table, duration, numbers, percent_error, percent_gain, percent_share
 from storage import slots, study_rows
 from storage.progress import Progress, first_parked_slots, pick_results, study_progress
 from storage.retrying import RetryingStorage
@@ -132,9 +132,6 @@ def table(rows: Sequence[StudyRow]) -> Table:
 
     def state(row: StudyRow) -> str:
         return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
-
-    def numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
-        return Column(heading=heading, cells=cells, right=True, priority=priority)
 
     return Table(
         columns=[
@@ -273,6 +270,6 @@ def _importances(found: StudyDetails, width: int) -> RenderableType:
 def _shares(shares: Mapping[str, float], width: int, *, times: Iterable[float] = ()) -> rich.table.Table:
     columns = [Column(heading="", cells=list(shares))]
     if spent := [duration(seconds) for seconds in times]:
-        columns.append(Column(heading="time", cells=spent, right=True))
-    columns.append(Column(heading="share", cells=[percent_share(one) for one in shares.values()], right=True))
+        columns.append(numbers("time", spent))
+    columns.append(numbers("share", [percent_share(one) for one in shares.values()]))
     return tables.terminal(Table(columns=columns), width)
