@@ -116,7 +116,8 @@ class Graphs:
         self._buffers: dict[Hashable, Tensor] = {}
         if not self.on:
             return
-        self._place = f"{torch.__version__} {_name(device)} {policy.mode} {policy.backend} {identity}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._place = f"{torch.__version__} {name} {policy.mode} {policy.backend} {identity}"
         try:
             (policy.folder / INDUCTOR).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -273,7 +274,3 @@ def _counters() -> Any:
     from torch._dynamo.utils import counters  # late: it takes a second that a run without graphs need not spend
 
     return counters
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

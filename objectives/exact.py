@@ -82,10 +82,6 @@ def _mean_between(mixture: StudentMixture, low: float, high: float) -> np.ndarra
     return (below - above) / (high - low)
 
 
-def _trimmed_mean(mixture: StudentMixture, f: float) -> np.ndarray:
-    return _mean_between(mixture, f, 1 - f)
-
-
 def _lower_trimmed_mean(mixture: StudentMixture, f: float) -> np.ndarray:
     """Without the highest."""
     if f == 1:
@@ -116,7 +112,7 @@ def _mean_quantile_mix(mixture: StudentMixture, q: float, w: float) -> np.ndarra
 _FORMULAS = {
     "mean": _mean,
     "median": lambda mixture: _quantile(mixture, 0.5),
-    "trimmed_mean": _trimmed_mean,
+    "trimmed_mean": lambda mixture, f: _mean_between(mixture, f, 1 - f),
     "lower_trimmed_mean": _lower_trimmed_mean,
     "upper_trimmed_mean": _upper_trimmed_mean,
     "winsorized_mean": _winsorized_mean,

@@ -17,7 +17,7 @@ from storage import board, slots, study_rows
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
 from storage.retrying import RetryingStorage
 from studies import evidence
-from studies.evidence import MeasuredConfiguration, StudyEvidence, params_text, relative_gain
+from studies.evidence import StudyEvidence, params_text, relative_gain
 from studies.study import Study
 
 BEST_SHOWN = 5  # trials
@@ -170,6 +170,7 @@ def confirmation_table(found: StudyEvidence) -> Table:
     """What was confirmed, best first, then what is in use; one that could not be measured says why."""
     named = {trial_name(one.trial): one for one in found.ranked} | dict(found.in_use)
     measured = list(named.values())
+    said = [params_text(one.params) if one.error is None else one.error for one in measured]
 
     def maes(part: evidence.Part, heading: str, priority: int) -> Column:
         values = [*(one.mae(part) for one in measured), found.no_change[part].mae]
@@ -194,7 +195,7 @@ def confirmation_table(found: StudyEvidence) -> Table:
             maes("test", "test MAE", 3),
             gains("test", "test improvement", 2),
             skills("test", "test skill", 1),
-            Column(heading="configuration", cells=[*map(_configuration_text, measured), NOTHING], code=True),
+            Column(heading="configuration", cells=[*said, NOTHING], code=True),
         ]
     )
 
@@ -202,7 +203,3 @@ def confirmation_table(found: StudyEvidence) -> Table:
 def trial_name(number: int | None) -> str:
     """How tables and figures name a trial."""
     return f"trial {number}"
-
-
-def _configuration_text(one: MeasuredConfiguration) -> str:
-    return params_text(one.params) if one.error is None else one.error

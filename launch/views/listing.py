@@ -133,13 +133,12 @@ def table(rows: Sequence[StudyRow]) -> Table:
     def state(row: StudyRow) -> str:
         return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
 
+    short_names = [f"{row.symbol}/{row.model}" for row in rows]
+    if len(set(short_names)) < len(rows):  # they do not tell the studies apart
+        short_names = []
     return Table(
         columns=[
-            Column(
-                heading="study",
-                cells=[row.study for row in rows],
-                short_cells=[f"{row.symbol}/{row.model}" for row in rows] if _newest_only(rows) else (),
-            ),
+            Column(heading="study", cells=[row.study for row in rows], short_cells=short_names),
             Column(heading="state", cells=[state(row) for row in rows], priority=9),
             numbers("trials", [f"{row.done}/{row.budget}" for row in rows], 8),
             numbers("incumbent MAE", [percent_error(row.incumbent_mae) for row in rows], 2),
@@ -151,11 +150,6 @@ def table(rows: Sequence[StudyRow]) -> Table:
             numbers("confirmed skill", [percent_gain(row.confirmed_skill) for row in rows], 6),
         ]
     )
-
-
-def _newest_only(rows: Sequence[StudyRow]) -> bool:
-    """Whether symbol and model tell the studies apart."""
-    return len({(row.symbol, row.model) for row in rows}) == len(rows)
 
 
 def print_rows(storage: RetryingStorage, selection: Selection, *, as_json: bool = False, plain: bool = False) -> None:
@@ -226,7 +220,9 @@ def render(found: StudyDetails, width: int) -> RenderableType:
         parts += _section(heading, _without_configurations(confirmation_table(confirmed), width))
     parts += _section("configurations", _configurations(facts))
     parts += _section("worker time by stage", _seconds(facts.seconds, width))
-    parts += _section("parameter importance (PED-ANOVA)", _importances(found, width))
+    shares = found.importances
+    importances = Text(found.importances_missing or "") if shares is None else _shares(shares, width)
+    parts += _section("parameter importance (PED-ANOVA)", importances)
     if facts.parked:
         lines = [Text(f"{STAGES[one.stage]}, slot {one.number}: {one.error}") for one in facts.parked]
         parts += _section("parked work", Group(*lines))
@@ -261,10 +257,6 @@ def _seconds(seconds: Mapping[str, float], width: int) -> RenderableType:
         return Text("none recorded yet")
     seconds = dict(sorted(seconds.items(), key=lambda item: -item[1]))
     return _shares({name: value / total for name, value in seconds.items()}, width, times=seconds.values())
-
-
-def _importances(found: StudyDetails, width: int) -> RenderableType:
-    return Text(found.importances_missing or "") if found.importances is None else _shares(found.importances, width)
 
 
 def _shares(shares: Mapping[str, float], width: int, *, times: Iterable[float] = ()) -> rich.table.Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ class NoteWriter:
         moved = [
             study
             for study in self._studies
-            if (now := progress.get(study.study_id)) and now != self._written.get(study.study_id) and _has_begun(now)
+            if (now := progress.get(study.study_id)) and now != self._written.get(study.study_id)
+            if now.done or now.parked or not now.open  # it has begun
         ]
         try:
             update(self._storage, self._folder, moved)
@@ -116,10 +117,6 @@ def record_decisions(
 
 def _image_failure(folder: Path, error: OSError) -> str:
     return f"{folder}: cannot keep images for the dashboard: {error.strerror}; set [storage] artifacts_dir"
-
-
-def _has_begun(progress: Progress) -> bool:
-    return bool(progress.done or progress.parked or not progress.open)
 
 
 def update(
@@ -236,10 +233,6 @@ def _overview(facts: StudyFacts) -> str:
     }
     if facts.time_text:
         rows["Worker time"] = facts.time_text
-    return _two_columns(rows)
-
-
-def _two_columns(rows: Mapping[str, str]) -> str:
     columns = [Column(heading="", cells=list(rows)), Column(heading="", cells=list(rows.values()))]
     return markdown(Table(columns=columns), spaced=True)
 
