@@ -319,7 +319,8 @@ def remeasure(
     job = RunPlan.read(sorted((folder / "logs").iterdir())[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    evaluator = evaluators.make_evaluator(job.config, model, device="cpu", cache_bytes=2**30)
+    forecaster = evaluators.load_forecaster(job.config, model, device="cpu")
+    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=2**30)
     compared = other = 0
     for study in studying.list_studies(storage):
         bars, _ = read_bars(Path(job.series[study.symbol]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,13 +95,13 @@ def resolve(source: str, *, revision: str | None = None) -> Checkpoint:
     return _local(source, folder, revision)
 
 
-def check(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], rename: Rename) -> None:
-    """Refuse a checkpoint that does not fit, from the files' headers alone (no weight is read).
+def check(checkpoint: Checkpoint, network: nn.Module, rename: Rename) -> None:
+    """Refuse a checkpoint that does not fit a network, from the files' headers alone (no weight is read).
 
-    shapes: what the network needs, tensor name to shape.
     rename: a stored name to the network's, or None for a tensor that is dropped on purpose.
     Raises CheckpointError naming the file, the tensor, the expected and the found shape.
     """
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     found: dict[str, Path] = {}
     for path, stored, name, entry in _entries(checkpoint, rename):
         shape, dtype = list(entry.get_shape()), entry.get_dtype()
@@ -136,7 +136,7 @@ def load_into(checkpoint: Checkpoint, network: nn.Module, rename: Rename) -> Non
 
     Raises CheckpointError.
     """
-    check(checkpoint, {name: tensor.shape for name, tensor in network.state_dict().items()}, rename)
+    check(checkpoint, network, rename)
     # A copy, because safetensors maps the file: a file replaced later must not change a running worker.
     state = {
         name: entry[:].to(torch.float32, copy=True).contiguous() for _, _, name, entry in _entries(checkpoint, rename)

@@ -116,7 +116,8 @@ class Graphs:
         self._buffers: dict[Hashable, Tensor] = {}
         if not self.on:
             return
-        self._place = f"{torch.__version__} {_name(device)} {policy.mode} {policy.backend} {identity}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._place = f"{torch.__version__} {name} {policy.mode} {policy.backend} {identity}"
         try:
             (policy.folder / INDUCTOR).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -243,25 +244,13 @@ def _keep_kernels_in(folder: Path) -> None:
 
 
 def graph_breaks() -> int:
-    """Of this process, since `forget`."""
-    from torch._dynamo.utils import counters
-
-    return sum(counters["graph_break"].values())
+    """Of this process."""
+    return sum(_counters()["graph_break"].values())
 
 
 def cuda_graph_skips() -> int:
-    """Graphs of this process that were to be CUDA graphs and are not, since `forget`; 0 on a CPU."""
-    from torch._dynamo.utils import counters
-
-    return counters["inductor"]["cudagraph_skips"]
-
-
-def forget() -> None:
-    """Drop every compiled graph of this process, and its counts; kernels on disk stay."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
+    """Graphs of this process that were to be CUDA graphs and are not; 0 on a CPU."""
+    return _counters()["inductor"]["cudagraph_skips"]
 
 
 def start_peak(device: torch.device | str) -> None:
@@ -278,10 +267,10 @@ def peak_mib(device: torch.device | str) -> float:
 
 
 def _graphs_made() -> int:
+    return _counters()["stats"]["unique_graphs"]
+
+
+def _counters() -> Any:
     from torch._dynamo.utils import counters  # late: it takes a second that a run without graphs need not spend
 
-    return counters["stats"]["unique_graphs"]
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return counters

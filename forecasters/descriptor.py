@@ -55,7 +55,6 @@ class ExactAnswers:
     """Which questions a model answers without samples."""
 
     horizon: int | None  # steps, at most; None: only the loaded checkpoint knows
-    any_aggregate: bool  # else the mean only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +69,13 @@ class Model:
     search: Callable[[Any], SearchedParams]  # from the settings
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     starting_points: Sequence[Mapping[str, Any]]  # configurations known to be sensible, the published default first
-    to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]]  # all params, the searched names
+    # From the params of `kinds`, in its order, and the searched names.
+    to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda params, searched: dict(params)
     implied: Callable[[Mapping[str, Knob]], Mapping[str, Any]] = lambda knobs: {}  # by a promoted file that is silent
     refuses: Callable[[Any, int], str | None] = lambda settings, horizon: None  # what is wrong with a horizon
     exact: ExactAnswers | None = None
     window_bytes: Callable[[Mapping[str, Any], int], int] | None = None  # of an encoded window; None: weights decide
     baseline: bool = False  # something to compare with, searched only where it is asked for by name
-
-    @property
-    def default(self) -> Mapping[str, Any]:
-        """The published configuration."""
-        return self.starting_points[0]
 
     @property
     def checkpoint_settings(self) -> tuple[str, ...]:

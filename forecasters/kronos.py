@@ -137,7 +137,8 @@ class Kronos:
         length, room = tokens.shape[1], self.network_context
         seen = slice(max(0, length - room), length)
         prefixes = self.prefill(tokens[:, seen], stamps[:, seen], keep=horizon > 1 and length < room)
-        decoder = self._decoder_prefix(tokens[:, max(0, length + horizon - room) :])
+        shown = self.tokenizer.embed_tokens(tokens[:, max(0, length + horizon - room) :])
+        _, decoder = self.tokenizer.decoder.run(shown, keep=True)
         return [
             Window(
                 tokens=tokens[i],
@@ -146,7 +147,7 @@ class Kronos:
                 scale=scale[i],
                 prefix=prefix,
                 s1_logits=self.network.head.proj_s1(prefix.hidden).float().cpu(),
-                decoder=decoder[i],
+                decoder=[(k[i], v[i]) for k, v in decoder],
             )
             for i, prefix in enumerate(prefixes)
         ]
@@ -216,10 +217,6 @@ class Kronos:
             KronosPrefix(hidden=x[i, -1].clone(), keys=(keys[i], values[i]), layers=[(k[i], v[i]) for k, v in layers])
             for i in range(len(x))
         ]
-
-    def _decoder_prefix(self, tokens: Tensor) -> list[list[LayerCache]]:
-        _, layers = self.tokenizer.decoder.run(self.tokenizer.embed_tokens(tokens), keep=True)
-        return [[(k[i], v[i]) for k, v in layers] for i in range(len(tokens))]
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -47,38 +47,35 @@ def _rename(stored: str) -> str | None:
 
 def read_config(checkpoint: Checkpoint) -> KronosNetworkConfig:
     """A network's config.json. Raises CheckpointError on a key or a value that this network does not have."""
-    entries = checkpoint.config(_keys(KronosNetworkConfig), _UNREAD)
-    path = checkpoint.folder / CONFIG
-    _need_sizes(entries, _keys(KronosNetworkConfig)[:-1], path)
+    entries, path = _read_entries(checkpoint, KronosNetworkConfig, _UNREAD)
     if type(entries["learn_te"]) is not bool:
         raise CheckpointError(f"{path}: learn_te is {entries['learn_te']!r}, expected true or false")
     if entries["d_model"] % DEPENDENCY_HEADS:
         raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected a multiple of {DEPENDENCY_HEADS}")
-    return KronosNetworkConfig(**{key: entries[key] for key in _keys(KronosNetworkConfig)})
+    return KronosNetworkConfig(**entries)
 
 
 def read_tokenizer_config(checkpoint: Checkpoint) -> KronosTokenizerConfig:
     """A tokenizer's config.json. Raises CheckpointError on a key or a value that this tokenizer does not have."""
-    entries = checkpoint.config(_keys(KronosTokenizerConfig), _UNREAD_TOKENIZER)
-    path = checkpoint.folder / CONFIG
-    _need_sizes(entries, _keys(KronosTokenizerConfig), path)
+    entries, path = _read_entries(checkpoint, KronosTokenizerConfig, _UNREAD_TOKENIZER)
     if entries["d_in"] != len(COLUMNS):
         raise CheckpointError(f"{path}: d_in is {entries['d_in']}, expected {len(COLUMNS)}: {', '.join(COLUMNS)}")
-    return KronosTokenizerConfig(**{key: entries[key] for key in _keys(KronosTokenizerConfig)})
+    return KronosTokenizerConfig(**entries)
 
 
-def _keys(cls: type[KronosTokenizerConfig] | type[KronosNetworkConfig]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls))
-
-
-def _need_sizes(entries: Mapping[str, Any], keys: Sequence[str], path: Path) -> None:
-    for key in keys:
-        if type(entries[key]) is not int or entries[key] < 1:
-            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, expected a positive whole number")
+def _read_entries(checkpoint: Checkpoint, cls: type[Any], unread: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """The entries of a config.json that a dataclass has, all sizes among them checked, and the file's path."""
+    keys, path = [field.name for field in fields(cls)], checkpoint.folder / CONFIG
+    found = checkpoint.config(keys, unread)
+    entries = {key: found[key] for key in keys}
+    for key, value in entries.items():
+        if key != "learn_te" and (type(value) is not int or value < 1):
+            raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive whole number")
     if entries["d_model"] % (2 * entries["n_heads"]):
         raise CheckpointError(f"{path}: d_model is {entries['d_model']}, expected an even multiple of n_heads")
     if entries["s1_bits"] > MAX_BITS or entries["s2_bits"] > MAX_BITS:
         raise CheckpointError(f"{path}: tokens of more than {MAX_BITS} bits; expected at most {MAX_BITS}")
+    return entries, path
 
 
 def tokenizer_of(checkpoint: str) -> str:
@@ -98,7 +95,7 @@ def inspect(
     """The fingerprint that `load` would give, from the files' headers and bytes. Raises CheckpointError."""
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
     for found, module in zip(pair, _build(*pair), strict=True):
-        check(found, {name: tensor.shape for name, tensor in module.state_dict().items()}, _rename)
+        check(found, module, _rename)
     return _fingerprint(*pair, _context_of(checkpoint, network_context), running.dtype)
 
 

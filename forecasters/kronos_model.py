@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from forecasters import StageParams
-from forecasters.descriptor import Condition, ExactAnswers, Kind, Knob, Model, Range, SearchedParams
+from forecasters.descriptor import Condition, ExactAnswers, Knob, Model, Range, SearchedParams
 from forecasters.settings import CHECKPOINT, LOADING, at_least, counts, interval, setting
 
 CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
 DEAD_TOP_P = 1.0  # what top_p says where top_k decides
-KINDS: Mapping[str, Kind] = {  # what a promoted file must say
-    "temperature": "number",
-    "top_p": "number",
-    "top_k": "count or 0",
-    "sample_count": "count",
-    "max_context": "count",
-    "clip": "number",
-}
 
 
 def _tops(values: tuple[int, ...]) -> str | None:
@@ -64,11 +54,6 @@ def _refuses(settings: KronosSettings, horizon: int) -> str | None:
     return "must be below [kronos] network_context and every max_context"
 
 
-def _to_promoted(params: Mapping[str, Any], searched: Collection[str]) -> dict[str, Any]:
-    del searched
-    return {name: params[name] for name in KINDS}
-
-
 # The defaults of KronosPredictor and its `predict`, model/kronos.py of github.com/shiyu-coder/Kronos.
 PUBLISHED = {
     "temperature": 1.0, "top_p": 0.9, "top_k": 0, "sample_count": 1, "max_context": 512, "clip": 5.0,
@@ -83,12 +68,18 @@ KRONOS = Model(
         draw=("temperature", "top_k", "top_p", "sample_count"),
         num_samples="sample_count",
     ),
-    kinds=KINDS,
+    kinds={
+        "temperature": "number",
+        "top_p": "number",
+        "top_k": "count or 0",
+        "sample_count": "count",
+        "max_context": "count",
+        "clip": "number",
+    },
     search=_search,
     conditions={"top_p": Condition(param="top_k", value=0, otherwise=DEAD_TOP_P)},
     # The second is that repository's backtest on daily bars, finetune/config.py.
     starting_points=(PUBLISHED, {**PUBLISHED, "temperature": 0.6, "sample_count": 5, "max_context": 90}),
-    to_promoted=_to_promoted,
     refuses=_refuses,
-    exact=ExactAnswers(horizon=1, any_aggregate=False),
+    exact=ExactAnswers(horizon=1),
 )

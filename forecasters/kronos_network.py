@@ -219,9 +219,8 @@ class CalendarEmbedding(nn.Module):
         minute, hour, weekday, day, month = (
             self.get_submodule(f"{name}_embed")(stamps[..., i]) for i, (name, _) in enumerate(CALENDAR)
         )
-        return (
-            hour + weekday + day + month + minute
-        )  # the published order of the sum: float addition is not associative
+        # The published order of the sum: float addition is not associative.
+        return hour + weekday + day + month + minute
 
 
 class Heads(nn.Module):
@@ -283,13 +282,9 @@ class KronosTokenizer(nn.Module):
         self.post_quant_embed_pre = nn.Linear(config.s1_bits, d_model)
         self.post_quant_embed = nn.Linear(bits, d_model)
 
-    def latent(self, x: Tensor) -> Tensor:
-        """x [B, T, 6] to the numbers whose signs are the bits, [B, T, s1_bits + s2_bits]."""
-        return self.quant_embed(self.encoder.run(self.embed(x))[0])
-
     def tokens(self, x: Tensor) -> Tensor:
         """x [B, T, 6], normalised and clipped, to int64 [B, T, 2]."""
-        bits = (self.latent(x) > 0).long()
+        bits = (self.quant_embed(self.encoder.run(self.embed(x))[0]) > 0).long()  # [B, T, s1_bits + s2_bits]
         first, second = bits.split((self.config.s1_bits, self.config.s2_bits), dim=-1)
         return torch.stack((_from_bits(first), _from_bits(second)), dim=-1)
 
@@ -373,15 +368,11 @@ def _attend(q: Tensor, prefix: LayerCache, own: Own | None, rows: Tensor) -> Ten
     return out.transpose(0, 1)
 
 
-class TreeCache:
-    """Keys and values of generated tokens for every layer of a stack, room for `capacity` nodes."""
-
-    def __init__(self, stack: Stack, capacity: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (capacity, stack.n_heads, stack.head_dim)
-        self.layers = [
-            (torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
-            for _ in stack
-        ]
+def tree_cache(stack: Stack, capacity: int, *, device: torch.device, dtype: torch.dtype) -> list[LayerCache]:
+    """Room for keys and values of `capacity` generated tokens, for every layer of a stack."""
+    shape = (capacity, stack.n_heads, stack.head_dim)
+    keys, values = ([torch.empty(shape, device=device, dtype=dtype) for _ in stack] for _ in range(2))
+    return list(zip(keys, values, strict=True))
 
 
 def extend(
@@ -393,7 +384,7 @@ def extend(
     padding: Tensor | None,  # bool [n, D]
     groups: Sequence[Group],
     prefixes: Sequence[Sequence[LayerCache]],  # [window][layer]
-    cache: TreeCache,
+    cache: Sequence[LayerCache],
 ) -> Tensor:
     """Runs new tokens of a tree through a stack, [n, d]; their keys and values are left in the cache."""
     n = len(x)
@@ -405,7 +396,7 @@ def extend(
         attention, h = block.self_attn, block.norm1(x)
         shape = (attention.n_heads, attention.head_dim)
         q, k = (rotate(p(h).unflatten(-1, shape), table) for p in (attention.q_proj, attention.k_proj))  # [n, h, e]
-        keys, values = cache.layers[layer]
+        keys, values = cache[layer]
         keys[nodes], values[nodes] = k, attention.v_proj(h).unflatten(-1, shape)
         own = Own(k=keys, v=values, ancestors=ancestors, padding=padding)
         mixed = torch.cat([tree_attention(q[g.start : g.stop], prefixes[g.window][layer], own, g) for g in groups])

@@ -21,10 +21,10 @@ from forecasters.kronos_network import (
     KronosTokenizer,
     LayerCache,
     Own,
-    TreeCache,
     extend,
     groups_of,
     padded,
+    tree_cache,
 )
 from forecasters.kronos_sampling import Pick
 
@@ -158,8 +158,8 @@ class _Tree:
     def __init__(self, networks: Networks, windows: Sequence[Window], capacity: int) -> None:
         self._networks, self._windows, self._capacity = networks, windows, capacity
         self._levels: list[Level] = []
-        self._decoder = TreeCache(networks.tokenizer.decoder, capacity, device=networks.device, dtype=torch.float32)
-        self._trunk: TreeCache | None = None
+        self._decoder = tree_cache(networks.tokenizer.decoder, capacity, device=networks.device, dtype=torch.float32)
+        self._trunk: Sequence[LayerCache] | None = None
         self._own: LayerCache | None = None  # of the dependency layer, [capacity, 4, d / 4] each
 
     def grow(self, parents: np.ndarray, window: np.ndarray, tokens: Tensor) -> Tensor:
@@ -228,7 +228,9 @@ class _Tree:
         bar = len(self._windows[0].tokens) + depth - 1
         stamps = torch.stack([w.stamps for w in self._windows])[torch.from_numpy(window).to(device), bar]  # [n, 5]
         if self._trunk is None:
-            self._trunk = TreeCache(network.transformer, self._capacity, device=device, dtype=network.norm.weight.dtype)
+            self._trunk = tree_cache(
+                network.transformer, self._capacity, device=device, dtype=network.norm.weight.dtype
+            )
         self._networks.forwards += 1
         x = extend(
             network.transformer,

@@ -1,4 +1,4 @@
-"""The list of models. A further model adds its own modules, one line here and its table in the default settings."""
+"""The list of models. A further model adds its own modules, its name here and its table in the default settings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,4 @@ from forecasters.kronos_model import KRONOS
 from forecasters.naive import NAIVE
 from forecasters.toto_model import TOTO
 
-MODELS: Mapping[str, Model] = {
-    model.name: model
-    for model in (
-        TOTO,
-        KRONOS,
-        NAIVE,
-    )
-}
+MODELS: Mapping[str, Model] = {model.name: model for model in (TOTO, KRONOS, NAIVE)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,6 @@ def _search(settings: NaiveSettings) -> SearchedParams:
     return SearchedParams(knobs=knobs)
 
 
-def _to_promoted(params: Mapping[str, Any], searched: Collection[str]) -> dict[str, Any]:
-    del searched
-    return {name: params[name] for name in NAIVE.kinds}
-
-
 def _window_bytes(params: Mapping[str, Any], horizon: int) -> int:
     """Of one window whose history is long enough."""
     del horizon
@@ -65,7 +60,6 @@ NAIVE = Model(
         {"season": 1, "context_length": 256, "num_samples": 1024, "aggregate": "median"},
         {"season": 5, "context_length": 256, "num_samples": 1024, "aggregate": "median"},
     ),
-    to_promoted=_to_promoted,
     window_bytes=_window_bytes,
     baseline=True,
 )

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Running, StudentMixture, halved
-from forecasters.checkpoints import CONFIG, Checkpoint, load_into, resolve
-from forecasters.checkpoints import check as check_shapes
+from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
 from forecasters.toto_model import TOTO
 from forecasters.toto_network import Statistics, TotoNetwork, TotoNetworkConfig, TotoPrefix
@@ -59,7 +58,7 @@ class Trajectories:
         each = (rows[:, None] * variates + torch.arange(variates, device=rows.device)).flatten()  # with variates, B*V
         self._pads, self._ids = prefix.pads[rows], prefix.ids[rows]
         self._statistics = tuple(
-            tensor[rows][..., None].expand(-1, -1, count).contiguous() for tensor in prefix.statistics.tensors
+            tensor[rows][..., None].expand(-1, -1, count).contiguous() for tensor in prefix.statistics
         )
         self._kept = [self._filled(f"prefix {i}", tensor[each]) for i, tensor in enumerate(prefix.keys + prefix.values)]
         heads, size = network.config.num_heads, network.config.embed_dim // network.config.num_heads
@@ -260,7 +259,7 @@ class Toto:
         if keep:
             ids = torch.zeros(len(series), 1, dtype=torch.long, device=self.device)
             whole = TotoPrefix(
-                keys=keys, values=values, pads=padding // patch, ids=ids, statistics=Statistics.of(statistics)
+                keys=keys, values=values, pads=padding // patch, ids=ids, statistics=Statistics(*statistics)
             )
             prefix = whole.rows(0, len(rows))
         return packed[: len(rows)].cpu().numpy(), prefix
@@ -396,21 +395,16 @@ def _rename(stored: str) -> str | None:
     return name.replace(".mlp.0.w12.", ".mlp.0.").replace(".mlp.0.w3.", ".mlp.2.")  # saved with a fused SwiGLU
 
 
-def check(checkpoint: Checkpoint) -> TotoNetworkConfig:
-    """Refuse a checkpoint that does not fit the network, without reading its weights. Raises CheckpointError."""
-    config = read_config(checkpoint)
+def _build(checkpoint: Checkpoint) -> TotoNetwork:
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in TotoNetwork(config).state_dict().items()}
-    check_shapes(checkpoint, shapes, _rename)
-    return config
+        return TotoNetwork(read_config(checkpoint))
 
 
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(TOTO.name, device=device, running=running)
     found = resolve(checkpoint, revision=revision)
-    with torch.device("meta"):
-        network = TotoNetwork(read_config(found))
+    network = _build(found)
     load_into(found, network, _rename)
     network = network.to(device=device, dtype=getattr(torch, running.dtype))
     return Toto(network, fingerprint=_fingerprint(found, running.dtype), policy=policy, chunk=running.chunk)
@@ -422,7 +416,7 @@ def inspect(checkpoint: str, *, revision: str | None = None, running: Running = 
     Raises CheckpointError where the checkpoint does not fit.
     """
     found = resolve(checkpoint, revision=revision)
-    check(found)
+    check(found, _build(found), _rename)
     return _fingerprint(found, running.dtype)
 
 

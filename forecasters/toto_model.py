@@ -63,5 +63,5 @@ TOTO = Model(
     starting_points=({"context_length": 4096, "num_samples": 256, "aggregate": "median"},),
     to_promoted=_to_promoted,
     implied=_implied,
-    exact=ExactAnswers(horizon=None, any_aggregate=True),  # up to the first patch, whose length the checkpoint says
+    exact=ExactAnswers(horizon=None),  # up to the first patch, whose length the checkpoint says
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,7 @@ class TotoNetworkConfig:
         return tuple(layer % every != space for layer in range(self.num_layers))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Statistics:
+class Statistics(NamedTuple):
     """Running count, mean and sum of squared deviations of what was seen, float64; and the bounds of the scale."""
 
     count: Tensor
@@ -80,26 +80,14 @@ class Statistics:
         size, mean = patch.shape[-1], patch.mean(-1)
         m2 = (patch - mean[..., None]).square().sum(-1)
         count, delta = self.count + size, mean - self.mean
-        return Statistics(
+        return self._replace(
             count=count,
             mean=self.mean + delta * (size / count),
             m2=self.m2 + m2 + delta.square() * (self.count * size / count),
-            lowest=self.lowest,
-            highest=self.highest,
         )
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.count, self.mean, self.m2, self.lowest, self.highest
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Statistics:
-        """The inverse of `tensors`."""
-        count, mean, m2, lowest, highest = tensors
-        return cls(count=count, mean=mean, m2=m2, lowest=lowest, highest=highest)
-
     def map(self, change: Callable[[Tensor], Tensor]) -> Statistics:
-        return Statistics.of([change(tensor) for tensor in self.tensors])
+        return Statistics(*map(change, self))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +102,7 @@ class TotoPrefix:
 
     @property
     def nbytes(self) -> int:
-        tensors = (*self.keys, *self.values, self.pads, self.ids, *self.statistics.tensors)
+        tensors = (*self.keys, *self.values, self.pads, self.ids, *self.statistics)
         return sum(tensor.nbytes for tensor in tensors)
 
     def rows(self, start: int, stop: int) -> TotoPrefix:
@@ -284,7 +272,7 @@ class TotoNetwork(nn.Module):
         packed = torch.cat((*(part[:, 0].flatten(1) for part in parts), loc, scale), -1)
         if prefix is None:
             return packed, (), (), ()
-        return packed, prefix.keys, prefix.values, prefix.statistics.tensors
+        return packed, prefix.keys, prefix.values, tuple(prefix.statistics)
 
     def _embed(self, series: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """[B, V, T] to [B, V, S, D]. Padded points of a row's first patch enter as (0 - loc) / scale."""
@@ -340,7 +328,7 @@ class TotoNetwork(nn.Module):
         steps: int,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`Trajectories.advance` as one graph of tensors: the points, float64 [B, V, N, steps], and the statistics."""
-        seen = Statistics.of(statistics).extended(patch)
+        seen = Statistics(*statistics).extended(patch)
         loc, scale = seen.affine()
         x = self._project((patch.float() - loc[..., None]) / scale[..., None])
         layers = len(prefix) // 2
@@ -359,7 +347,7 @@ class TotoNetwork(nn.Module):
             x = layer.finish(x, y)
         mixture = self._mixture(x, steps)
         scaled = mixture.mean().double() if uniforms is None else drawn(mixture, uniforms)
-        return scaled * scale[..., None].double() + loc[..., None].double(), seen.tensors
+        return scaled * scale[..., None].double() + loc[..., None].double(), tuple(seen)
 
     def _mixture(self, x: Tensor, steps: int) -> Mixture:
         """States [..., D] to the mixtures of the first `steps` points of the next patch, [..., steps, K]."""

@@ -66,17 +66,15 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
         hyperparams_dir: Path | None,
         **options: Any,
     ) -> None:
-        overrides: dict[str, dict[str, Any]] = {"storage": {}, "data": {}, "hyperparams": {}}
-        if storage:
-            overrides["storage"]["url"] = storage
-        if data_dir:
-            overrides["data"]["dir"] = str(data_dir)
-        if hyperparams_dir:
-            overrides["hyperparams"]["dir"] = str(hyperparams_dir)
+        given = {
+            "storage": {"url": storage or None},
+            "data": {"dir": data_dir},
+            "hyperparams": {"dir": hyperparams_dir},
+        }
         if config_path == Path("demo"):
             config_path = configuration.DEMO_PATH
         with one_line_errors():
-            command(config=configuration.load(config_path, overrides), **options)
+            command(config=configuration.load(config_path, given), **options)
 
     return wrapped
 

@@ -11,7 +11,6 @@ the arguments of a constructor and a `runtime_env`. On the node only the worker 
 from __future__ import annotations
 
 import importlib
-import ipaddress
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from forecasters.models import MODELS
 from launch.devices import DeviceError, DeviceSlot, cpu_slot
 from launch.supervisor import POLL_S, Child, Supervisor
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
-from storage import urls
+from storage import ports, urls
 from studies.config import Config
 
 CONNECT_S = 5.0
@@ -166,19 +165,10 @@ def _check_reachable(address: str) -> None:
 
 def check_storage(cluster: Cluster, host: str | None) -> None:
     """Raise ClusterError if other machines of the cluster cannot reach the storage. host: that of the storage's URL."""
-    if cluster.single_machine or not _only_this_machine(host):
+    if cluster.single_machine or (host and not host.startswith("/") and not ports.is_loopback(host)):
         return
     where = f"on {host}" if host else "the private server of this machine"
     raise ClusterError(f"the storage is {where}, which other machines cannot reach; name one they can with --storage")
-
-
-def _only_this_machine(host: str | None) -> bool:
-    if not host or host.startswith("/") or host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def device_slots(gpus: int | None, cpus: int | None) -> list[DeviceSlot]:

@@ -158,22 +158,6 @@ def _std(samples: _Samples) -> np.ndarray:
     return samples.drawn.std(axis=-1, ddof=0)
 
 
-def _mean_minus_std(samples: _Samples, s: float) -> np.ndarray:
-    return _mean(samples) - s * _std(samples)
-
-
-def _mean_plus_std(samples: _Samples, s: float) -> np.ndarray:
-    return _mean(samples) + s * _std(samples)
-
-
-def _mean_quantile_mix(samples: _Samples, q: float, w: float) -> np.ndarray:
-    return w * _mean(samples) + (1 - w) * _quantile(samples, q)
-
-
-def _quantile_plus_std(samples: _Samples, q: float, s: float) -> np.ndarray:
-    return _quantile(samples, q) + s * _std(samples)
-
-
 class _Form(NamedTuple):
     usage: str
     formula: Callable[..., np.ndarray]
@@ -190,10 +174,20 @@ _FORMS = {
     "upper_trimmed_mean": _Form("upper_trimmed_mean_F", _upper_trimmed_mean, (_fraction,)),
     "winsorized_mean": _Form("winsorized_mean_F", _winsorized_mean, (_half_fraction,)),
     "quantile": _Form("quantile_Q", _quantile, (_fraction,)),
-    "mean_minus_std": _Form("mean_minus_std_S", _mean_minus_std, (_multiple,), ordered=False),
-    "mean_plus_std": _Form("mean_plus_std_S", _mean_plus_std, (_multiple,), ordered=False),
-    "mean_quantile_mix": _Form("mean_quantile_mix_Q_W", _mean_quantile_mix, (_fraction, _weight)),
-    "quantile_plus_std": _Form("quantile_plus_std_Q_S", _quantile_plus_std, (_fraction, _multiple)),
+    "mean_minus_std": _Form(
+        "mean_minus_std_S", lambda drawn, s: _mean(drawn) - s * _std(drawn), (_multiple,), ordered=False
+    ),
+    "mean_plus_std": _Form(
+        "mean_plus_std_S", lambda drawn, s: _mean(drawn) + s * _std(drawn), (_multiple,), ordered=False
+    ),
+    "mean_quantile_mix": _Form(
+        "mean_quantile_mix_Q_W",
+        lambda drawn, q, w: w * _mean(drawn) + (1 - w) * _quantile(drawn, q),
+        (_fraction, _weight),
+    ),
+    "quantile_plus_std": _Form(
+        "quantile_plus_std_Q_S", lambda drawn, q, s: _quantile(drawn, q) + s * _std(drawn), (_fraction, _multiple)
+    ),
 }
 
 

@@ -12,11 +12,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
-from forecasters import ExactForecaster, Forecaster, ForecastError
+from forecasters import Encoded, ExactForecaster, Forecaster, ForecastError
 from objectives.aggregation import Draw, parse
 from objectives.exact import exact_points
 from objectives.metrics import Measurement, measurement_of, relative_errors
@@ -53,11 +53,6 @@ class Evaluator:
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self._cache = _Cache(cache_bytes)
-
-    @property
-    def cached_bytes(self) -> int:
-        """What is kept now, never above `cache_bytes`."""
-        return self._cache.nbytes
 
     def measure(
         self,
@@ -315,26 +310,23 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 # --- cache -------------------------------------------------------------------------------------------------
 
 
-class _Sized(Protocol):
-    @property
-    def nbytes(self) -> int: ...
-
-
 class _Cache:
     """The entries used last, as many as fit. One that alone is too large is not kept."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.nbytes = 0
-        self._entries: OrderedDict[Hashable, tuple[_Sized, int]] = OrderedDict()  # with its size when it was put
+        self._entries: OrderedDict[Hashable, tuple[Encoded | Draw, int]] = (
+            OrderedDict()
+        )  # with its size when it was put
 
-    def get(self, key: Hashable) -> _Sized | None:
+    def get(self, key: Hashable) -> Encoded | Draw | None:
         if key not in self._entries:
             return None
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
-    def put(self, key: Hashable, entry: _Sized) -> None:
+    def put(self, key: Hashable, entry: Encoded | Draw) -> None:
         """Keep it as the one used last, at the size that it has now."""
         if key in self._entries:
             self.nbytes -= self._entries.pop(key)[1]

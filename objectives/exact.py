@@ -59,13 +59,10 @@ def _quantile(mixture: StudentMixture, q: float) -> np.ndarray:
     low, high = own.min(axis=-1), own.max(axis=-1)
     for _ in range(BISECTIONS):
         middle = low + (high - low) / 2
-        below = _cdf(mixture, middle) < q
+        standard = (middle[..., None] - mixture.loc) / mixture.scale
+        below = (mixture.probs * stdtr(mixture.df, standard)).sum(axis=-1) < q
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return low + (high - low) / 2
-
-
-def _cdf(mixture: StudentMixture, x: np.ndarray) -> np.ndarray:
-    return (mixture.probs * stdtr(mixture.df, (x[..., None] - mixture.loc) / mixture.scale)).sum(axis=-1)
 
 
 def _sum_below(mixture: StudentMixture, x: np.ndarray) -> np.ndarray:
@@ -83,10 +80,6 @@ def _mean_between(mixture: StudentMixture, low: float, high: float) -> np.ndarra
     above = 0.0 if low == 0 else _sum_below(mixture, _quantile(mixture, low))
     below = _mean(mixture) if high == 1 else _sum_below(mixture, _quantile(mixture, high))
     return (below - above) / (high - low)
-
-
-def _trimmed_mean(mixture: StudentMixture, f: float) -> np.ndarray:
-    return _mean_between(mixture, f, 1 - f)
 
 
 def _lower_trimmed_mean(mixture: StudentMixture, f: float) -> np.ndarray:
@@ -119,7 +112,7 @@ def _mean_quantile_mix(mixture: StudentMixture, q: float, w: float) -> np.ndarra
 _FORMULAS = {
     "mean": _mean,
     "median": lambda mixture: _quantile(mixture, 0.5),
-    "trimmed_mean": _trimmed_mean,
+    "trimmed_mean": lambda mixture, f: _mean_between(mixture, f, 1 - f),
     "lower_trimmed_mean": _lower_trimmed_mean,
     "upper_trimmed_mean": _upper_trimmed_mean,
     "winsorized_mean": _winsorized_mean,

@@ -22,11 +22,13 @@ class Measurement:
     mae_percent: float  # 100 * mean |error| / mean |actual|
     no_change_mae: float  # `mae` of predicting the last close
     skill: float  # 1 - mae / no_change_mae; 0 where no price moved and there is nothing to be better than
-    errors: tuple[float, ...]  # [W] in origin order, each window's share of `mae`
-    sampling_error: float | None  # standard error of `mae` that fresh seeds alone cause; None: one pass cannot tell
+    errors: tuple[float, ...] = ()  # [W] in origin order, each window's share of `mae`; empty where it was not kept
+    sampling_error: float | None = None  # standard error of `mae` by fresh seeds alone; None: one pass cannot tell
     windows: int
     seconds: Mapping[str, float]  # by stage, over all passes; a stage answered from the cache takes next to none
-    latency_s: float | None  # of one window, from its bars to its points, where that was computed anew; else None
+    latency_s: float | None = (
+        None  # of one window, from its bars to its points, where that was computed anew; else None
+    )
 
 
 def measure_no_change(windows: Windows) -> float:
@@ -62,7 +64,7 @@ def measurement_of(
         errors=tuple(errors.tolist()),
         sampling_error=_standard_error(by_pass),
         windows=len(windows),
-        seconds=seconds,
+        seconds={stage: round(spent, 6) for stage, spent in seconds.items()},
         latency_s=latency_s,
     )
 

@@ -61,11 +61,6 @@ class Contexts:
         """The last close that each context knows, float64 [W], price."""
         return read_only(self.bars.close[np.array(self.origins) - 1])
 
-    @property
-    def last_timestamps(self) -> np.ndarray:
-        """The time of the last bar of each context, datetime64[ns] [W], UTC."""
-        return self.bars.timestamps[np.array(self.origins) - 1]
-
     def origin_text(self, index: int) -> str:
         """The time of an origin's first target bar as text, or "the bar after TIME" where it has not come yet."""
         origin = self.origins[index]
@@ -79,7 +74,7 @@ class Contexts:
         Raises ValueError for a study's seeds where a target bar has not come yet.
         """
         if kind is SeedKind.SERVED:
-            prefix, times = "served\n", self.last_timestamps
+            prefix, times = "served\n", self.bars.timestamps[np.array(self.origins) - 1]
         elif self.origins[-1] < len(self.bars):
             prefix, times = "", self.bars.timestamps[np.array(self.origins)]
         else:

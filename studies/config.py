@@ -6,6 +6,7 @@ Knows nothing of databases, forecasts or commands.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tomllib
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, fields
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from forecasters import COMPILE_MODES, DTYPES, ExpectedError
 from forecasters.models import MODELS
@@ -22,6 +23,13 @@ from objectives import aggregation
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
 DEMO_PATH = Path(__file__).with_name("demo.toml")
+KINDS = {  # by the type of a setting or of its items: what TOML has for it, and what that is called
+    str: ((str,), "text"),
+    Path: ((str,), "text"),
+    int: ((int,), "whole numbers"),
+    float: ((float, int), "numbers"),
+    bool: ((bool,), "true or false"),
+}
 MAX_TRIALS = 1_000_000  # of a study: each is a row, and a mistyped number must not fill the disk
 
 
@@ -143,7 +151,7 @@ def _tables() -> dict[str, type[Any]]:
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
-    """The defaults, overridden by a TOML file, overridden by what the command line gave.
+    """The defaults, overridden by a TOML file, overridden by what the command line gave, which is not None.
 
     Raises ConfigError naming the file, table and key.
     """
@@ -152,7 +160,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | 
     if path is not None:
         _overlay(settings, _read(path), source=str(path), root=path.parent)
     for table, values in (overrides or {}).items():
-        settings[table].update(values)
+        settings[table].update({key: value for key, value in values.items() if value is not None})
     return _build(settings, source=str(path) if path else "the built-in defaults")
 
 
@@ -160,20 +168,12 @@ def to_json(config: Config) -> dict[str, Any]:
     """The settings as JSON values, for a child process; without the storage's URL, which may hold a password."""
     values = asdict(config)
     values["storage"]["url"] = ""
-    return _plain(values)
+    return json.loads(json.dumps(values, default=str))
 
 
 def from_json(values: Mapping[str, Any]) -> Config:
     """The inverse of `to_json`."""
     return _build({**values, **values["models"]}, source=values["source"])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _overlay(settings: dict[str, dict[str, Any]], given: Mapping[str, Any], *, s
             where = f"{source}: [{table}] {key}"
             if key not in settings[table]:
                 raise ConfigError(f"{where}: unknown key; the keys are {', '.join(settings[table])}")
-            _check_type(settings[table][key], value, where, list_too=_one_or_list(declared[key]))
+            _check_type(hints[key], value, where, list_too=_one_or_list(declared[key]))
             relative_path = hints[key] is Path and value
             local_checkpoint = kind_of(declared[key]) == CHECKPOINT and value.startswith((".", "~"))
             if relative_path or local_checkpoint:
@@ -213,28 +213,12 @@ def _one_or_list(declared: Field[Any]) -> bool:
     return declared.metadata.get("one_or_list", False)
 
 
-def _check_type(default: Any, value: Any, where: str, *, list_too: bool) -> None:
-    if list_too:
-        single = default[0] if isinstance(default, list) else default
-        default = [single] if isinstance(value, list) else single
-    if isinstance(default, list):
-        kind = type(default[0]) if default else str
-        good = isinstance(value, list) and all(_is(item, kind) for item in value)
-        expected = f"a list of {_kind_name(kind)}"
-    else:
-        kind = type(default)
-        good = _is(value, kind)
-        expected = _kind_name(kind)
-    if not good:
-        raise ConfigError(f"{where} = {value!r}: expected {expected}")
-
-
-def _is(value: Any, kind: type) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _kind_name(kind: type) -> str:
-    return {str: "text", int: "whole numbers", float: "numbers", bool: "true or false"}[kind]
+def _check_type(hint: Any, value: Any, where: str, *, list_too: bool) -> None:
+    many = isinstance(value, list) if list_too else get_origin(hint) is tuple
+    types, expected = KINDS[get_args(hint)[0] if get_args(hint) else hint]
+    items = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != many or any(type(item) not in types for item in items):
+        raise ConfigError(f"{where} = {value!r}: expected {'a list of ' if many else ''}{expected}")
 
 
 def _build(settings: Mapping[str, Mapping[str, Any]], *, source: str) -> Config:

@@ -15,17 +15,8 @@ from studies import space as spaces
 from studies.config import Config
 
 
-def make_evaluator(config: Config, model: str, *, device: str, cache_bytes: int) -> Evaluator:
-    """Load a model as the settings name it and make its evaluator.
-
-    device: "cpu" or "cuda:0". cache_bytes: bound on what the evaluator keeps between measurements.
-    Raises CheckpointError and SettingError.
-    """
-    return evaluator_of(config, load_forecaster(config, model, device=device), cache_bytes=cache_bytes)
-
-
 def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: int) -> Evaluator:
-    """The evaluator of a forecaster that is loaded already."""
+    """The evaluator of a forecaster. cache_bytes: bound on what it keeps between measurements."""
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
@@ -38,7 +29,7 @@ def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: i
 
 
 def load_forecaster(config: Config, model: str, *, device: str) -> LoadedForecaster:
-    """Load a model onto a device. Raises CheckpointError and SettingError."""
+    """Load a model as the settings name it onto "cpu" or "cuda:0". Raises CheckpointError and SettingError."""
     return forecasters.load(model, device=device, **loading_options(config, model))
 
 

@@ -18,6 +18,8 @@ Part = Literal["validation", "confirmation", "test"]
 PARTS: tuple[Part, ...] = ("validation", "confirmation", "test")
 INCUMBENT, STORED = "incumbent", "stored"  # labels of what is in use: what `best` names, the model's own file
 
+OPTIONAL = (*PARTS, "trial", "error", "low", "high")  # fields that JSON leaves out where they are empty
+
 T = TypeVar("T")
 
 
@@ -57,17 +59,17 @@ class NoChange:
     """How the forecast that the price stays at the last close did on the same windows."""
 
     mae: float
-    errors: tuple[float, ...]  # [W]; empty where an older result did not keep them
+    errors: tuple[float, ...] = ()  # [W]; empty where an older result did not keep them
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastSeries:
     """One configuration's forecasts of consecutive bars, prices; the band is of 10 to 90 % of its samples."""
 
-    trial: int | None
+    trial: int | None = None
     points: tuple[float, ...]  # [N]
-    low: tuple[float, ...]  # [N], or empty: a model with an exact mean alone has no band
-    high: tuple[float, ...]
+    low: tuple[float, ...] = ()  # [N], or empty: a model with an exact mean alone has no band
+    high: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +121,9 @@ class StudyEvidence:
     def improvement(self) -> float | None:
         """Of the best over the incumbent on the confirmation windows, relative."""
         best, incumbent = self.best, self.incumbent
-        return (
-            None
-            if best is None or incumbent is None
-            else relative_gain(incumbent.mae("confirmation"), best.mae("confirmation"))
-        )
+        if best is None or incumbent is None:
+            return None
+        return relative_gain(incumbent.mae("confirmation"), best.mae("confirmation"))
 
     def find(self, params: Mapping[str, Any]) -> MeasuredConfiguration | None:
         """The configuration with these params, where it is among those measured."""
@@ -151,15 +151,14 @@ def params_text(params: Mapping[str, Any]) -> str:
 
 def to_json(evidence: StudyEvidence) -> dict[str, Any]:
     """The evidence as the result of a confirmation slot."""
-    return {
-        "windows": {part: asdict(span) for part, span in evidence.windows.items()},
-        "passes": evidence.passes,
-        "sampling_error": evidence.sampling_error,
-        "candidates": [{"trial": one.trial, **_configuration_json(one)} for one in evidence.candidates],
-        "baselines": {label: _configuration_json(one) for label, one in evidence.in_use.items()},
-        "no_change": {part: {"mae": one.mae, "errors": list(one.errors)} for part, one in evidence.no_change.items()},
-        "forecasts": {part: _forecasts_json(one) for part, one in evidence.forecasts.items()},
-    }
+    values = asdict(evidence, dict_factory=_written)
+    values["baselines"] = values.pop("in_use")
+    return values
+
+
+def _written(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a dataclass, but for the model, which the study names, and for what is not there."""
+    return {name: value for name, value in fields if name != "model" and not (name in OPTIONAL and value in (None, ()))}
 
 
 def from_json(model: str, values: Mapping[str, Any]) -> StudyEvidence:
@@ -170,70 +169,30 @@ def from_json(model: str, values: Mapping[str, Any]) -> StudyEvidence:
         sampling_error=values["sampling_error"],
         candidates=tuple(_configuration(model, one) for one in values["candidates"]),
         in_use={label: _configuration(model, one) for label, one in values["baselines"].items()},
-        no_change={
-            part: NoChange(mae=one["mae"], errors=tuple(one.get("errors", ())))
-            for part, one in values["no_change"].items()
-        },
+        no_change={part: NoChange(**_with_tuples(one)) for part, one in values["no_change"].items()},
         forecasts={part: _forecasts(one) for part, one in values.get("forecasts", {}).items()},
     )
 
 
 def measurement_json(measured: Measurement, *, errors: bool = True) -> dict[str, Any]:
     """A measurement as JSON values, with its errors by window unless they are not wanted."""
-    values = asdict(measured)
-    values["seconds"] = {stage: round(seconds, 6) for stage, seconds in measured.seconds.items()}
-    if errors:
-        return {**values, "errors": list(measured.errors)}
-    return {key: value for key, value in values.items() if key not in ("errors", "sampling_error", "latency_s")}
-
-
-def measurement(values: Mapping[str, Any]) -> Measurement:
-    """The inverse of `measurement_json`."""
-    known = {"errors": (), "sampling_error": None, "latency_s": None, **values}
-    return Measurement(**{**known, "errors": tuple(known["errors"])})
-
-
-def _configuration_json(one: MeasuredConfiguration) -> dict[str, Any]:
-    if one.error is not None:
-        return {"params": dict(one.params), "error": one.error}
-    parts = {part: measured for part in PARTS if (measured := one.on(part)) is not None}
-    return {"params": dict(one.params), **{part: measurement_json(measured) for part, measured in parts.items()}}
+    left_out = () if errors else ("errors", "sampling_error", "latency_s")
+    return {name: value for name, value in asdict(measured).items() if name not in left_out}
 
 
 def _configuration(model: str, values: Mapping[str, Any]) -> MeasuredConfiguration:
-    return MeasuredConfiguration(
-        model=model,
-        params=values["params"],
-        trial=values.get("trial"),
-        error=values.get("error"),
-        **{part: measurement(values[part]) for part in PARTS if part in values},
-    )
-
-
-def _forecasts_json(shown: ForecastsShown) -> dict[str, Any]:
-    series = {}
-    for name, one in shown.series.items():
-        band = {"low": list(one.low), "high": list(one.high)} if one.low else {}
-        number = {} if one.trial is None else {"trial": one.trial}
-        series[name] = {**number, "points": list(one.points), **band}
-    return {"times": list(shown.times), "actual": list(shown.actual), "starts": list(shown.starts), "series": series}
+    parts = {part: Measurement(**_with_tuples(values[part])) for part in PARTS if part in values}
+    return MeasuredConfiguration(**{"model": model, **values, **parts})
 
 
 def _forecasts(values: Mapping[str, Any]) -> ForecastsShown:
-    return ForecastsShown(
-        times=tuple(values["times"]),
-        actual=tuple(values["actual"]),
-        starts=tuple(values["starts"]),
-        series={
-            name: ForecastSeries(
-                trial=one.get("trial"),
-                points=tuple(one["points"]),
-                low=tuple(one.get("low", ())),
-                high=tuple(one.get("high", ())),
-            )
-            for name, one in values["series"].items()
-        },
-    )
+    series = {name: ForecastSeries(**_with_tuples(one)) for name, one in values["series"].items()}
+    return ForecastsShown(**{**_with_tuples(values), "series": series})
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's values with tuples in place of its lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 # --- many studies at once -----------------------------------------------------------------------------------

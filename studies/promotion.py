@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from studies.evidence import MeasuredConfiguration
+from studies.evidence import MeasuredConfiguration, relative_gain
 
 Reason = Literal[
     "first",
@@ -156,10 +156,8 @@ def _mean(errors: Sequence[float]) -> float | None:
 
 def _improvement(old: float | None, new: float | None) -> float | None:
     """Relative; None where it is not known or there was no error to improve on."""
-    if old is None or new is None or old == 0:
-        return None
-    improvement = (old - new) / old
-    return improvement if math.isfinite(improvement) else None
+    improvement = relative_gain(old, new)
+    return improvement if improvement is not None and math.isfinite(improvement) else None
 
 
 def _no_worse_on_test(chosen: MeasuredConfiguration, incumbent: MeasuredConfiguration) -> bool:

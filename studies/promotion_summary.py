@@ -17,7 +17,6 @@ from storage.configs import ConfigFileError
 from storage.files import replace_file
 from storage.progress import most_workers_at_once, study_progress
 from storage.retrying import RetryingStorage
-from storage.study_rows import Effort
 from studies import study as studying
 from studies.promoting import ModelOutcome, SymbolDecision
 
@@ -60,7 +59,19 @@ def summary(storage: RetryingStorage, decisions: Sequence[SymbolDecision]) -> di
     progress, models = study_progress(storage, of_studies), sorted({outcome.model for outcome in outcomes})
 
     def entry(outcome: ModelOutcome) -> dict[str, Any]:
-        return _entry(outcome, efforts.get(ids[outcome.study]))
+        effort = efforts.get(ids[outcome.study])
+        return {
+            "symbol": outcome.symbol,
+            "status": outcome.status,
+            "model": outcome.model,
+            "val_mae": outcome.validation_mae,
+            "test_mae": outcome.test_mae,
+            "improved": outcome.status == "success" and outcome.reason == "improved",
+            "elapsed_s": round(effort.seconds, 3) if effort else 0.0,
+            "error": outcome.reason if outcome.status == "failed" else None,
+            "reason": outcome.reason,
+            "study": outcome.study,
+        }
 
     return {
         "results": [
@@ -79,19 +90,4 @@ def summary(storage: RetryingStorage, decisions: Sequence[SymbolDecision]) -> di
             "model": "both" if len(models) > 1 else models[0],
             "eval_runs": max((outcome.passes or 0 for outcome in outcomes), default=0),
         },
-    }
-
-
-def _entry(outcome: ModelOutcome, effort: Effort | None) -> dict[str, Any]:
-    return {
-        "symbol": outcome.symbol,
-        "status": outcome.status,
-        "model": outcome.model,
-        "val_mae": outcome.validation_mae,
-        "test_mae": outcome.test_mae,
-        "improved": outcome.status == "success" and outcome.reason == "improved",
-        "elapsed_s": round(effort.seconds, 3) if effort else 0.0,
-        "error": outcome.reason if outcome.status == "failed" else None,
-        "reason": outcome.reason,
-        "study": outcome.study,
     }

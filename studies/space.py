@@ -154,4 +154,4 @@ def to_promoted(params: Mapping[str, Any], space: Space, config: Config) -> dict
         params = {model.params.num_samples: most_samples(space.model, config), **params}
     if missing := [name for name in model.kinds if name not in params]:
         raise ValueError(f"{space.model}: a configuration without {', '.join(missing)} cannot be promoted")
-    return model.to_promoted(params, tuple(space.knobs))
+    return model.to_promoted({name: params[name] for name in model.kinds}, tuple(space.knobs))

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import optuna
@@ -158,7 +159,7 @@ def open_studies(
     confirmations = read_confirmations(storage, ids, paths=MEASURED_PATHS)
 
     extensions: list[_Extension] = []
-    plans: list[Callable[[Mapping[int, Opened]], Opened]] = []
+    plans: list[int | Callable[[], Opened]] = []  # the id of a study that is there, or what makes it
     for item in wanted:
         newest = timestamp_text(item.bars.timestamps[-1])
         for model in models:
@@ -182,16 +183,15 @@ def open_studies(
                 # What another machine found in use stays in the comparison.
                 baselines = {**(confirmation.params or {}), **baselines}
                 extensions.append(_Extension(study=study, baselines=baselines, outdated=outdated))
-                plans.append(lambda extended, study_id=study.study_id: extended[study_id])
+                plans.append(study.study_id)
             else:
                 if len(asked) < config.windows.confirmation:
                     notes += (
                         f"{item.path}: has {len(asked)} windows to confirm on, not {config.windows.confirmation}",
                     )
-                create = _create_later(storage, config, definition, baselines, notes)
-                plans.append(lambda _, create=create: create())
+                plans.append(partial(_create, storage, config, definition, baselines, notes))
     extended = _extend(storage, config.search.trials, extensions)
-    return [plan(extended) for plan in plans]
+    return [extended[plan] if isinstance(plan, int) else plan() for plan in plans]
 
 
 def _no_work(study: Study) -> StudyMismatch:
@@ -286,14 +286,15 @@ def reconfirm(
     return notes
 
 
-def _create_later(
+def _create(
     storage: RetryingStorage,
     config: Config,
     definition: dict[str, Any],
     baselines: Mapping[str, dict[str, Any]],
     notes: tuple[str, ...],
-) -> Callable[[], Opened]:
-    name = f"{definition['symbol']}/{definition['model']}@{definition['as_of']}"
+) -> Opened:
+    key = {part: definition[part] for part in ("symbol", "model", "as_of")}
+    name = "{symbol}/{model}@{as_of}".format(**key)
     space = spaces.make(definition["model"], config)
 
     def fill(connection: Any, study_id: int) -> None:
@@ -306,19 +307,9 @@ def _create_later(
         slots.raise_budget(connection, study_id, config.search.trials)
         slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params=baselines)
 
-    def create() -> Opened:
-        study_id = study_rows.create_study(storage, name, {DEFINITION: definition}, METRIC, fill)
-        study = Study(
-            study_id=study_id,
-            name=name,
-            symbol=definition["symbol"],
-            model=definition["model"],
-            as_of=definition["as_of"],
-            definition=definition,
-        )
-        return Opened(study=study, state="new", budget=config.search.trials, notes=notes)
-
-    return create
+    study_id = study_rows.create_study(storage, name, {DEFINITION: definition}, METRIC, fill)
+    study = Study(study_id=study_id, name=name, definition=definition, **key)
+    return Opened(study=study, state="new", budget=config.search.trials, notes=notes)
 
 
 def _baselines(

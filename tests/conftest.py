@@ -45,6 +45,20 @@ def own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def no_graphs() -> Iterator[None]:
+    """This process begins and ends without compiled graphs and without their counts; kernels on disk stay."""
+    import torch._dynamo.utils
+
+    def forget() -> None:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
     """A folder for databases: in memory where there is room, since a first start syncs a thousand files.

@@ -35,7 +35,7 @@ def refused(folder: Path) -> str:
     with pytest.raises(CheckpointError) as loading:
         toto.load(str(folder))
     with pytest.raises(CheckpointError) as checking:
-        toto.check(resolve(str(folder)))
+        toto.inspect(str(folder))
     assert str(loading.value) == str(checking.value)
     assert "\n" not in str(loading.value)
     return str(loading.value)
@@ -142,7 +142,8 @@ def test_a_wrong_config_names_its_key(folder: Path, changes: dict[str, Any], sai
 
 def test_keys_with_a_published_default_may_be_absent(folder: Path):
     reconfigure(folder, scale_factor_exponent="-", stabilize_with_global="-", pre_xformers_checkpoint=True)
-    assert toto.check(resolve(str(folder))).scale_factor_exponent == 10.0
+    assert toto.inspect(str(folder))
+    assert toto.read_config(resolve(str(folder))).scale_factor_exponent == 10.0
 
 
 def test_shards_are_read_through_their_index(folder: Path):
@@ -191,7 +192,8 @@ def test_checking_reads_no_weights(folder: Path):
     header = 8 + int.from_bytes(whole[:8], "little")
     path.write_bytes(whole[:header])
     os.truncate(path, len(whole))
-    assert toto.check(resolve(str(folder))).embed_dim == 48
+    assert toto.inspect(str(folder))
+    assert toto.read_config(resolve(str(folder))).embed_dim == 48
 
 
 def in_process_with_hub(endpoint: str, home: Path, *lines: str) -> str:

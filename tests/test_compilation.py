@@ -47,7 +47,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_graphs(monkeypatch: pytest.MonkeyPatch):
+def _one_thread_and_no_graphs(monkeypatch: pytest.MonkeyPatch, no_graphs: None):
     for name in [name for name in os.environ if name.startswith(("TOTO_", "KRONOS_"))]:
         monkeypatch.delenv(name)
     for name in SCRUBBED:
@@ -55,10 +55,8 @@ def _one_thread_and_no_graphs(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(name)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    compilation.forget()
     yield
     torch.set_num_threads(before)
-    compilation.forget()
 
 
 def bars(count: int) -> Bars:

@@ -375,8 +375,8 @@ def test_equal_params_give_equal_bits_whatever_ran_before(
     random.Random(0).shuffle(order)
     for index in order:
         assert comparable(evaluator.measure(windows, trials[index])) == fresh[index]
-        assert evaluator.cached_bytes <= cache_bytes
-    assert (evaluator.cached_bytes == 0) == (cache_bytes == 0)
+        assert evaluator._cache.nbytes <= cache_bytes
+    assert (evaluator._cache.nbytes == 0) == (cache_bytes == 0)
 
 
 @pytest.mark.parametrize("size", [160, 10 * 32 * 8 + 160])  # an encoding; one and a draw of 32 samples
@@ -399,7 +399,7 @@ def test_an_entry_too_large_is_used_and_not_kept(bars: Bars) -> None:
     for _ in range(2):
         evaluator.measure(validation(bars), PARAMS)
     assert (forecaster.forwards, len(forecaster.draws)) == (3, 6)
-    assert evaluator.cached_bytes == 3 * 160
+    assert evaluator._cache.nbytes == 3 * 160
 
 
 def test_the_digest_of_contexts_is_made_once(bars: Bars, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,8 @@ def test_a_toy_model_goes_from_settings_to_its_promoted_form(tmp_path: Path, mon
     assert ("decay" in trial.params) is (params["drift"] == 0.01)
 
     assert evaluators.checkpoint_fingerprint(config, "toy") == "toy"
-    evaluator = evaluators.make_evaluator(config, "toy", device="cpu", cache_bytes=2**20)
+    forecaster = evaluators.load_forecaster(config, "toy", device="cpu")
+    evaluator = evaluators.evaluator_of(config, forecaster, cache_bytes=2**20)
     test = windows()
     points = evaluator.forecast(test, params)
     expected = [c.close[-3:].mean() * (1 + params["drift"] * params["decay"]) for c in test.contexts(range(len(test)))]
@@ -209,7 +210,6 @@ def test_a_toy_model_goes_from_settings_to_its_promoted_form(tmp_path: Path, mon
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_starting_points_are_configurations_that_a_promoted_file_could_name(name: str) -> None:
     model, space = models.MODELS[name], spaces.make(name, configuration.load())
-    assert model.default == model.starting_points[0]
     for params in model.starting_points:
         assert spaces.from_promoted(params, {}, space) == params
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from forecasters import Bars, compilation
+from forecasters import Bars
 from launch import verify
 from launch.cli import studies
 from launch.views.tables import terminal
@@ -28,8 +28,7 @@ def bars(count: int = 300) -> Bars:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> verify.VerifyJob:
-    compilation.forget()
+def job(tmp_path: Path, no_graphs: None) -> verify.VerifyJob:
     compiling = {"backend": "eager", "dir": tmp_path / "compiled"}
     config = configuration.load(
         overrides={"toto": {"checkpoint": "toto-tiny"}, "compile": compiling, "search": {"batch": 8}}

@@ -441,7 +441,6 @@ def test_the_contexts_of_now() -> None:
     (context,) = contexts.contexts([0])
     assert bars_fingerprint(context) == bars_fingerprint(bars)
     assert contexts.last_closes.tolist() == [299]
-    assert contexts.last_timestamps.tolist() == bars.timestamps[-1:].tolist()
     assert contexts.chunks(10) == ((0,),)
     later = Windows(symbol="A", bars=bars_of(300), origins=(200,), horizon=3)
     assert contexts.digest([0]) == later.digest([0])

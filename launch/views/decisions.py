@@ -6,15 +6,7 @@ import time
 from collections.abc import Sequence
 
 from launch.output import say
-from launch.views.tables import (
-    NOTHING,
-    Column,
-    Table,
-    p_value,
-    percent_error,
-    percent_gain,
-    percent_interval,
-)
+from launch.views.tables import NOTHING, Column, Table, p_value, percent_error, percent_gain, percent_interval
 from storage.history import Restored
 from studies.promoting import SymbolDecision
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.views.decisions import NEXT
-from launch.views.tables import NOTHING, Column, Table, duration, percent_error, percent_gain
+from launch.views.tables import NOTHING, Column, Table, duration, numbers, percent_error, percent_gain
 from storage import board, slots, study_rows
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
 from storage.retrying import RetryingStorage
 from studies import evidence
-from studies.evidence import MeasuredConfiguration, StudyEvidence, params_text, relative_gain
+from studies.evidence import StudyEvidence, params_text, relative_gain
 from studies.study import Study
 
 BEST_SHOWN = 5  # trials
@@ -156,9 +156,9 @@ def search_table(facts: StudyFacts) -> Table:
     return Table(
         columns=[
             Column(heading="", cells=[*maes, "no change"]),
-            _numbers("MAE", [percent_error(mae) for mae in (*maes.values(), no_change)], 3),
-            _numbers("improvement", [*gains, NOTHING], 2),
-            _numbers("skill", [*skills, NOTHING], 1),
+            numbers("MAE", [percent_error(mae) for mae in (*maes.values(), no_change)], 3),
+            numbers("improvement", [*gains, NOTHING], 2),
+            numbers("skill", [*skills, NOTHING], 1),
             Column(
                 heading="configuration", cells=[*(params_text(configurations[n]) for n in maes), NOTHING], code=True
             ),
@@ -170,20 +170,21 @@ def confirmation_table(found: StudyEvidence) -> Table:
     """What was confirmed, best first, then what is in use; one that could not be measured says why."""
     named = {trial_name(one.trial): one for one in found.ranked} | dict(found.in_use)
     measured = list(named.values())
+    said = [params_text(one.params) if one.error is None else one.error for one in measured]
 
     def maes(part: evidence.Part, heading: str, priority: int) -> Column:
         values = [*(one.mae(part) for one in measured), found.no_change[part].mae]
-        return _numbers(heading, [percent_error(mae) for mae in values], priority)
+        return numbers(heading, [percent_error(mae) for mae in values], priority)
 
     def gains(part: evidence.Part, heading: str, priority: int) -> Column:
         incumbent = found.incumbent
         old = incumbent.mae(part) if incumbent else None
         values = [None if one is incumbent else relative_gain(old, one.mae(part)) for one in measured]
-        return _numbers(heading, [*map(percent_gain, values), NOTHING], priority)
+        return numbers(heading, [*map(percent_gain, values), NOTHING], priority)
 
     def skills(part: evidence.Part, heading: str, priority: int) -> Column:
         values = [one.on(part) for one in measured]
-        return _numbers(heading, [*(percent_gain(one.skill if one else None) for one in values), NOTHING], priority)
+        return numbers(heading, [*(percent_gain(one.skill if one else None) for one in values), NOTHING], priority)
 
     return Table(
         columns=[
@@ -194,7 +195,7 @@ def confirmation_table(found: StudyEvidence) -> Table:
             maes("test", "test MAE", 3),
             gains("test", "test improvement", 2),
             skills("test", "test skill", 1),
-            Column(heading="configuration", cells=[*map(_configuration_text, measured), NOTHING], code=True),
+            Column(heading="configuration", cells=[*said, NOTHING], code=True),
         ]
     )
 
@@ -202,11 +203,3 @@ def confirmation_table(found: StudyEvidence) -> Table:
 def trial_name(number: int | None) -> str:
     """How tables and figures name a trial."""
     return f"trial {number}"
-
-
-def _numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
-    return Column(heading=heading, cells=cells, right=True, priority=priority)
-
-
-def _configuration_text(one: MeasuredConfiguration) -> str:
-    return params_text(one.params) if one.error is None else one.error

@@ -13,7 +13,7 @@ from rich.text import Text
 from launch.output import counted, say, show
 from launch.views import tables
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
-from launch.views.tables import Column, Table, duration, percent_error, percent_gain, percent_share
+from launch.views.tables import Column, Table, duration, numbers, percent_error, percent_gain, percent_share
 from storage import slots, study_rows
 from storage.progress import Progress, first_parked_slots, pick_results, study_progress
 from storage.retrying import RetryingStorage
@@ -133,16 +133,12 @@ def table(rows: Sequence[StudyRow]) -> Table:
     def state(row: StudyRow) -> str:
         return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
 
-    def numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
-        return Column(heading=heading, cells=cells, right=True, priority=priority)
-
+    short_names = [f"{row.symbol}/{row.model}" for row in rows]
+    if len(set(short_names)) < len(rows):  # they do not tell the studies apart
+        short_names = []
     return Table(
         columns=[
-            Column(
-                heading="study",
-                cells=[row.study for row in rows],
-                short_cells=[f"{row.symbol}/{row.model}" for row in rows] if _newest_only(rows) else (),
-            ),
+            Column(heading="study", cells=[row.study for row in rows], short_cells=short_names),
             Column(heading="state", cells=[state(row) for row in rows], priority=9),
             numbers("trials", [f"{row.done}/{row.budget}" for row in rows], 8),
             numbers("incumbent MAE", [percent_error(row.incumbent_mae) for row in rows], 2),
@@ -154,11 +150,6 @@ def table(rows: Sequence[StudyRow]) -> Table:
             numbers("confirmed skill", [percent_gain(row.confirmed_skill) for row in rows], 6),
         ]
     )
-
-
-def _newest_only(rows: Sequence[StudyRow]) -> bool:
-    """Whether symbol and model tell the studies apart."""
-    return len({(row.symbol, row.model) for row in rows}) == len(rows)
 
 
 def print_rows(storage: RetryingStorage, selection: Selection, *, as_json: bool = False, plain: bool = False) -> None:
@@ -229,7 +220,9 @@ def render(found: StudyDetails, width: int) -> RenderableType:
         parts += _section(heading, _without_configurations(confirmation_table(confirmed), width))
     parts += _section("configurations", _configurations(facts))
     parts += _section("worker time by stage", _seconds(facts.seconds, width))
-    parts += _section("parameter importance (PED-ANOVA)", _importances(found, width))
+    shares = found.importances
+    importances = Text(found.importances_missing or "") if shares is None else _shares(shares, width)
+    parts += _section("parameter importance (PED-ANOVA)", importances)
     if facts.parked:
         lines = [Text(f"{STAGES[one.stage]}, slot {one.number}: {one.error}") for one in facts.parked]
         parts += _section("parked work", Group(*lines))
@@ -266,13 +259,9 @@ def _seconds(seconds: Mapping[str, float], width: int) -> RenderableType:
     return _shares({name: value / total for name, value in seconds.items()}, width, times=seconds.values())
 
 
-def _importances(found: StudyDetails, width: int) -> RenderableType:
-    return Text(found.importances_missing or "") if found.importances is None else _shares(found.importances, width)
-
-
 def _shares(shares: Mapping[str, float], width: int, *, times: Iterable[float] = ()) -> rich.table.Table:
     columns = [Column(heading="", cells=list(shares))]
     if spent := [duration(seconds) for seconds in times]:
-        columns.append(Column(heading="time", cells=spent, right=True))
-    columns.append(Column(heading="share", cells=[percent_share(one) for one in shares.values()], right=True))
+        columns.append(numbers("time", spent))
+    columns.append(numbers("share", [percent_share(one) for one in shares.values()]))
     return tables.terminal(Table(columns=columns), width)

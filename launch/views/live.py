@@ -1,4 +1,4 @@
-"""The view of a run in progress: a live table on a terminal, other_workers a line of progress every ten seconds.
+"""The view of a run in progress: a live table on a terminal, elsewhere a line of progress every ten seconds.
 
 A thread of its own writes, so that neither a signal handler nor a thread of the supervisor ever waits for a terminal.
 Once the terminal is gone nothing is written and the run goes on. The cursor is never hidden, so the terminal is left
@@ -78,9 +78,7 @@ class LiveView:
             force_terminal=self._is_live,
             force_interactive=self._is_live,
         )
-        self._inbox: queue.SimpleQueue[str | RunState | None] = (
-            queue.SimpleQueue()
-        )  # put neither blocks nor takes a lock
+        self._inbox: queue.SimpleQueue[str | RunState | None] = queue.SimpleQueue()  # put never blocks, takes no lock
         self._live: Live | None = None
         self._drawn = (0, 0)  # columns and lines of the table that is on the terminal now
         self._state: RunState | None = None

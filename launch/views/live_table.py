@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from launch.output import counted
-from launch.views.tables import Column, Table, duration, percent_error, percent_gain, rate, terminal
+from launch.views.tables import Column, Table, duration, numbers, percent_error, percent_gain, rate, terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ def _worker_table(workers: Sequence[WorkerLine]) -> Table:
                 priority=3,
             ),
             Column(heading="task", cells=[worker.task for worker in workers], priority=4),
-            Column(heading="rate", cells=[rate(worker.rate) for worker in workers], right=True, priority=2),
-            Column(heading="VRAM", cells=[worker.memory for worker in workers], right=True, priority=1),
+            numbers("rate", [rate(worker.rate) for worker in workers], 2),
+            numbers("VRAM", [worker.memory for worker in workers], 1),
         ]
     )
 
@@ -163,18 +163,11 @@ def _study_table(studies: Sequence[StudyLine]) -> Table:
                 cells=[line.name for line in studies],
                 short_cells=[line.name.split("@")[0] for line in studies],
             ),
-            Column(heading="trials", cells=[f"{line.done}/{line.budget}" for line in studies], right=True, priority=5),
-            Column(heading="best", cells=[percent_error(line.best) for line in studies], right=True, priority=3),
-            Column(
-                heading="incumbent", cells=[percent_error(line.incumbent) for line in studies], right=True, priority=1
-            ),
-            Column(
-                heading="improvement",
-                cells=[percent_gain(line.improvement) for line in studies],
-                right=True,
-                priority=2,
-            ),
-            Column(heading="remaining", cells=[line.state for line in studies], right=True, priority=4),
+            numbers("trials", [f"{line.done}/{line.budget}" for line in studies], 5),
+            numbers("best", [percent_error(line.best) for line in studies], 3),
+            numbers("incumbent", [percent_error(line.incumbent) for line in studies], 1),
+            numbers("improvement", [percent_gain(line.improvement) for line in studies], 2),
+            numbers("remaining", [line.state for line in studies], 4),
         ]
     )
 

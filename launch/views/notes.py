@@ -1,6 +1,6 @@
 """Keep what optuna-dashboard shows of studies up to date: note, figures, image and attributes.
 
-Written by the supervisor as a run goes and by `promote`, never by a worker. What the note says is in note_text.py.
+Written by the supervisor as a run goes and by `promote`, never by a worker.
 """
 
 from __future__ import annotations
@@ -11,19 +11,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.output import counted
 from launch.views import decisions, figures
-from launch.views.facts import CONFIRMATION, DECISION, UNDECIDED, StudyFacts, gather
-from launch.views.note_text import FORECAST, note
-from launch.views.tables import percent_error, percent_gain
+from launch.views.facts import (
+    CONFIRMATION,
+    DECISION,
+    STAGES,
+    UNDECIDED,
+    StudyFacts,
+    confirmation_table,
+    gather,
+    search_table,
+)
+from launch.views.tables import Column, Table, literal, markdown, percent_error, percent_gain, percent_share
 from storage import DatabaseUnavailable, board
 from storage.board import Image
 from storage.progress import Progress, study_progress
 from storage.retrying import RetryingStorage, one_line
+from studies.evidence import Part
 from studies.promoting import SymbolDecision
 from studies.study import Study, list_studies
 
 EVERY_S = 30.0  # between two updates during a run; the first imports plotly and matplotlib, a second of CPU
 SHARE = 0.01  # of the time, at most, that updates may take
+PARKED_SHOWN = 5
+FORECAST = "Forecast vs. actual"
+WINDOW_NAMES: dict[Part, str] = {"validation": "search", "confirmation": "confirmation", "test": "test"}
 
 
 class NoteWriter:
@@ -79,7 +92,8 @@ class NoteWriter:
         moved = [
             study
             for study in self._studies
-            if (now := progress.get(study.study_id)) and now != self._written.get(study.study_id) and _has_begun(now)
+            if (now := progress.get(study.study_id)) and now != self._written.get(study.study_id)
+            if now.done or now.parked or not now.open  # it has begun
         ]
         try:
             update(self._storage, self._folder, moved)
@@ -103,10 +117,6 @@ def record_decisions(
 
 def _image_failure(folder: Path, error: OSError) -> str:
     return f"{folder}: cannot keep images for the dashboard: {error.strerror}; set [storage] artifacts_dir"
-
-
-def _has_begun(progress: Progress) -> bool:
-    return bool(progress.done or progress.parked or not progress.open)
 
 
 def update(
@@ -183,3 +193,76 @@ def _attributes(facts: StudyFacts) -> dict[str, str | None]:
         DECISION: (facts.decision or UNDECIDED) if facts.evidence else None,
         CONFIRMATION: facts.confirmation_id,
     }
+
+
+# --- the text -------------------------------------------------------------------------------------------------
+
+
+def note(facts: StudyFacts, image: Image | None = None) -> str:
+    """The whole note. image: of the forecasts."""
+    study = facts.study
+    parts = [
+        f"# {study.symbol} with {study.model}, bars up to {study.as_of}",
+        _overview(facts),
+        "## Search",
+        markdown(search_table(facts), spaced=True),
+        "## Confirmation",
+        _confirmation(facts),
+        "## Decision",
+        facts.decision or ("None yet." if facts.evidence else "The confirmation comes first."),
+        "## Next step",
+        f"`{facts.next_command}`",
+    ]
+    if facts.parked:
+        parts += ["## Parked work", _parked(facts)]
+    if image is not None:
+        parts += [f"## {FORECAST}", f"![{FORECAST}]({image.path(study.study_id)})"]
+    parts.append("*This note is rewritten automatically: keep your own remarks in the notes of trials.*")
+    return "\n\n".join(parts) + "\n"
+
+
+def _overview(facts: StudyFacts) -> str:
+    definition = facts.study.definition
+    rows = {
+        "State": f"{facts.progress.state}: {facts.progress_text}",
+        "Forecast horizon": counted(definition["windows"]["horizon"], "bar"),
+        "Objective": f"{definition['metric']}, {definition['objective']}: "
+        "mean |forecast - close| in per cent of the last close before the window",
+        "Windows": _windows(facts),
+        "Checkpoint": literal(str(definition["checkpoint"])[:16]),
+    }
+    if facts.time_text:
+        rows["Worker time"] = facts.time_text
+    columns = [Column(heading="", cells=list(rows)), Column(heading="", cells=list(rows.values()))]
+    return markdown(Table(columns=columns), spaced=True)
+
+
+def _windows(facts: StudyFacts) -> str:
+    if facts.evidence is None:
+        counts = facts.study.definition["windows"]
+        return f"{counts['validation']} search, {counts['test']} test"
+    return "; ".join(
+        f"{span.count} {name} ({span.first} to {span.last})"
+        for part, name in WINDOW_NAMES.items()
+        if (span := facts.evidence.windows[part])
+    )
+
+
+def _confirmation(facts: StudyFacts) -> str:
+    found = facts.evidence
+    if found is None:
+        return (
+            "It follows when the budget is spent: the best trials and the configurations in use are measured on more "
+            "windows, with fresh seeds."
+        )
+    told = f"Means of {counted(found.passes, 'pass')} with fresh seeds"
+    if found.sampling_error:
+        told += f"; sampling leaves a relative standard error of {percent_share(found.sampling_error, 2)}"
+    return f"{told}.\n\n" + markdown(confirmation_table(found), spaced=True)
+
+
+def _parked(facts: StudyFacts) -> str:
+    lines = [f"- {STAGES[item.stage]}, slot {item.number}: {literal(item.error)}" for item in facts.parked]
+    if (more := len(lines) - PARKED_SHOWN) > 0:
+        lines[PARKED_SHOWN:] = [f"- and {more} more; see `studies show {facts.study.name}`"]
+    return "\n".join(lines)

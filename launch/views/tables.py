@@ -61,6 +61,11 @@ class Column:
         return replace(self, cells=self.short_cells) if self.short_cells else self
 
 
+def numbers(heading: str, cells: Sequence[str], priority: int = 0) -> Column:
+    """A column of numbers."""
+    return Column(heading=heading, cells=cells, right=True, priority=priority)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Columns of equally many cells. The first names the rows and is never left out.
