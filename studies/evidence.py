@@ -16,6 +16,7 @@ from storage.retrying import RetryingStorage
 
 Part = Literal["validation", "confirmation", "test"]
 PARTS: tuple[Part, ...] = ("validation", "confirmation", "test")
+Source = Literal["trial", "grid", "default", "portfolio", "in use"]
 INCUMBENT, STORED = "incumbent", "stored"  # labels of what is in use: what `best` names, the model's own file
 
 OPTIONAL = (*PARTS, "trial", "error", "low", "high")  # fields that JSON leaves out where they are empty
@@ -38,7 +39,11 @@ class MeasuredConfiguration:
 
     model: str
     params: Mapping[str, Any]
-    trial: int | None = None  # number of the trial that proposed it; None: it was in use
+    trial: int | None = None  # number of the trial that proposed it
+    source: Source = "trial"  # why it was measured
+    clipped: float | None = (
+        None  # share of the last CLIP_ORIGINS origins whose last close it clips; None: it clips none
+    )
     validation: Measurement | None = None  # on the windows of the search, with the seeds of the search
     confirmation: Measurement | None = None
     test: Measurement | None = None

@@ -7,8 +7,8 @@ order, so that a difference is taken window by window.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
 
@@ -28,24 +28,55 @@ Reason = Literal[
     "no candidate",
     "worse on test",
     "not significant",
+    "worse than no change",
+    "clips the last close",
 ]
-On = Literal["confirmation", "validation"]
+On = Literal["pooled", "confirmation", "validation"]
 
 LEVEL = 0.95  # of the interval
 INTERVAL_REPETITIONS = 600  # 15 in each tail: its ends then move by 3 % of its width with the seed; 10 us each
-TEST_REPETITIONS = 250  # the standard error of a p-value of 0.05 is then 0.014; 35 us each
 MIN_WINDOWS = 20  # what says 95 % then covers 87 %, with 10 windows 82 %, with 30 and more 89 to 95 %
 SEED = 20_181_231  # any: the same errors always give the same evidence
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What else is known of the chosen candidate against the incumbent; None where it cannot be computed."""
+class Rule:
+    """What is asked of a promotion.
 
-    improvement_validation: float | None = None  # relative
+    max_clipped: the largest share of origins whose last close a configuration may clip and still be chosen.
+    """
+
+    min_improvement: float
+    force: bool = False
+    require_test: bool = False
+    require_skill: bool = False
+    max_p: float | None = None
+    max_clipped: float = 1.0
+    on: On = "pooled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beliefs:
+    """What is believed of one symbol's candidates, given what they did at other symbols (studies/pooling.py)."""
+
+    gains: Sequence[float | None]  # of every candidate, on one log scale; None: not measured
+    over_incumbent: Callable[[int], Improvement | None]  # of a candidate, by its place; None: not comparable
+    over_no_change: Callable[[int], Improvement]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What else is known of the chosen candidate; None where it cannot be computed.
+
+    All of it is against the incumbent, or against "no change" where there is none.
+    """
+
+    improvement_confirmation: float | None = None  # relative, of this symbol's own windows
+    improvement_validation: float | None = None
     improvement_test: float | None = None
-    interval: tuple[float, float] | None = None  # 95 % of the relative improvement on the confirmation windows
-    p_value: float | None = None  # chance of a gain as large as the best candidate's if none were better
+    interval: tuple[float, float] | None = None  # 95 % of the improvement that the rule looks at
+    p_value: float | None = None  # chance that this improvement is not above 0
+    symbols: int = 1  # whose evidence it rests on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,69 +91,104 @@ class Decision:
 def decide(
     candidates: Sequence[MeasuredConfiguration],
     incumbent: MeasuredConfiguration | None,
+    no_change: MeasuredConfiguration,
+    rule: Rule,
     *,
     confirmed: bool,
     stale: bool,
-    min_improvement: float,
-    force: bool = False,
-    require_test: bool = False,
-    max_p: float | None = None,
-    on: On = "confirmation",
+    beliefs: Beliefs | None = None,
 ) -> Decision:
     """Whether the best candidate replaces the incumbent.
 
-    The best has the lowest mean error on the confirmation windows, the first of equal ones; with `on` "validation" on
-    the windows of the search. A candidate with a NaN, an infinity or a negative number anywhere is left out.
+    The best has the largest believed gain; without `beliefs`, or with another `rule.on`, the lowest mean error on the
+    confirmation windows, or on those of the search; the first of equal ones. A candidate with a NaN, an infinity or a
+    negative number anywhere is left out, and so is one that clips more than `rule.max_clipped`, unless forced.
 
-    Promotes where there is no incumbent, where the mean error is lower by strictly more than `min_improvement`
-    (relative), or with `force`, which overrides everything but "not confirmed", "no candidate" and "unchanged".
+    Promotes where there is no incumbent, where the improvement is strictly more than `rule.min_improvement`, or by
+    force, which overrides everything but "not confirmed", "no candidate" and "unchanged". The gates of the rule can
+    only refuse more: no worse on test, a p-value of at most `max_p`, a skill above 0. They ask against the incumbent,
+    or against "no change" where there is none. What is not known fails a gate.
+
+    no_change: the forecast that the price stays, on the same windows.
     confirmed: candidates and incumbent were measured on the confirmation windows.
     stale: the incumbent's file changed since.
-    require_test: of the improved, only those no worse on test. max_p: only those with a p-value of at most this. What
-    is not known fails such a gate.
 
     Raises ValueError if errors are of different numbers of windows.
     """
-    everyone = [*candidates, *([incumbent] if incumbent else [])]
-    if len(counts := {len(each.confirmation.errors) for each in everyone if each.confirmation}) > 1:
+    everyone = [*candidates, no_change, *([incumbent] if incumbent else [])]
+    counts = {len(each.confirmation.errors) for each in everyone if each.confirmation and each.confirmation.errors}
+    if len(counts) > 1:
         raise ValueError(f"errors on different windows cannot be compared: {sorted(counts)} of them")
     if not confirmed:
         return Decision(promote=False, reason="not confirmed")
-    maes = [_mae(candidate, on) for candidate in candidates]
-    known = [(mae, index) for index, mae in enumerate(maes) if mae is not None]
+    pooled = beliefs if rule.on == "pooled" else None
+    scores = [_score(place, one, rule.on, pooled) for place, one in enumerate(candidates)]
+    clips = [one.clipped is not None and one.clipped > rule.max_clipped for one in candidates]
+    known = [(score, place) for place, score in enumerate(scores) if score is not None]
     if not known:
         return Decision(promote=False, reason="no candidate")
-    mae, best = min(known)
-    chosen = candidates[best]
-    if incumbent is None:
-        return Decision(promote=True, reason="first", candidate=best)
-    if incumbent.model == chosen.model and dict(incumbent.params) == dict(chosen.params):
-        return Decision(promote=False, reason="unchanged", candidate=best)
-    if stale:  # the numbers are of another configuration
-        return Decision(promote=force, reason="forced" if force else "stale", candidate=best)
+    allowed = [one for one in known if rule.force or not clips[one[1]]]
+    chosen = [
+        _decide_on(min(found)[1], candidates, incumbent, no_change, rule, stale, pooled)
+        for found in (allowed, known)
+        if found
+    ]
+    if not chosen[0].promote and chosen[-1].promote or not allowed:
+        return replace(chosen[-1], promote=False, reason="clips the last close")
+    return chosen[0]
 
-    old = _mae(incumbent, on)
-    improvement = _improvement(old, mae)
-    usable = [candidate for candidate in candidates if _sane(candidate)]
-    comparison = _compare(chosen, incumbent, usable) if _sane(incumbent) else Comparison()
+
+def _decide_on(
+    best: int,
+    candidates: Sequence[MeasuredConfiguration],
+    incumbent: MeasuredConfiguration | None,
+    no_change: MeasuredConfiguration,
+    rule: Rule,
+    stale: bool,
+    pooled: Beliefs | None,
+) -> Decision:
+    """What is to become of one candidate, as `decide` says."""
+    chosen = candidates[best]
+    if incumbent is not None and incumbent.model == chosen.model and dict(incumbent.params) == dict(chosen.params):
+        return Decision(promote=False, reason="unchanged", candidate=best)
+    if stale and incumbent is not None:  # the numbers are of another configuration
+        return Decision(promote=rule.force, reason="forced" if rule.force else "stale", candidate=best)
+
+    rival = incumbent or no_change
+    comparison, believed = Comparison(), None
+    if _sane(rival):
+        comparison = _compare(chosen, rival)
+        if pooled is not None:
+            believed = pooled.over_incumbent(best) if incumbent else pooled.over_no_change(best)
+        if believed is not None:
+            comparison = replace(
+                comparison, interval=believed.interval, p_value=believed.p_value, symbols=believed.symbols
+            )
+    old, new = _mae(rival, rule.on), _mae(chosen, rule.on)
+    assert new is not None
+    better = old is not None and (
+        exceeds(old, new, rule.min_improvement) if believed is None else believed.value > rule.min_improvement
+    )
     reason: Reason
-    if force:
+    if rule.force and incumbent is not None:
         reason = "forced"
-    elif old is None:
+    elif incumbent is not None and old is None:
         reason = "not comparable"
-    elif not exceeds(old, mae, min_improvement):
+    elif incumbent is not None and not better:
         reason = "not better"
-    elif require_test and not _no_worse_on_test(chosen, incumbent):
+    elif rule.require_test and not _no_worse_on_test(chosen, rival) and not rule.force:
         reason = "worse on test"
-    elif max_p is not None and not (comparison.p_value is not None and comparison.p_value <= max_p):
+    elif rule.max_p is not None and not _is_at_most(comparison.p_value, rule.max_p) and not rule.force:
         reason = "not significant"
+    elif rule.require_skill and not _has_skill(chosen) and not rule.force:
+        reason = "worse than no change"
     else:
-        reason = "improved"
+        reason = "improved" if incumbent is not None else "first"
     return Decision(
-        promote=reason in ("forced", "improved"),
+        promote=reason in ("first", "forced", "improved"),
         reason=reason,
         candidate=best,
-        improvement=improvement,
+        improvement=None if incumbent is None else _improvement(old, new) if believed is None else believed.value,
         comparison=comparison,
     )
 
@@ -142,8 +208,17 @@ def _sane(measured: MeasuredConfiguration) -> bool:
     return all(number is None or (math.isfinite(number) and number >= 0) for number in numbers)
 
 
+def _score(place: int, measured: MeasuredConfiguration, on: On, pooled: Beliefs | None) -> float | None:
+    """What the best has least of; None where it was not measured or is no number."""
+    mae = _mae(measured, on)
+    if mae is None or pooled is None:
+        return mae
+    gain = pooled.gains[place]
+    return None if gain is None else -gain
+
+
 def _mae(measured: MeasuredConfiguration, on: On) -> float | None:
-    """What the rule compares; None where it was not measured or is no number."""
+    """Of the windows that the rule looks at; None where it was not measured or is no number."""
     if not _sane(measured):
         return None
     return measured.mae("validation") if on == "validation" else _mean(_errors(measured))
@@ -160,9 +235,16 @@ def _improvement(old: float | None, new: float | None) -> float | None:
     return improvement if improvement is not None and math.isfinite(improvement) else None
 
 
-def _no_worse_on_test(chosen: MeasuredConfiguration, incumbent: MeasuredConfiguration) -> bool:
-    new, old = chosen.mae("test"), incumbent.mae("test")
-    return new is not None and old is not None and new <= old
+def _no_worse_on_test(chosen: MeasuredConfiguration, rival: MeasuredConfiguration) -> bool:
+    return _is_at_most(chosen.mae("test"), rival.mae("test"))
+
+
+def _is_at_most(value: float | None, limit: float | None) -> bool:
+    return value is not None and limit is not None and value <= limit
+
+
+def _has_skill(chosen: MeasuredConfiguration) -> bool:
+    return chosen.confirmation is not None and chosen.confirmation.skill > 0
 
 
 def _errors(measured: MeasuredConfiguration) -> tuple[float, ...]:
@@ -173,28 +255,43 @@ def _errors(measured: MeasuredConfiguration) -> tuple[float, ...]:
 # --- the comparison ----------------------------------------------------------------------------------------------
 
 
-def _compare(
-    chosen: MeasuredConfiguration, incumbent: MeasuredConfiguration, candidates: Sequence[MeasuredConfiguration]
-) -> Comparison:
-    """All of it, each part None where it cannot be computed. The measurements given are sane."""
+def _compare(chosen: MeasuredConfiguration, rival: MeasuredConfiguration) -> Comparison:
+    """All of it from the symbol's own errors, each part None where it cannot be computed. Both are sane."""
     interval = p_value = None
-    ours, theirs = _errors(chosen), _errors(incumbent)
+    ours, theirs = _errors(chosen), _errors(rival)
     old = _mean(theirs)
     if old and len(ours) >= MIN_WINDOWS:
         # Sane but absurd errors overflow; what comes of it is not finite and so not shown.
         with np.errstate(all="ignore"):
-            scale = np.array(theirs) / old  # [W], of mean 1: what follows is free of units
-            new = np.array(ours) / old
-            tried = [np.array(errors) / old for candidate in candidates if (errors := _errors(candidate))]  # each [W]
-            if (block := _block_length(scale - new)) is not None:
-                interval = _interval(scale, new, block)
-                p_value = _superior_predictive_ability(scale, tried, block)
+            resampled = _resampled(np.array(theirs) / old, np.array(ours) / old)
+        if resampled is not None:
+            low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            interval = float(low), float(high)
+            # This many repetitions cannot tell less from nothing.
+            p_value = max(float((resampled <= 0).mean()), 1 / INTERVAL_REPETITIONS)
     return Comparison(
-        improvement_validation=_improvement(incumbent.mae("validation"), chosen.mae("validation")),
-        improvement_test=_improvement(incumbent.mae("test"), chosen.mae("test")),
+        improvement_confirmation=_improvement(old, _mean(ours)),
+        improvement_validation=_improvement(rival.mae("validation"), chosen.mae("validation")),
+        improvement_test=_improvement(rival.mae("test"), chosen.mae("test")),
         interval=interval,
         p_value=p_value,
     )
+
+
+def _resampled(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
+    """1 - mean(new) / mean(old) of errors [W] as the stationary bootstrap (Politis and Romano, 1994) resamples it, [R].
+
+    None where nothing varies. Their percentiles keep within what improvements can be, and the ratio of two means of the
+    same windows is nearly symmetric, so that there is little for a corrected interval to correct.
+    """
+    from arch.bootstrap import StationaryBootstrap
+
+    if (block := _block_length(old - new)) is None:
+        return None
+    bootstrap = StationaryBootstrap(block, old, seed=SEED)
+    indices = np.stack([bootstrap.update_indices() for _ in range(INTERVAL_REPETITIONS)])  # [R, W]
+    improvements = 1 - new[indices].sum(axis=1) / old[indices].sum(axis=1)
+    return improvements if np.isfinite(improvements).all() else None
 
 
 def _block_length(differences: np.ndarray) -> int | None:
@@ -205,36 +302,3 @@ def _block_length(differences: np.ndarray) -> int | None:
         return None
     length = float(optimal_block_length(differences)["stationary"].to_numpy()[0])
     return max(1, math.ceil(length)) if math.isfinite(length) else None
-
-
-def _interval(old: np.ndarray, new: np.ndarray, block: int) -> tuple[float, float] | None:
-    """Of 1 - mean(new) / mean(old), by the stationary bootstrap (Politis and Romano, 1994). Both [W].
-
-    Percentiles of the resampled improvements: they keep within what improvements can be, and the ratio of two means
-    of the same windows is nearly symmetric, so that there is little for a corrected interval to correct.
-    """
-    from arch.bootstrap import StationaryBootstrap
-
-    bootstrap = StationaryBootstrap(block, old, seed=SEED)
-    indices = np.stack([bootstrap.update_indices() for _ in range(INTERVAL_REPETITIONS)])  # [R, W]
-    improvements = 1 - new[indices].sum(axis=1) / old[indices].sum(axis=1)  # [R]
-    if not np.isfinite(improvements).all():
-        return None
-    low, high = np.quantile(improvements, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def _superior_predictive_ability(old: np.ndarray, tried: Sequence[np.ndarray], block: int) -> float | None:
-    """P-value of the best of the candidates against the incumbent (Hansen, 2005; "consistent"). All [W].
-
-    It allows for the best having been chosen among those given. Differences are not studentised (arch has it so).
-    """
-    from arch.bootstrap import SPA
-
-    # One that never differs has no chance to be better and would read as certain to be.
-    models = [errors for errors in tried if (old - errors).std() > 1e-12]
-    test = SPA(old, np.stack(models, axis=1), block_size=block, reps=TEST_REPETITIONS, seed=SEED)
-    test.compute()
-    p_value = float(test.pvalues.to_dict()["consistent"])
-    # This many repetitions cannot tell less from nothing.
-    return max(p_value, 1 / TEST_REPETITIONS) if math.isfinite(p_value) else None
