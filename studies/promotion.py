@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from studies.evidence import MeasuredConfiguration, relative_gain
+from studies.pooling import Improvement
 
 Reason = Literal[
     "first",
@@ -133,7 +134,7 @@ def decide(
         for found in (allowed, known)
         if found
     ]
-    if not chosen[0].promote and chosen[-1].promote or not allowed:
+    if (not chosen[0].promote and chosen[-1].promote) or not allowed:
         return replace(chosen[-1], promote=False, reason="clips the last close")
     return chosen[0]
 
@@ -157,13 +158,9 @@ def _decide_on(
     rival = incumbent or no_change
     comparison, believed = Comparison(), None
     if _sane(rival):
-        comparison = _compare(chosen, rival)
         if pooled is not None:
             believed = pooled.over_incumbent(best) if incumbent else pooled.over_no_change(best)
-        if believed is not None:
-            comparison = replace(
-                comparison, interval=believed.interval, p_value=believed.p_value, symbols=believed.symbols
-            )
+        comparison = _compare(chosen, rival, believed)
     old, new = _mae(rival, rule.on), _mae(chosen, rule.on)
     assert new is not None
     better = old is not None and (
@@ -255,26 +252,28 @@ def _errors(measured: MeasuredConfiguration) -> tuple[float, ...]:
 # --- the comparison ----------------------------------------------------------------------------------------------
 
 
-def _compare(chosen: MeasuredConfiguration, rival: MeasuredConfiguration) -> Comparison:
-    """All of it from the symbol's own errors, each part None where it cannot be computed. Both are sane."""
-    interval = p_value = None
-    ours, theirs = _errors(chosen), _errors(rival)
-    old = _mean(theirs)
-    if old and len(ours) >= MIN_WINDOWS:
+def _compare(chosen: MeasuredConfiguration, rival: MeasuredConfiguration, believed: Improvement | None) -> Comparison:
+    """What is known beside the decision, each part None where it cannot be computed. Both are sane."""
+    ours, theirs = _mean(_errors(chosen)), _mean(_errors(rival))
+    interval, p_value, symbols = None, None, 1
+    if believed is not None:
+        interval, p_value, symbols = believed.interval, believed.p_value, believed.symbols
+    elif theirs and len(_errors(chosen)) >= MIN_WINDOWS:
         # Sane but absurd errors overflow; what comes of it is not finite and so not shown.
         with np.errstate(all="ignore"):
-            resampled = _resampled(np.array(theirs) / old, np.array(ours) / old)
+            resampled = _resampled(np.array(_errors(rival)) / theirs, np.array(_errors(chosen)) / theirs)
         if resampled is not None:
             low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
             interval = float(low), float(high)
             # This many repetitions cannot tell less from nothing.
             p_value = max(float((resampled <= 0).mean()), 1 / INTERVAL_REPETITIONS)
     return Comparison(
-        improvement_confirmation=_improvement(old, _mean(ours)),
+        improvement_confirmation=_improvement(theirs, ours),
         improvement_validation=_improvement(rival.mae("validation"), chosen.mae("validation")),
         improvement_test=_improvement(rival.mae("test"), chosen.mae("test")),
         interval=interval,
         p_value=p_value,
+        symbols=symbols,
     )
 
 

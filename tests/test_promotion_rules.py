@@ -36,7 +36,8 @@ def test_a_forecast_sees_no_bar_that_it_is_of(series: SymbolForecasts, end: int)
 
 
 def test_a_search_sees_windows_in_the_order_of_a_study_and_is_judged_after_them(series: SymbolForecasts) -> None:
-    searches = experiment.searches(series, every=30, confirmation=250)
+    found = [experiment.search_at(series, date, confirmation=250) for date in experiment.dates([series], every=30)]
+    searches = [search for search in found if search is not None]
     assert len(searches) == 1 + (700 - 60 - MIN_CONTEXT - 250 - 20) // 30
     for search in searches:
         assert search.confirmation.stop == search.validation.stop == search.test.start
@@ -46,6 +47,14 @@ def test_a_search_sees_windows_in_the_order_of_a_study_and_is_judged_after_them(
         assert [part.stop - part.start for part in parts] == [250, 30, 20, 60]
         assert search.confirmation.start >= 0
         assert search.realised.stop <= len(series.windows)
+
+
+def test_only_symbols_whose_bars_end_together_are_pooled() -> None:
+    short = experiment.forecast("B", walk(600))
+    dates = experiment.dates([experiment.forecast("A", walk(700)), short], every=30)
+    assert dates[0] == walk(700).timestamps[-61]
+    assert experiment.search_at(short, dates[0], confirmation=250) is None
+    assert experiment.search_at(short, walk(700).timestamps[539], confirmation=250) is not None
 
 
 @pytest.mark.parametrize("way", [1, -1])
