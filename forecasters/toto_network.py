@@ -60,7 +60,7 @@ class TotoNetworkConfig:
 
 
 class Statistics(NamedTuple):
-    """Running number of points, mean and sum of squared deviations of what was seen, float64; and the bounds of the scale."""
+    """Running number, mean and sum of squared deviations of points seen, float64; and the bounds of the scale."""
 
     points: Tensor
     mean: Tensor
