@@ -31,12 +31,7 @@ from forecasters.kronos_encoded import (
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
 from forecasters.kronos_model import KRONOS
-from forecasters.kronos_network import (
-    CALENDAR,
-    KronosNetwork,
-    KronosTokenizer,
-    LayerCache,
-)
+from forecasters.kronos_network import CALENDAR, KronosNetwork, KronosTokenizer, LayerCache
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
 from forecasters.kronos_tree import paths
 
@@ -280,13 +275,7 @@ class Kronos:
         return min(self._fixed_samples, 1 << (fit.bit_length() - 1))
 
     def _draw_fixed(
-        self,
-        encoded: EncodedBars,
-        windows: range,
-        sampling: Sampling,
-        count: int,
-        seeds: Sequence[int],
-        samples: int,
+        self, encoded: EncodedBars, windows: range, sampling: Sampling, count: int, seeds: Sequence[int], samples: int
     ) -> np.ndarray:
         """All columns of `count` paths of these windows, float64 [W, S, H, 6], by graphs of fixed shapes.
 

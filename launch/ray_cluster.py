@@ -201,10 +201,7 @@ class RemoteProcess:
         self._kill_at: float | None = None
         on_gpu = cluster.resource == "GPU"
         actor = self.ray.remote(Host).options(
-            num_cpus=0 if on_gpu else 1,
-            num_gpus=1 if on_gpu else 0,
-            max_restarts=0,
-            scheduling_strategy="SPREAD",
+            num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0, max_restarts=0, scheduling_strategy="SPREAD"
         )
         self._actor = actor.remote()
         self._answer = self._actor.start.remote(run, cluster.most_on_a_node, dict(environment))

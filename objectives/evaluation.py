@@ -83,12 +83,7 @@ class Evaluator:
         return measurement_of(windows, points, seconds=cost.seconds, latency_s=cost.latency_s)
 
     def forecast(
-        self,
-        contexts: Contexts,
-        params: Mapping[str, Any],
-        *,
-        pass_number: int = 0,
-        kind: SeedKind = SeedKind.STUDY,
+        self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
     ) -> np.ndarray:
         """The point forecasts of these params with the seeds of one pass, float64 [W, H], price.
 
@@ -99,12 +94,7 @@ class Evaluator:
         return self._joined(contexts, params, pass_number, kind, self._points(params))
 
     def samples(
-        self,
-        contexts: Contexts,
-        params: Mapping[str, Any],
-        *,
-        pass_number: int = 0,
-        kind: SeedKind = SeedKind.STUDY,
+        self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
     ) -> np.ndarray:
         """The samples that `forecast` makes its points of, float64 [W, S, H], price.
 
