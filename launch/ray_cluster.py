@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -293,20 +293,20 @@ class RaySupervisor(Supervisor):
         return "was lost with its actor or node" if status == LOST else super()._describe_exit(status)
 
     def _update(self, child: Child) -> None:
-        if isinstance(child.process, RemoteProcess):
-            child.process.poll()
-            child.name = child.process.name
+        if process := cast(RemoteProcess | None, child.process):
+            process.poll()
+            child.name = process.name
         super()._update(child)
-        process = child.process
-        if child.exit_status is not None or (isinstance(process, RemoteProcess) and process.name):
+        process = cast(RemoteProcess | None, child.process)
+        if child.exit_status is not None or (process and process.name):
             return
         if any(other.exit_status == EXIT_DONE for other in self.children):  # so nothing is left for this one to do
-            if isinstance(process, RemoteProcess):
+            if process:
                 process.terminate()
                 process.poll()
             child.process, child.exit_status = None, EXIT_DONE
         elif (
-            isinstance(process, RemoteProcess)
+            process
             and time.monotonic() - process.began > PENDING_NOTICE_S
             and child.number not in self.announced_pending
         ):
