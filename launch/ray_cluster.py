@@ -300,15 +300,12 @@ class RaySupervisor(Supervisor):
         process = cast(RemoteProcess | None, child.process)
         if child.exit_status is not None or (process and process.name):
             return
+        pending = process and time.monotonic() - process.began > PENDING_NOTICE_S
         if any(other.exit_status == EXIT_DONE for other in self.children):  # so nothing is left for this one to do
             if process:
                 process.terminate()
                 process.poll()
             child.process, child.exit_status = None, EXIT_DONE
-        elif (
-            process
-            and time.monotonic() - process.began > PENDING_NOTICE_S
-            and child.number not in self.announced_pending
-        ):
+        elif pending and child.number not in self.announced_pending:
             self.announced_pending.add(child.number)
             self.say(f"worker {child.number} is waiting for a free {self.cluster.resource} in the cluster")
