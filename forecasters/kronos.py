@@ -226,8 +226,7 @@ class Kronos:
     def draw_columns(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples of all six columns, float64 [W, S, H, 6].
 
-        params: temperature, top_k, top_p, sample_count. seeds: one a window. Equal seeds and params give equal
-        samples; a smaller sample count gives a prefix of a larger one. Raises ForecastError.
+        params: temperature, top_k, top_p, sample_count. seeds, and what is raised, as for `Forecaster.draw`.
         """
         sampling, count = sampling_of(params), int(params["sample_count"])
         if count < 1:
