@@ -168,21 +168,17 @@ class ExactForecaster(Forecaster, Protocol):
         ...
 
 
-class GraphCounts(Protocol):
+@dataclass(eq=False)
+class GraphCounts:
     """What compiling has cost a forecaster so far."""
 
-    @property
-    def count(self) -> int: ...  # graphs, one a shape
-
-    @property
-    def recompilations(self) -> int: ...  # of shapes that had been compiled; 0 unless something is wrong
-
-    @property
-    def warmup_s(self) -> float: ...  # in first calls of a shape
+    count: int = 0  # graphs, one a shape
+    recompilations: int = 0  # of shapes that had been compiled; 0 unless something is wrong
+    warmup_s: float = 0.0  # in first calls of a shape, waiting for others included
 
 
 class LoadedForecaster(Forecaster, Protocol):
-    """A forecaster as `load` returns it. Whether it is an ExactForecaster too, its descriptor says (`Model.exact`)."""
+    """A forecaster as `load` returns it; `Model.exact_horizon` says whether it is an ExactForecaster too."""
 
     @property
     def compilation(self) -> str:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from forecasters import BY_DEFAULT, COMPILE_MODES, Running, SettingError
+from forecasters import BY_DEFAULT, COMPILE_MODES, GraphCounts, Running, SettingError
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def decide(
 OFF = Policy(mode="off", backend="inductor", folder=Path("compiled_models"))
 
 
-class Graphs:
+class Graphs(GraphCounts):
     """The compiled functions of one forecaster, and the buffers that they write into. For one thread."""
 
     def __init__(self, policy: Policy, *, device: torch.device, identity: str) -> None:
@@ -105,11 +105,10 @@ class Graphs:
 
         Raises SettingError where the cache's folder cannot be written.
         """
+        super().__init__()
         self.policy = policy
         self.on = policy.mode != "off"
         self.state = policy.mode  # "off", a mode, or "MODE failed: why", which runs eagerly
-        self.recompilations = 0  # of shapes that had been compiled
-        self.warmup_s = 0.0  # spent in first calls, waiting for others included
         self._device = device
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._warm: set[Hashable] = set()
@@ -128,11 +127,6 @@ class Graphs:
     @property
     def _captured(self) -> bool:
         return self.policy.captures and self._device.type == "cuda"
-
-    @property
-    def count(self) -> int:
-        """Graphs compiled so far."""
-        return len(self._warm)
 
     def run(self, function: Callable[..., Result], key: Hashable, /, *arguments: Any) -> Result:
         """function(*arguments), compiled where the policy says so.
@@ -165,6 +159,7 @@ class Graphs:
             self._give_up(error)
             return function(*arguments)
         self._warm.add(whole)
+        self.count += 1
         self.warmup_s += time.perf_counter() - began
         return result
 

@@ -51,13 +51,6 @@ class SearchedParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactAnswers:
-    """Which questions a model answers without samples."""
-
-    horizon: int | None  # steps, at most; None: only the loaded checkpoint knows
-
-
-@dataclass(frozen=True, kw_only=True)
 class Model:
     """A model as settings, searches, promotion and commands know it."""
 
@@ -73,7 +66,7 @@ class Model:
     to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda params, searched: dict(params)
     implied: Callable[[Mapping[str, Knob]], Mapping[str, Any]] = lambda knobs: {}  # by a promoted file that is silent
     refuses: Callable[[Any, int], str | None] = lambda settings, horizon: None  # what is wrong with a horizon
-    exact: ExactAnswers | None = None
+    exact_horizon: int | None = 0  # steps, at most, that it answers without samples; None: the checkpoint decides
     window_bytes: Callable[[Mapping[str, Any], int], int] | None = None  # of an encoded window; None: weights decide
     baseline: bool = False  # something to compare with, searched only where it is asked for by name
 

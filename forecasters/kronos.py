@@ -20,23 +20,17 @@ from forecasters.compilation import OFF, Graphs, Policy
 from forecasters.kronos_encoded import (
     CLOSE,
     COLUMNS,
-    EPSILON,
     MIN_BARS,
     EncodedBars,
     KronosPrefix,
     Window,
     calendar_of,
-    columns_of,
+    normalised,
 )
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
 from forecasters.kronos_model import KRONOS
-from forecasters.kronos_network import (
-    CALENDAR,
-    KronosNetwork,
-    KronosTokenizer,
-    LayerCache,
-)
+from forecasters.kronos_network import CALENDAR, KronosNetwork, KronosTokenizer, LayerCache
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
 from forecasters.kronos_tree import paths
 
@@ -128,12 +122,9 @@ class Kronos:
         return EncodedBars(windows=[windows[i] for i in range(len(contexts))], horizon=horizon)
 
     def _encode(self, contexts: Sequence[Bars], clip: float, horizon: int) -> list[Window]:
-        columns = np.stack([columns_of(bars) for bars in contexts])  # [B, 6, T]
-        # numpy, float32, along contiguous memory: torch's mean and deviation differ in the last bit
-        mean, scale = columns.mean(axis=2), columns.std(axis=2) + np.float32(EPSILON)
-        normal = np.clip((columns - mean[..., None]) / scale[..., None], -clip, clip)
+        normal, mean, scale = zip(*(normalised(bars, clip) for bars in contexts), strict=True)
         stamps = self._to_device(np.stack([calendar_of(bars.timestamps, horizon - 1) for bars in contexts]))
-        tokens = self.tokenizer.tokens(self._to_device(np.ascontiguousarray(normal.transpose(0, 2, 1))))  # [B, T, 2]
+        tokens = self.tokenizer.tokens(self._to_device(np.ascontiguousarray(normal)))  # [B, T, 2]
         length, room = tokens.shape[1], self.network_context
         seen = slice(max(0, length - room), length)
         prefixes = self.prefill(tokens[:, seen], stamps[:, seen], keep=horizon > 1 and length < room)
@@ -164,11 +155,9 @@ class Kronos:
         stamps = np.zeros((len(contexts), normal.shape[1] + horizon - 1, len(CALENDAR)), np.int64)
         scaling = []
         for i, bars in enumerate(contexts):
-            columns = columns_of(bars)
-            mean, scale = columns.mean(axis=1), columns.std(axis=1) + np.float32(EPSILON)
-            normal[i, : len(bars)] = np.clip((columns - mean[:, None]) / scale[:, None], -clip, clip).T
+            normal[i, : len(bars)], *scale = normalised(bars, clip)
             stamps[i, : len(bars) + horizon - 1] = calendar_of(bars.timestamps, horizon - 1)
-            scaling.append((mean, scale))
+            scaling.append(scale)
         seen = [max(0, length - room) for length in lengths]  # the first bar that the network sees
         shown = [max(0, length + horizon - room) for length in lengths]  # the first that the decoder sees at the end
         sizes = [np.subtract(lengths, first) for first in (seen, shown)]
@@ -231,8 +220,7 @@ class Kronos:
     def draw_columns(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples of all six columns, float64 [W, S, H, 6].
 
-        params: temperature, top_k, top_p, sample_count. seeds: one a window. Equal seeds and params give equal
-        samples; a smaller sample count gives a prefix of a larger one. Raises ForecastError.
+        params: temperature, top_k, top_p, sample_count. seeds, and what is raised, as for `Forecaster.draw`.
         """
         sampling, count = sampling_of(params), int(params["sample_count"])
         if count < 1:
@@ -280,13 +268,7 @@ class Kronos:
         return min(self._fixed_samples, 1 << (fit.bit_length() - 1))
 
     def _draw_fixed(
-        self,
-        encoded: EncodedBars,
-        windows: range,
-        sampling: Sampling,
-        count: int,
-        seeds: Sequence[int],
-        samples: int,
+        self, encoded: EncodedBars, windows: range, sampling: Sampling, count: int, seeds: Sequence[int], samples: int
     ) -> np.ndarray:
         """All columns of `count` paths of these windows, float64 [W, S, H, 6], by graphs of fixed shapes.
 

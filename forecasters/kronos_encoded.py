@@ -44,6 +44,14 @@ def columns_of(bars: Bars) -> np.ndarray:
     return columns
 
 
+def normalised(bars: Bars, clip: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The columns in standard deviations about their mean, cut off at `clip`, float32 [T, 6]; mean and scale, [6]."""
+    columns = columns_of(bars)
+    # numpy, float32, along contiguous memory: torch's mean and deviation differ in the last bit
+    mean, scale = columns.mean(axis=1), columns.std(axis=1) + np.float32(EPSILON)
+    return np.clip((columns - mean[:, None]) / scale[:, None], -clip, clip).T, mean, scale
+
+
 def calendar_of(timestamps: np.ndarray, ahead: int) -> np.ndarray:
     """Calendar fields of the bars and of `ahead` bars after them, int64 [T + ahead, 5].
 

@@ -7,12 +7,16 @@ step or of memory that runs out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from forecasters.kronos_encoded import COLUMNS, EncodedBars, Window
 from forecasters.kronos_sampling import Sampling, inverse_cdf, uniforms
-from forecasters.kronos_tree import Networks, one_bar, roots, second_logits
+from forecasters.kronos_tree import one_bar, roots, second_logits
+
+if TYPE_CHECKING:
+    from forecasters.kronos import Kronos
 
 EXACT_PAIRS = 4096  # pairs enumerated a window; beyond them (top_k = 0, high temperature) the rest is sampled
 EXACT_FIRST = 256  # first tokens of them: each costs a row of second logits
@@ -24,7 +28,7 @@ EXACT_SIGMAS = 4.0  # of the sampled rest, in the reported bound
 
 
 def expect(
-    networks: Networks,
+    networks: Kronos,
     encoded: EncodedBars,
     start: int,
     windows: Sequence[Window],
@@ -59,7 +63,7 @@ def expect(
 
 
 def _draw_rest(
-    networks: Networks, encoded: EncodedBars, w: int, sampling: Sampling, seed: int, rest: np.ndarray, taken: np.ndarray
+    networks: Kronos, encoded: EncodedBars, w: int, sampling: Sampling, seed: int, rest: np.ndarray, taken: np.ndarray
 ) -> np.ndarray:
     """Normalised values [EXACT_REST_DRAWS, 6] of pairs drawn from what is not enumerated.
 

@@ -14,15 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from forecasters.kronos_network import (
-    DEPENDENCY_HEADS,
-    KronosNetwork,
-    KronosTokenizer,
-    LayerCache,
-    Stack,
-    rotary_table,
-    rotate,
-)
+from forecasters.kronos_network import KronosNetwork, KronosTokenizer, LayerCache, Stack, rotary_table, rotate
 
 FIXED_BARS = 64  # compiled contexts are padded to a multiple: 4 graphs serve the 5 published lengths
 
@@ -120,8 +112,7 @@ class FixedShapes(nn.Module):
         network, tokenizer = self.network, self.tokenizer
         s1 = pick(s1_logits, sampling, uniforms[..., 0])
         layer, own = network.dep_layer, dependency.own[0]
-        query = layer.cross_attn.q_proj(network.embedding.emb_s1(s1))  # [W, N, d]
-        query = query.unflatten(-1, (DEPENDENCY_HEADS, -1)).transpose(1, 2)  # [W, 4, N, d / 4]
+        query = layer.cross_attn.heads(layer.cross_attn.q_proj(network.embedding.emb_s1(s1)))  # [W, 4, N, d / 4]
         mixed = attend(query, dependency.prefixes[0], dependency.lengths, own, step)
         joined = layer.norm(hidden + layer.cross_attn.out_proj(mixed))
         s2 = pick(network.head.proj_s2(joined).float(), sampling, uniforms[..., 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forecasters import StageParams
-from forecasters.descriptor import Condition, ExactAnswers, Knob, Model, Range, SearchedParams
+from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams
 from forecasters.settings import CHECKPOINT, LOADING, at_least, counts, interval, setting
 
 CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
@@ -81,5 +81,5 @@ KRONOS = Model(
     # The second is that repository's backtest on daily bars, finetune/config.py.
     starting_points=(PUBLISHED, {**PUBLISHED, "temperature": 0.6, "sample_count": 5, "max_context": 90}),
     refuses=_refuses,
-    exact=ExactAnswers(horizon=1),
+    exact_horizon=1,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,34 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forecasters.kronos_encoded import COLUMNS, EncodedBars, KronosPrefix, Window
-from forecasters.kronos_network import (
-    KronosNetwork,
-    KronosTokenizer,
-    LayerCache,
-    Own,
-    extend,
-    groups_of,
-    padded,
-    tree_cache,
-)
+from forecasters.kronos_network import LayerCache, Own, extend, groups_of, padded, tree_cache
 from forecasters.kronos_sampling import Pick
 
-
-class Networks(Protocol):
-    """What the tree is grown by: both networks on one device, and what of them may run together."""
-
-    tokenizer: KronosTokenizer
-    network: KronosNetwork
-    network_context: int  # bars the network sees at most
-    forwards: int  # runs of the transformer; a step adds one
-    draw_rows: int  # paths decoded at a time
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[KronosPrefix]:
-        """tokens [B, T, 2], stamps [B, T, 5]: one KronosPrefix a row; keep: with the transformer's keys and values."""
-        ...
+if TYPE_CHECKING:
+    from forecasters.kronos import Kronos
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +44,7 @@ class Frontier:
 
 
 @torch.inference_mode()
-def paths(networks: Networks, encoded: EncodedBars, windows: range, count: int, pick: Pick) -> np.ndarray:
+def paths(networks: Kronos, encoded: EncodedBars, windows: range, count: int, pick: Pick) -> np.ndarray:
     """`count` paths of each of these windows, drawn by `pick`: all columns, float64 [len(windows), count, H, 6].
 
     The windows have contexts of one length. The samples that `pick` is asked for run window by window; samples
@@ -95,16 +72,14 @@ def paths(networks: Networks, encoded: EncodedBars, windows: range, count: int, 
     return np.stack([w.mean + values * w.scale for w, values in zip(chosen, shaped.astype(np.float64), strict=True)])
 
 
-def _split(networks: Networks, codes: np.ndarray) -> tuple[np.ndarray, Tensor]:
+def _split(networks: Kronos, codes: np.ndarray) -> tuple[np.ndarray, Tensor]:
     """Codes of (row, s1, s2): the rows [n] and the tokens int64 [n, 2]."""
     pairs, s2 = np.divmod(codes, networks.network.config.s2_size)
     rows, s1 = np.divmod(pairs, networks.network.config.s1_size)
     return rows, torch.from_numpy(np.stack([s1, s2], axis=1)).to(networks.device)
 
 
-def second_logits(
-    networks: Networks, encoded: EncodedBars, start: int, frontier: Frontier, pairs: np.ndarray
-) -> Tensor:
+def second_logits(networks: Kronos, encoded: EncodedBars, start: int, frontier: Frontier, pairs: np.ndarray) -> Tensor:
     """For ascending distinct codes of (frontier row, s1): float32 [n, 2**s2_bits], on the CPU.
 
     Those of the first step are kept in the table: they are the same for every draw. start: the first window.
@@ -124,7 +99,7 @@ def second_logits(
     return encoded.s2_logits.get(pairs + shift, compute) if frontier.own is None else compute(pairs)
 
 
-def one_bar(networks: Networks, encoded: EncodedBars, start: int, codes: np.ndarray) -> Tensor:
+def one_bar(networks: Kronos, encoded: EncodedBars, start: int, codes: np.ndarray) -> Tensor:
     """Pairs decoded right after their windows' prefixes: ascending codes of (window - start, s1, s2) to [n, 6]."""
     config = networks.network.config
     shift = start * config.s1_size * config.s2_size
@@ -155,7 +130,7 @@ def roots(windows: Sequence[Window]) -> Frontier:
 class _Tree:
     """The token pairs drawn so far for some windows, a level a step, and what the networks keep of them."""
 
-    def __init__(self, networks: Networks, windows: Sequence[Window], capacity: int) -> None:
+    def __init__(self, networks: Kronos, windows: Sequence[Window], capacity: int) -> None:
         self._networks, self._windows, self._capacity = networks, windows, capacity
         self._levels: list[Level] = []
         self._decoder = tree_cache(networks.tokenizer.decoder, capacity, device=networks.device, dtype=torch.float32)

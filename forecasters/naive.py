@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from forecasters import BY_DEFAULT, Bars, ForecastError, Running, StageParams
+from forecasters import BY_DEFAULT, Bars, ForecastError, GraphCounts, Running, StageParams
 from forecasters.descriptor import Knob, Model, SearchedParams
 from forecasters.settings import AGGREGATES, counts, setting
 
@@ -78,15 +78,6 @@ class EncodedSeasons:
         return self.seasons.nbytes + sum(residuals.nbytes for residuals in self.residuals)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoGraphs:
-    """What compiling has cost a forecaster that has nothing to compile."""
-
-    count: int = 0
-    recompilations: int = 0
-    warmup_s: float = 0.0
-
-
 class Naive:
     """The seasonal naive forecaster; see `forecasters.Forecaster`."""
 
@@ -95,7 +86,7 @@ class Naive:
     fingerprint = hashlib.sha256(f"{NAIVE.name} {VERSION}".encode()).hexdigest()
     free_draw_horizon = sys.maxsize  # no draw runs a network
     compilation = "off"
-    graphs = NoGraphs()
+    graphs = GraphCounts()  # there is nothing to compile
 
     def __init__(self) -> None:
         self.forwards = 0

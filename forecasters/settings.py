@@ -26,7 +26,6 @@ def setting(rule: Rule | None = None, *, kind: str = "", one_or_list: bool = Fal
 
 
 def kind_of(declared: Field[Any]) -> str:
-    """The kind that `setting` was given."""
     return declared.metadata.get("kind", "")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forecasters import StageParams
-from forecasters.descriptor import ExactAnswers, Knob, Model, SearchedParams
+from forecasters.descriptor import Knob, Model, SearchedParams
 from forecasters.settings import AGGREGATES, CHECKPOINT, LOADING, counts, setting
 
 # The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
@@ -63,5 +63,5 @@ TOTO = Model(
     starting_points=({"context_length": 4096, "num_samples": 256, "aggregate": "median"},),
     to_promoted=_to_promoted,
     implied=_implied,
-    exact=ExactAnswers(horizon=None),  # up to the first patch, whose length the checkpoint says
+    exact_horizon=None,  # up to the first patch, whose length the checkpoint says
 )

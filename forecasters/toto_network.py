@@ -60,9 +60,9 @@ class TotoNetworkConfig:
 
 
 class Statistics(NamedTuple):
-    """Running count, mean and sum of squared deviations of what was seen, float64; and the bounds of the scale."""
+    """Running number, mean and sum of squared deviations of points seen, float64; and the bounds of the scale."""
 
-    count: Tensor
+    points: Tensor
     mean: Tensor
     m2: Tensor
     lowest: Tensor
@@ -70,7 +70,7 @@ class Statistics(NamedTuple):
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """loc and scale, rounded to fp32 before use as in the reference (scaler.py:254-259)."""
-        variance = self.m2 / (self.count - 1).clamp_min(1)
+        variance = self.m2 / (self.points - 1).clamp_min(1)
         scale = (variance + MINIMUM_VARIANCE).sqrt().clamp(self.lowest, self.highest)
         return self.mean.float(), scale.float()
 
@@ -79,11 +79,11 @@ class Statistics(NamedTuple):
         patch = patch.double()
         size, mean = patch.shape[-1], patch.mean(-1)
         m2 = (patch - mean[..., None]).square().sum(-1)
-        count, delta = self.count + size, mean - self.mean
+        count, delta = self.points + size, mean - self.mean
         return self._replace(
-            count=count,
+            points=count,
             mean=self.mean + delta * (size / count),
-            m2=self.m2 + m2 + delta.square() * (self.count * size / count),
+            m2=self.m2 + m2 + delta.square() * (self.points * size / count),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Statistics:
@@ -382,7 +382,7 @@ def running_statistics(series: Tensor, pads: Tensor, config: TotoNetworkConfig) 
         highest = whole * 10.0**config.scale_factor_exponent
     ended = mean[..., ends]
     return Statistics(
-        count=count[..., ends].expand_as(ended),
+        points=count[..., ends].expand_as(ended),
         mean=ended,
         m2=m2[..., ends],
         lowest=lowest.expand_as(ended),

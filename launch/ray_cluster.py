@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -201,10 +201,7 @@ class RemoteProcess:
         self._kill_at: float | None = None
         on_gpu = cluster.resource == "GPU"
         actor = self.ray.remote(Host).options(
-            num_cpus=0 if on_gpu else 1,
-            num_gpus=1 if on_gpu else 0,
-            max_restarts=0,
-            scheduling_strategy="SPREAD",
+            num_cpus=0 if on_gpu else 1, num_gpus=1 if on_gpu else 0, max_restarts=0, scheduling_strategy="SPREAD"
         )
         self._actor = actor.remote()
         self._answer = self._actor.start.remote(run, cluster.most_on_a_node, dict(environment))
@@ -296,22 +293,19 @@ class RaySupervisor(Supervisor):
         return "was lost with its actor or node" if status == LOST else super()._describe_exit(status)
 
     def _update(self, child: Child) -> None:
-        if isinstance(child.process, RemoteProcess):
-            child.process.poll()
-            child.name = child.process.name
+        if process := cast(RemoteProcess | None, child.process):
+            process.poll()
+            child.name = process.name
         super()._update(child)
-        process = child.process
-        if child.exit_status is not None or (isinstance(process, RemoteProcess) and process.name):
+        process = cast(RemoteProcess | None, child.process)
+        if child.exit_status is not None or (process and process.name):
             return
+        pending = process and time.monotonic() - process.began > PENDING_NOTICE_S
         if any(other.exit_status == EXIT_DONE for other in self.children):  # so nothing is left for this one to do
-            if isinstance(process, RemoteProcess):
+            if process:
                 process.terminate()
                 process.poll()
             child.process, child.exit_status = None, EXIT_DONE
-        elif (
-            isinstance(process, RemoteProcess)
-            and time.monotonic() - process.began > PENDING_NOTICE_S
-            and child.number not in self.announced_pending
-        ):
+        elif pending and child.number not in self.announced_pending:
             self.announced_pending.add(child.number)
             self.say(f"worker {child.number} is waiting for a free {self.cluster.resource} in the cluster")

@@ -224,36 +224,26 @@ def row(job: VerifyJob, mode: str, measured: ModeMeasurement, eager: ModeMeasure
     )
 
 
-COLUMNS = {  # headings, and how long a column stays as the table gets narrower
-    "model": ("model", 0),
-    "symbol": ("symbol", 7),
-    "mode": ("mode", 12),
-    "warmup_s": ("warm-up s", 6),
-    "mean_s": ("mean s", 8),
-    "std_s": ("std s", 1),
-    "speedup": ("speedup", 10),
-    "difference": ("max difference / std", 4),
-    "moved": ("changed samples", 5),
-    "mae_change": ("MAE change", 9),
-    "graphs": ("graphs", 3),
-    "recompilations": ("recompilations", 0),
-    "breaks": ("graph breaks", 0),
-    "skips": ("skipped CUDA graphs", 0),
-    "peak_mib": ("peak MiB", 2),
-    "compilation": ("compilation", 11),
+COLUMNS = {  # headings, how long a column stays as the table gets narrower, and how its values are written
+    "model": ("model", 0, ""),
+    "symbol": ("symbol", 7, ""),
+    "mode": ("mode", 12, ""),
+    "warmup_s": ("warm-up s", 6, ".1f"),
+    "mean_s": ("mean s", 8, ".3f"),
+    "std_s": ("std s", 1, ".3f"),
+    "speedup": ("speedup", 10, ".2f"),
+    "difference": ("max difference / std", 4, ".1e"),
+    "moved": ("changed samples", 5, ".4%"),
+    "mae_change": ("MAE change", 9, ".1e"),
+    "graphs": ("graphs", 3, ""),
+    "recompilations": ("recompilations", 0, ""),
+    "breaks": ("graph breaks", 0, ""),
+    "skips": ("skipped CUDA graphs", 0, ""),
+    "peak_mib": ("peak MiB", 2, ".0f"),
+    "compilation": ("compilation", 11, ""),
 }
 FAULTS = {"recompilations", "breaks", "skips"}  # columns that say why a row fails, where one is not 0
 FAULTY = 13  # how long they stay then
-FORMATS = {
-    "speedup": ".2f",
-    "difference": ".1e",
-    "moved": ".4%",
-    "mae_change": ".1e",
-    "warmup_s": ".1f",
-    "mean_s": ".3f",
-    "std_s": ".3f",
-    "peak_mib": ".0f",
-}
 NARROWEST_REASON = 20  # "compilation" also says why a mode failed, in a sentence or two
 
 
@@ -261,11 +251,11 @@ def table(rows: Sequence[ModeRow]) -> Table:
     """One row a mode; columns that show why a row fails are the last that a narrow terminal leaves out."""
 
     def column(name: str) -> Column:
-        heading, priority = COLUMNS[name]
+        heading, priority, form = COLUMNS[name]
         values = [getattr(row, name) for row in rows]
         return Column(
             heading=heading,
-            cells=[format(value, FORMATS.get(name, "")) for value in values],
+            cells=[format(value, form) for value in values],
             priority=FAULTY if name in FAULTS and any(values) else priority,
             wrap_width=NARROWEST_REASON if name == "compilation" else 0,
         )

@@ -52,6 +52,7 @@ class Evaluator:
         self.exact = exact
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
+        self._fresh, self._fresh_s = 0, 0.0  # windows whose bars were encoded, and the seconds to their points
         self._cache = _Cache(cache_bytes)
 
     def measure(
@@ -70,25 +71,22 @@ class Evaluator:
         windows, as soon as the batch that reaches it is done; what it raises ends the measurement and passes through.
         Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
         """
-        cost = _Cost()
+        before, self._fresh, self._fresh_s = dict(self.seconds), 0, 0.0
         points = np.full((len(passes), len(windows), windows.horizon), np.nan)
         order: list[int] = []
-        for indices, answers in self._answers(windows, params, passes, SeedKind.STUDY, self._points(params), cost):
+        for indices, answers in self._answers(windows, params, passes, SeedKind.STUDY, self._points(params)):
             points[:, indices] = answers
             reached = range((len(order) // self.rung + 1) * self.rung, len(windows), self.rung)
             order += indices
             for done in reached:
                 if on_rung is not None and done <= len(order):
                     on_rung(done, float(relative_errors(windows, points)[:, order[:done]].mean()))
-        return measurement_of(windows, points, seconds=cost.seconds, latency_s=cost.latency_s)
+        seconds = {stage: spent - before[stage] for stage, spent in self.seconds.items()}
+        latency_s = self._fresh_s / self._fresh if self._fresh else None
+        return measurement_of(windows, points, seconds=seconds, latency_s=latency_s)
 
     def forecast(
-        self,
-        contexts: Contexts,
-        params: Mapping[str, Any],
-        *,
-        pass_number: int = 0,
-        kind: SeedKind = SeedKind.STUDY,
+        self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
     ) -> np.ndarray:
         """The point forecasts of these params with the seeds of one pass, float64 [W, H], price.
 
@@ -99,12 +97,7 @@ class Evaluator:
         return self._joined(contexts, params, pass_number, kind, self._points(params))
 
     def samples(
-        self,
-        contexts: Contexts,
-        params: Mapping[str, Any],
-        *,
-        pass_number: int = 0,
-        kind: SeedKind = SeedKind.STUDY,
+        self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
     ) -> np.ndarray:
         """The samples that `forecast` makes its points of, float64 [W, S, H], price.
 
@@ -120,35 +113,30 @@ class Evaluator:
     ) -> np.ndarray:
         """The answers of one pass in the order of the origins, [W, ...]."""
         found: dict[int, np.ndarray] = {}
-        for indices, answers in self._answers(contexts, params, (pass_number,), kind, answer, _Cost()):
+        for indices, answers in self._answers(contexts, params, (pass_number,), kind, answer):
             found.update(zip(indices, answers[0], strict=True))
         return np.stack([found[index] for index in range(len(contexts))])
 
     def _answers(
-        self,
-        contexts: Contexts,
-        params: Mapping[str, Any],
-        passes: Sequence[int],
-        kind: SeedKind,
-        answer: _Answer,
-        cost: _Cost,
+        self, contexts: Contexts, params: Mapping[str, Any], passes: Sequence[int], kind: SeedKind, answer: _Answer
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Batch after batch, its indices and its answers of every pass, [R, w, ...]; `cost` is added to."""
+        """Batch after batch, its indices and its answers of every pass, [R, w, ...]."""
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
         seeds = [contexts.seeds(pass_number, kind) for pass_number in passes]
         order = [index for chunk in contexts.chunks(self.rung) for index in chunk]
         for start in range(0, len(order), self.batch):
             indices = order[start : start + self.batch]
             # All passes of a batch before the next: a cache that holds one batch's encoding is enough.
-            answers, spent = [], []
+            answers = []
             for row_seeds in seeds:
                 asked = _Batch(contexts=contexts, indices=indices, seeds=tuple(row_seeds[index] for index in indices))
-                spent.append(dict.fromkeys(STAGES, 0.0))
-                answers.append(answer(asked, plan, spent[-1]))
-            for seconds in spent:
-                cost.add(seconds, len(indices))
+                seconds = dict.fromkeys(STAGES, 0.0)
+                answers.append(answer(asked, plan, seconds))
                 for stage in STAGES:
                     self.seconds[stage] += seconds[stage]
+                if seconds["encode"]:  # else the cache answered, and what was saved is no latency
+                    self._fresh += len(indices)
+                    self._fresh_s += sum(seconds.values())
             joined = np.stack(answers)
             bad = ~np.isfinite(joined).all(axis=(0, *range(2, joined.ndim)))
             _check(contexts, indices, int(bad.argmax()) if bad.any() else None)
@@ -227,27 +215,6 @@ class _Batch:
     contexts: Contexts
     indices: Sequence[int]
     seeds: tuple[int, ...]  # one a window
-
-
-class _Cost:
-    """What a measurement takes."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-        self._encoded, self._encoded_s = 0, 0.0  # windows whose bars were encoded, and the seconds to their points
-
-    def add(self, seconds: Mapping[str, float], windows: int) -> None:
-        """Count one pass over a batch."""
-        for stage in STAGES:
-            self.seconds[stage] += seconds[stage]
-        if seconds["encode"]:  # else the cache answered, and what was saved is no latency
-            self._encoded += windows
-            self._encoded_s += sum(seconds.values())
-
-    @property
-    def latency_s(self) -> float | None:
-        """Seconds a window, from bars to points, where that was computed; None where nothing was."""
-        return self._encoded_s / self._encoded if self._encoded else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,8 @@ from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import Measurement, measure_no_change, no_change_errors
 from objectives.windows import Windows
-from studies.evidence import (
-    INCUMBENT,
-    ForecastSeries,
-    ForecastsShown,
-    MeasuredConfiguration,
-    NoChange,
-    Part,
-    StudyEvidence,
-    lowest,
-)
+from studies import evidence
+from studies.evidence import MeasuredConfiguration, Part, StudyEvidence
 from studies.series import window_span
 from studies.study import SEARCH_PASSES, StudyRun
 
@@ -79,8 +71,8 @@ def confirm(run: StudyRun, evaluator: Evaluator, in_use: Mapping[str, Mapping[st
     candidates = completed[: len(trials)]
     measured_in_use = dict(zip(in_use, completed[len(trials) :], strict=True))
     shown = {
-        "best": lowest(candidates, lambda one: one.mae("confirmation")),
-        "incumbent": measured_in_use.get(INCUMBENT),
+        "best": evidence.lowest(candidates, lambda one: one.mae("confirmation")),
+        "incumbent": measured_in_use.get(evidence.INCUMBENT),
     }
     measured = [one for one in confirmed if isinstance(one, Measurement)]
     parts: dict[Part, Windows] = {
@@ -98,7 +90,7 @@ def confirm(run: StudyRun, evaluator: Evaluator, in_use: Mapping[str, Mapping[st
         candidates=tuple(candidates),
         in_use=measured_in_use,
         no_change={
-            part: NoChange(mae=measure_no_change(found), errors=tuple(no_change_errors(found).tolist()))
+            part: evidence.NoChange(mae=measure_no_change(found), errors=tuple(no_change_errors(found).tolist()))
             for part, found in parts.items()
         },
         forecasts={part: _forecasts(evaluator, parts[part], shown, number) for part, number in shown_with.items()},
@@ -130,25 +122,25 @@ def _passes_needed(run: StudyRun, measured: Measurement) -> int:
 
 def _forecasts(
     evaluator: Evaluator, found: Windows, shown: Mapping[str, MeasuredConfiguration | None], pass_number: int
-) -> ForecastsShown:
+) -> evidence.ForecastsShown:
     """What happened in the windows that share no target bar, which make one stretch of bars, and what was forecast."""
     apart = list(range(len(found) - 1, -1, -found.horizon))[::-1]  # the last window among them
 
-    def series(one: MeasuredConfiguration) -> ForecastSeries:
+    def series(one: MeasuredConfiguration) -> evidence.ForecastSeries:
         def forecast(params: Mapping[str, Any]) -> tuple[float, ...]:
             return tuple(evaluator.forecast(found, params, pass_number=pass_number)[apart].ravel().tolist())
 
         # The exact answer of Kronos is a mean alone.
         band = BAND if not evaluator.exact or "aggregate" in one.params else ()
         low, high = [forecast({**one.params, "aggregate": name}) for name in band] or ((), ())
-        return ForecastSeries(trial=one.trial, points=forecast(one.params), low=low, high=high)
+        return evidence.ForecastSeries(trial=one.trial, points=forecast(one.params), low=low, high=high)
 
     times = [
         timestamp_text(time)
         for index in apart
         for time in found.bars.timestamps[found.origins[index] : found.origins[index] + found.horizon]
     ]
-    return ForecastsShown(
+    return evidence.ForecastsShown(
         times=tuple(times),
         actual=tuple(found.actuals[apart].ravel().tolist()),
         starts=tuple(place * found.horizon for place in range(len(apart))),
@@ -156,12 +148,12 @@ def _forecasts(
     )
 
 
-def summary(evidence: StudyEvidence) -> str:
+def summary(found: StudyEvidence) -> str:
     """A confirmation in one line of a log."""
-    best = evidence.best
+    best = found.best
     if best is None or best.confirmation is None or best.test is None:
         return "no complete trial"
     return (
-        f"trial {best.trial}, best of {len(evidence.candidates)}, mae={best.confirmation.mae:.6g} "
+        f"trial {best.trial}, best of {len(found.candidates)}, mae={best.confirmation.mae:.6g} "
         f"on {best.confirmation.windows} windows, test mae={best.test.mae:.6g}"
     )

@@ -50,11 +50,9 @@ class MeasuredConfiguration:
     error: str | None = None
 
     def on(self, part: Part) -> Measurement | None:
-        """How it did on one part of the windows."""
         return {"validation": self.validation, "confirmation": self.confirmation, "test": self.test}[part]
 
     def mae(self, part: Part) -> float | None:
-        """Its mean absolute error there."""
         measured = self.on(part)
         return None if measured is None else measured.mae
 

@@ -95,13 +95,11 @@ def make(model: str, config: Config) -> Space:
     asked = described.search(settings)
     if config.search.objective == "sampled":
         return Space(model=model, knobs=asked.knobs, fixed=asked.fixed)
-    if described.exact is None:
+    if described.exact_horizon == 0:
         raise ConfigError(f"{config.source}: {model} has no exact answer; use --objective sampled, {leave_out}")
-    if described.exact.horizon and horizon > described.exact.horizon:
-        raise ConfigError(
-            f"{where}: {model} has an exact answer at horizon {described.exact.horizon} only; use --objective sampled, "
-            f"{leave_out}"
-        )
+    if described.exact_horizon and horizon > described.exact_horizon:
+        only = f"{model} has an exact answer at horizon {described.exact_horizon} only"
+        raise ConfigError(f"{where}: {only}; use --objective sampled, {leave_out}")
     knobs = {name: knob for name, knob in asked.knobs.items() if name != described.params.num_samples}
     return Space(model=model, knobs=knobs, fixed=asked.fixed)
 

@@ -27,15 +27,6 @@ STAGES = {slots.BASELINE: "configuration in use", slots.TRIAL: "trial", slots.CO
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchTrial:
-    """A complete trial of a search."""
-
-    number: int
-    mae: float | None  # on the search windows
-    params: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudyFacts:
     """What there is to say of a study. MAEs are relative to the last close."""
 
@@ -43,7 +34,7 @@ class StudyFacts:
     progress: Progress
     states: Mapping[str, int]  # number of trials by state
     values: Mapping[int, float]  # MAE on the search windows by number of the complete trial
-    best: Sequence[SearchTrial]  # the best trials of the search, best first
+    best: Sequence[study_rows.FrozenTrial]  # the best trials of the search, best first; values are MAEs as above
     baselines: Mapping[str, Mapping[str, Any]]  # what was in use when the search began, by label, as stored
     result: Mapping[str, Any] | None  # of the confirmation, as stored; `evidence` is the same, typed
     evidence: StudyEvidence | None
@@ -69,7 +60,7 @@ class StudyFacts:
     @property
     def configurations(self) -> dict[str, Mapping[str, Any]]:
         """The parameters of every configuration that a table names, by its name there."""
-        found = {trial_name(trial.number): trial.params for trial in self.best}
+        found: dict[str, Mapping[str, Any]] = {trial_name(trial.number): trial.params for trial in self.best}
         found |= {label: one["params"] for label, one in self.baselines.items()}
         if self.evidence:
             found |= {trial_name(one.trial): one.params for one in self.evidence.candidates}
@@ -124,10 +115,7 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
         progress=progress,
         states=study_rows.trial_states(storage, study_id),
         values=board.trial_values(storage, study_id),
-        best=[
-            SearchTrial(number=trial.number, mae=trial.value, params=trial.params)
-            for trial in study_rows.best_trials(storage, study_id, BEST_SHOWN)
-        ],
+        best=study_rows.best_trials(storage, study_id, BEST_SHOWN),
         baselines=stage_results(storage, study_id, slots.BASELINE),
         result=result,
         evidence=evidence.from_json(study.model, result) if result else None,
@@ -148,7 +136,7 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
 def search_table(facts: StudyFacts) -> Table:
     """The best trials, what is in use and "no change" on the windows of the search."""
     in_use, no_change = facts.in_use_maes, facts.no_change_mae
-    maes = {trial_name(trial.number): trial.mae for trial in facts.best} | in_use
+    maes = {trial_name(trial.number): trial.value for trial in facts.best} | in_use
     incumbent = facts.incumbent_mae
     gains = [percent_gain(None if name in in_use else relative_gain(incumbent, mae)) for name, mae in maes.items()]
     skills = [percent_gain(relative_gain(no_change, mae)) for mae in maes.values()]

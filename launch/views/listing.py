@@ -182,7 +182,7 @@ class StudyDetails:
         return {
             **asdict(self.row),
             "trials": dict(facts.states),
-            "best": [{"trial": one.number, "mae": one.mae, "params": one.params} for one in facts.best],
+            "best": [{"trial": one.number, "mae": one.value, "params": one.params} for one in facts.best],
             "baselines": dict(facts.baselines),
             "confirmation": facts.result,
             "parked": [{"stage": one.stage, "slot": one.number, "error": one.error} for one in facts.parked],

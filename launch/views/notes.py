@@ -177,7 +177,7 @@ def _attributes(facts: StudyFacts) -> dict[str, str | None]:
     """A summary of the study, for the dashboard's page that does not show its note."""
     searched = confirmed = None
     if facts.best:
-        searched = f"MAE {percent_error(facts.best[0].mae)}, trial {facts.best[0].number}"
+        searched = f"MAE {percent_error(facts.best[0].value)}, trial {facts.best[0].number}"
         if (incumbent := facts.incumbent_mae) is not None:
             searched += f"; incumbent {percent_error(incumbent)}"
     best = facts.evidence.best if facts.evidence else None

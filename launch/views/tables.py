@@ -62,7 +62,6 @@ class Column:
 
 
 def numbers(heading: str, cells: Sequence[str], priority: int = 0) -> Column:
-    """A column of numbers."""
     return Column(heading=heading, cells=cells, right=True, priority=priority)
 
 
