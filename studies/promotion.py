@@ -62,7 +62,7 @@ class Beliefs:
 
     gains: Sequence[float | None]  # of every candidate, on one log scale; None: not measured
     over_incumbent: Callable[[int], Improvement | None]  # of a candidate, by its place; None: not comparable
-    over_no_change: Callable[[int], Improvement]
+    over_no_change: Callable[[int], Improvement | None]
 
 
 @dataclass(frozen=True, kw_only=True)
