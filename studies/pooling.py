@@ -196,10 +196,11 @@ def _gains(symbol: SymbolErrors) -> tuple[list[_Gain], dict[str, _Gain]]:
     return gains[: len(symbol.measured)], dict(zip(others, gains[len(symbol.measured) :], strict=True))
 
 
-def mean_errors(series: np.ndarray) -> np.ndarray:
+def mean_errors(series: np.ndarray, block: float | None = None) -> np.ndarray:
     """The standard error of each row's mean, [C] of [C, W], that the stationary bootstrap tends to.
 
-    In closed form (Politis and Romano, 1994, lemma 1), with the mean block length of Politis and White (2004).
+    In closed form (Politis and Romano, 1994, lemma 1). block: its mean length, by default that of Politis and
+    White (2004).
     """
     from arch.bootstrap import optimal_block_length  # 0.8 s that only a decision should pay
 
@@ -209,7 +210,10 @@ def mean_errors(series: np.ndarray) -> np.ndarray:
     varies = np.flatnonzero(centred.std(axis=1) > 1e-12)  # of errors of about 1: what rounding leaves of a constant
     if not len(varies):
         return found
-    blocks = optimal_block_length(centred[varies].T)["stationary"].to_numpy()
+    if block is None:
+        blocks = optimal_block_length(centred[varies].T)["stationary"].to_numpy()
+    else:
+        blocks = np.full(len(varies), block)
     ends = 1 / np.clip(np.ceil(np.nan_to_num(blocks, nan=1.0)), 1, count)[:, None]  # chance that a block ends, [V, 1]
     spectrum = np.abs(np.fft.rfft(centred[varies], 2 * count)) ** 2
     covariances = np.fft.irfft(spectrum, 2 * count)[:, :count] / count  # [V, W], by lag
