@@ -38,6 +38,7 @@ log = logging.getLogger("worker")
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of Python after a traceback
 MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
+PRIVATE_SERVER = "STUDIES_PRIVATE_SERVER"  # environment: the folder of the private server, where that is the storage
 BROKEN_DEVICE = "CUDA error"  # after one, every call of this process fails: only a restart gives the device back
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
@@ -290,8 +291,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         plan = RunPlan.read(folder)
         # Patient: the supervisor has used this URL, and may restart a worker while the server is unavailable.
+        private = os.environ.get(PRIVATE_SERVER)
         storage = database.open_storage(
-            os.environ["OPTUNA_STORAGE"], wait_s=plan.config.storage.wait_s, create=False, patient=True
+            os.environ["OPTUNA_STORAGE"],
+            wait_s=plan.config.storage.wait_s,
+            create=False,
+            patient=True,
+            private=Path(private) if private else None,
         )
         return Worker(plan, storage, plan.devices[number], stop_request).work()
     except ExpectedError as error:

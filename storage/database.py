@@ -7,6 +7,7 @@ import random
 import re
 import time
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import optuna
@@ -50,11 +51,14 @@ COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots'
 OUR_COLUMNS = set(re.findall(r"^    (\w+) (?:integer|text|jsonb|timestamptz)", SLOTS_DDL, re.M)) - {"seconds"}
 
 
-def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False) -> RetryingStorage:
+def open_storage(
+    url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False, private: Path | None = None
+) -> RetryingStorage:
     """Connect, making the schema where it is missing.
 
     wait_s: how long each later call waits for a server that went away.
     patient: the first connection waits as long; else it is tried once, since the URL may be wrong.
+    private: the folder of the private server, if the URL is its: it may come back on another port.
     Raises DatabaseUnavailable in one line that never holds the password.
     """
     parsed = parse_url(url)
@@ -63,7 +67,7 @@ def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patien
     give_up_at = time.monotonic() + wait_s
     while True:
         try:
-            return RetryingStorage(parsed, wait_s=wait_s)
+            return RetryingStorage(parsed, wait_s=wait_s, private=private)
         except (StorageInternalError, SQLAlchemyError) as error:
             if not (patient and is_transient(error) and time.monotonic() < give_up_at):
                 raise _unavailable(parsed, error) from None

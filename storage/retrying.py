@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
@@ -28,6 +29,7 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 
 from storage import DatabaseUnavailable, trials
+from storage.data_dir import remembered
 from storage.trials import Changes
 from storage.urls import without_password
 
@@ -71,10 +73,16 @@ class RetryingStorage(RDBStorage):
     broken attempt may have been committed after all, the method says how that is recognised.
     """
 
-    def __init__(self, url: URL, *, wait_s: float) -> None:
+    def __init__(self, url: URL, *, wait_s: float, private: Path | None = None) -> None:
+        """`private`: the folder of the private server, if the URL is its: each connection is to the port it has then.
+
+        Raises StorageInternalError and SQLAlchemyError where the server does not answer.
+        """
         self.wait_s = wait_s
         self._deferred: dict[int, tuple[Changes, float]] = {}  # by trial: what waits, and since when
         self._clock = threading.local()  # of each thread
+        if private and (found := remembered(private)):
+            url = url.set(port=found.port)
         super().__init__(
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
             # Small pools: every worker holds one, and a server has 100 to 200 connections.
@@ -88,6 +96,13 @@ class RetryingStorage(RDBStorage):
             skip_table_creation=True,
         )
         event.listen(self.engine, "connect", _limit_idle_transactions)
+        if private:
+
+            @event.listens_for(self.engine, "do_connect")
+            def find_port(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> None:
+                if found := remembered(private):
+                    options["port"] = found.port
+
         # RDBStorage has connected already to check the schema's version.
         self.engine.dispose()
 

@@ -283,11 +283,12 @@ def test_the_watcher_of_the_private_server_goes_on(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(embedded, "revive", revive)
     (tmp_path / "studies.toml").write_text(f'[storage]\ndata_dir = "{tmp_path}"\n')
-    with places.private_server_kept_alive(configuration.load(tmp_path / "studies.toml"), say=said.append):
+    config = configuration.load(tmp_path / "studies.toml")
+    with places.private_server_kept_alive(config, say=said.append, on_stop=lambda: None):
         deadline = time.monotonic() + 5
         while len(checks) < 6 and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert said == ["ValueError: no port in the file", "the private server was killed; restarted it"]
+    assert said == ["ValueError: no port in the file", "the private server had ended; started it again"]
 
 
 def test_notes_that_cannot_be_written_are_told_and_tried_again(
