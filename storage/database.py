@@ -15,7 +15,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import text
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import DatabaseUnavailable
@@ -67,12 +67,12 @@ def open_storage(
     give_up_at = time.monotonic() + wait_s
     while True:
         try:
-            return RetryingStorage(parsed, wait_s=wait_s, private=private)
+            storage = RetryingStorage(parsed, wait_s=wait_s, private=private)
+            check_version(storage)
+            return storage
         except (StorageInternalError, SQLAlchemyError) as error:
             if not (patient and is_transient(error) and time.monotonic() < give_up_at):
                 raise _unavailable(parsed, error) from None
-        except RuntimeError as error:  # Optuna: the schema is of another Optuna version
-            raise DatabaseUnavailable(f"{without_password(parsed)}: {first_line(error)}") from None
         time.sleep(0.5 + random.random())
 
 
@@ -95,20 +95,47 @@ def create_schema(url: str) -> None:
                 connection.execute(text("alter table slots add column if not exists seconds jsonb"))
         if columns:
             return
-        # Optuna's own creation is not safe for two at once (measured: 7 of 8 workers crash on an empty database).
-        # The lock is of this transaction, which stays open while Optuna works in one of its own: a lock of the session
-        # would outlive its user behind a pooler such as PgBouncer.
-        with engine.begin() as connection:
-            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
-            if not _columns_of_slots(connection, parsed):
-                RDBStorage(
-                    parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-                ).engine.dispose()
-                connection.execute(text(SLOTS_DDL))
+        while not _made_tables(engine, parsed):
+            time.sleep(0.1)
     except (StorageInternalError, SQLAlchemyError) as error:
         raise _unavailable(parsed, error) from None
     finally:
         engine.dispose()
+
+
+def _made_tables(engine: Engine, url: URL) -> bool:
+    """Make what is missing; False while another process does.
+
+    Optuna's own creation is not safe for two at once (measured: 7 of 8 workers crash on an empty database). The lock is
+    of this transaction, which stays open while Optuna works in one of its own: a lock of the session would outlive its
+    user behind a pooler such as PgBouncer, and a transaction that waits for it could have the pool's last connection.
+    """
+    with engine.begin() as connection:
+        if not connection.execute(text("select pg_try_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK}).scalar():
+            return False
+        if not _columns_of_slots(connection, url):
+            with_password = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+            one_connection = {"poolclass": sqlalchemy.pool.SingletonThreadPool}  # it would take a second inside a first
+            optunas = RDBStorage(with_password, one_connection, skip_compatibility_check=True)
+            check_version(optunas)
+            optunas.engine.dispose()
+            connection.execute(text(SLOTS_DDL))
+    return True
+
+
+def check_version(storage: RDBStorage) -> None:
+    """Raises DatabaseUnavailable where the tables are of an Optuna that this one cannot work with."""
+    found, wanted = storage.get_current_version(), storage.get_head_version()
+    if found == wanted:
+        return
+    url = without_password(storage.engine.url)
+    mended = "install a newer Optuna here"
+    if found in storage.get_all_versions():
+        mended = f"upgrade them with: optuna storage upgrade --storage {url}"
+    raise DatabaseUnavailable(
+        f"{url}: its tables are of another version of Optuna ({found}, not {wanted} as of Optuna {optuna.__version__}); "
+        f"{mended}; or name another database with --storage"
+    )
 
 
 def _columns_of_slots(connection: Connection, url: URL) -> set[str]:

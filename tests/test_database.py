@@ -203,3 +203,16 @@ def test_a_database_of_before_gets_the_column_it_lacks(database_url: str) -> Non
     storage = database.open_storage(database_url, wait_s=5)
     assert worker_seconds(storage) == {}
     storage.engine.dispose()
+
+
+@pytest.mark.parametrize(("version", "advice"), [("v3.0.0.a", "optuna storage upgrade"), ("v99.0.0.a", "a newer Opt")])
+@pytest.mark.parametrize("has_slots", [True, False])
+def test_tables_of_another_optuna_are_one_line(database_url: str, version: str, advice: str, has_slots: bool) -> None:
+    execute(database_url, f"update alembic_version set version_num = '{version}'")
+    if not has_slots:
+        execute(database_url, "drop table slots")
+    with pytest.raises(DatabaseUnavailable, match=f"another version of Optuna \\({version}, not v.*{advice}") as caught:
+        database.open_storage(database_url)
+    assert "\n" not in str(caught.value)
+    if not has_slots:
+        execute(database_url, "create table slots (id integer)")  # none was made
