@@ -53,6 +53,8 @@ def run_workers(
     names = {study.study_id: study.name for study in unfinished}
     kinds = sorted({slot.device.split(":")[0] for slot in device_slots})
     say(f"{counted(len(device_slots), '/'.join(kinds) + ' worker')}; logs in {folder}")
+    if line := database.lack_of_connections(storage, len(device_slots)):
+        say(line)
     if cluster is None:
         make_supervisor = supervisor.Supervisor
     else:

@@ -133,8 +133,8 @@ def check_version(storage: RDBStorage) -> None:
     if found in storage.get_all_versions():
         mended = f"upgrade them with: optuna storage upgrade --storage {url}"
     raise DatabaseUnavailable(
-        f"{url}: its tables are of another version of Optuna ({found}, not {wanted} as of Optuna {optuna.__version__}); "
-        f"{mended}; or name another database with --storage"
+        f"{url}: its tables are of another version of Optuna ({found}, not {wanted} as of Optuna "
+        f"{optuna.__version__}); {mended}; or name another database with --storage"
     )
 
 
@@ -149,10 +149,37 @@ def _columns_of_slots(connection: Connection, url: URL) -> set[str]:
     return columns
 
 
+CONNECTIONS = """
+select current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+           - coalesce(current_setting('reserved_connections', true)::int, 0) as allowed,
+       (select sum(numbackends) from pg_stat_database) as used
+where pg_backend_pid() = :pid
+"""  # no row behind a pooler, which tells its clients numbers of its own
+MORE_CONNECTIONS = "start fewer workers, raise the server's max_connections, or put PgBouncer before it"
+
+
+def lack_of_connections(storage: RetryingStorage, workers: int) -> str | None:
+    """A line that says so where the server cannot take that many workers more. Raises DatabaseUnavailable."""
+
+    def read(connection: Connection) -> Any:
+        pid = cast(Any, connection.connection.dbapi_connection).info.backend_pid
+        return connection.execute(text(CONNECTIONS), {"pid": pid}).first()
+
+    found = storage.transaction(read)
+    if found is None or found.used + workers <= found.allowed:
+        return None
+    return (
+        f"the database takes {found.allowed} connections, of which {found.used} are in use: too few for {workers} "
+        f"workers, which hold one each; {MORE_CONNECTIONS}"
+    )
+
+
 def _unavailable(url: URL, error: BaseException) -> DatabaseUnavailable:
     hint = "start the server, or name another with --storage"
     if "password" in first_line(error):
         hint = "set PGPASSWORD, or add a line to ~/.pgpass"
+    elif re.search(r"too many (clients|connections)|remaining connection slots", first_line(error)):
+        hint = MORE_CONNECTIONS
     return DatabaseUnavailable(f"{without_password(url)}: {first_line(error)}; {hint}")
 
 

@@ -35,7 +35,7 @@ from storage.files import sync_folder
 
 _NAME = "studies"  # the user and the database
 STOPPED = "stopped"  # a file of the folder while the server is stopped on purpose
-MAX_CONNECTIONS = 200
+MAX_CONNECTIONS = 1000  # 40 MB more than 200; a worker holds one
 _START_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 120.0
 _POLL_S = 0.05

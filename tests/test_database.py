@@ -208,7 +208,7 @@ def test_a_database_of_before_gets_the_column_it_lacks(database_url: str) -> Non
 @pytest.mark.parametrize(("version", "advice"), [("v3.0.0.a", "optuna storage upgrade"), ("v99.0.0.a", "a newer Opt")])
 @pytest.mark.parametrize("has_slots", [True, False])
 def test_tables_of_another_optuna_are_one_line(database_url: str, version: str, advice: str, has_slots: bool) -> None:
-    execute(database_url, f"update alembic_version set version_num = '{version}'")
+    execute(database_url, f"update alembic_version set version_num = '{version}'")  # noqa: S608 - a constant
     if not has_slots:
         execute(database_url, "drop table slots")
     with pytest.raises(DatabaseUnavailable, match=f"another version of Optuna \\({version}, not v.*{advice}") as caught:
@@ -216,3 +216,35 @@ def test_tables_of_another_optuna_are_one_line(database_url: str, version: str, 
     assert "\n" not in str(caught.value)
     if not has_slots:
         execute(database_url, "create table slots (id integer)")  # none was made
+
+
+def test_too_few_connections_are_said_with_the_limit(own_server: embedded.PrivateServer) -> None:
+    embedded.stop(own_server.data_dir)
+    server = embedded.start(own_server.data_dir, max_connections=10)  # three of them are kept for superusers
+    storage = database.open_storage(server.url, wait_s=0.5)
+    storage.transaction(lambda c: c.execute(text("select 1")))
+    assert database.lack_of_connections(storage, 6) is None
+    assert database.lack_of_connections(storage, 7) == (
+        "the database takes 7 connections, of which 1 are in use: too few for 7 workers, which hold one each; start "
+        "fewer workers, raise the server's max_connections, or put PgBouncer before it"
+    )
+    execute(server.url, "create role guest login password 'p' connection limit 0")
+    guest = server.url.replace("studies@", "guest:p@")
+    with pytest.raises(DatabaseUnavailable, match="too many connections for role.*; start fewer workers, raise the"):
+        database.open_storage(guest)
+    storage.engine.dispose()
+
+
+def test_a_process_holds_one_connection(database_url: str) -> None:
+    storage = database.open_storage(database_url, wait_s=10)
+    study = optuna.create_study(storage=storage, study_name="s")
+    threads = [threading.Thread(target=lambda: study.tell(study.ask(), 1.0)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    count = text("select count(*) from pg_stat_activity where datname = current_database()")
+    deadline = time.monotonic() + 5  # the server is told of a closed connection, and ends its process a little later
+    while (found := storage.transaction(lambda c: c.execute(count).scalar())) != 1:
+        assert time.monotonic() < deadline, found
+    storage.engine.dispose()
