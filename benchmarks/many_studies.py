@@ -34,7 +34,7 @@ from launch.views import dashboard
 from launch.views.run_watcher import RunWatcher
 from objectives.metrics import Measurement
 from storage import database, slots
-from storage.progress import free_counts, study_progress
+from storage.progress import free_counts, has_open, study_progress
 from storage.retrying import RetryingStorage
 from studies import config as configuration
 from studies import space
@@ -54,6 +54,7 @@ from studies.series import Series, confirmation_windows, window_span
 PICK_MS, LIST_MS = 20, 2000  # to pick the next slot; for `studies list`
 READ_MS = 200  # for the live table, which then reads every 20 s
 PROMOTE_MS = 3000  # for `promote` over two dozen studies
+OPEN_MS = 7500  # for `launch-workers` to make every study of the default 500, the bars read
 RESUME_MS = 4000  # for `launch-workers` to find that every study of the default 500 is there, the bars read
 PAGE_MS = 1000  # for the dashboard's data, which its pages ask for again every ten seconds
 STUDIES, TRIALS = 500, 100
@@ -180,7 +181,7 @@ def fill(storage: RetryingStorage, studies: int = STUDIES) -> None:
 
 
 def resume(storage: RetryingStorage, studies: int) -> list[studying.Opened]:
-    """What `launch-workers` does with studies that are there already, once it has read the bars."""
+    """What `launch-workers` does, once it has read the bars: it goes on with studies, or makes them."""
     series = [
         Series(symbol=f"S{number:03}", path=Path(f"S{number:03}.csv"), bars=BARS) for number in range(1, studies + 1)
     ]
@@ -257,13 +258,15 @@ def fastest_ms(work: Callable[[], object], times: int = 5) -> float:
 def measure(url: str, folder: Path, studies: int) -> dict[str, tuple[float, int]]:
     """Milliseconds and their limit, by what was done."""
     storage = database.open_storage(url, wait_s=10)
+    found = {f"open {studies} new studies": (fastest_ms(lambda: resume(storage, studies), times=1), OPEN_MS)}
+    storage.transaction(lambda connection: connection.execute(text("truncate studies cascade")))
     fill(storage, studies)
     everyone = list(range(1, studies + 1))
-    resuming = f"resume {studies} studies"
-    found = {resuming: (fastest_ms(lambda: resume(storage, studies), times=2), RESUME_MS)}
+    found[f"resume {studies} studies"] = (fastest_ms(lambda: resume(storage, studies), times=2), RESUME_MS)
     picks: dict[str, Callable[[], object]] = {
         "progress of every study": lambda: study_progress(storage),
         "free slots of every study": lambda: free_counts(storage, everyone),
+        "is any slot left": lambda: has_open(storage, everyone),
         "claim": lambda: slots.claim(storage, 10, worker="w:1", lease_s=60),
         "claim where there is none": lambda: slots.claim(storage, 11, worker="w:1", lease_s=60),
         "reap": lambda: slots.reap(storage, everyone, lease_s=60),

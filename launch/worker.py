@@ -23,7 +23,7 @@ from launch import devices
 from objectives.bars import read_bars
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
-from storage.progress import free_counts, study_progress
+from storage.progress import free_counts, has_open
 from storage.retrying import RetryingStorage, one_line
 from storage.slots import Slot
 from studies import config as configuration
@@ -161,7 +161,7 @@ class Worker:
                     continue
                 study_id, just_chosen = self._choose_study(), True
                 if study_id is None:
-                    if self._all_finished():
+                    if not has_open(self.storage, list(self.studies)):
                         if self.last_finished is not None:  # the time it was idle since then
                             slots.add_seconds(self.storage, self.last_finished, clock.lap())
                         return EXIT_DONE
@@ -181,10 +181,6 @@ class Worker:
         """
         free = free_counts(self.storage, list(self.studies), worker=self.name, current=current)
         return next(iter(free), None)
-
-    def _all_finished(self) -> bool:
-        progress = study_progress(self.storage, list(self.studies))
-        return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
     def _work_on(self, run: StudyRun, slot: Slot, clock: working.StageClock) -> None:
         study = run.study

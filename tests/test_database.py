@@ -230,7 +230,7 @@ def test_too_few_connections_are_said_with_the_limit(own_server: embedded.Privat
     )
     execute(server.url, "create role guest login password 'p' connection limit 0")
     guest = server.url.replace("studies@", "guest:p@")
-    with pytest.raises(DatabaseUnavailable, match="too many connections for role.*; start fewer workers, raise the"):
+    with pytest.raises(DatabaseUnavailable, match=r"too many connections for role.*; start fewer workers, raise the"):
         database.open_storage(guest)
     storage.engine.dispose()
 
