@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -262,10 +262,11 @@ def limit_ms(of_500_and_4000: tuple[int, int], studies: int) -> float:
     return low + (high - low) * max(0, studies - 500) / 3500
 
 
-def measure(url: str, folder: Path, studies: int) -> dict[str, tuple[float, tuple[int, int]]]:
+def measure(url: str, folder: Path, studies: int) -> Mapping[str, tuple[float, tuple[int, int]]]:
     """Milliseconds and their limits, by what was done."""
     storage = database.open_storage(url, wait_s=10)
-    found = {"open all, new": (fastest_ms(lambda: resume(storage, studies), times=1), OPEN_MS)}
+    found: dict[str, tuple[float, tuple[int, int]]] = {}
+    found["open all, new"] = (fastest_ms(lambda: resume(storage, studies), times=1), OPEN_MS)
     storage.transaction(lambda connection: connection.execute(text("truncate studies cascade")))
     fill(storage, studies)
     everyone = list(range(1, studies + 1))

@@ -50,14 +50,17 @@ def storage_url(config: Config, *, start: bool) -> str:
     return server.url
 
 
-def open_storage(config: Config, *, start: bool = False) -> Any:
-    """Open the storage. start: as for `storage_url`. Raises DatabaseUnavailable."""
+def open_storage(config: Config, *, start: bool = False, write: bool = False) -> Any:
+    """Open the storage. start: as for `storage_url`. write: its role must be able to. Raises DatabaseUnavailable."""
     from storage import database  # here: it imports Optuna
 
     database.quiet_optuna()
     url = storage_url(config, start=start)
     private = None if config.storage.url else server_folder(config)
-    return database.open_storage(url, wait_s=config.storage.wait_s, private=private)
+    storage = database.open_storage(url, wait_s=config.storage.wait_s, private=private)
+    if write:
+        database.check_writable(storage)
+    return storage
 
 
 @contextmanager

@@ -138,6 +138,29 @@ def check_version(storage: RDBStorage) -> None:
     )
 
 
+WRITABLE = """
+select current_setting('transaction_read_only') = 'off' as writable, current_user as role,
+       (select bool_and(has_table_privilege(name, rights)) from unnest(array['studies', 'trials', 'slots']) as name,
+               unnest(array['select', 'insert', 'update', 'delete']) as rights) as allowed
+"""
+
+
+def check_writable(storage: RetryingStorage) -> None:
+    """Raises DatabaseUnavailable where the role, or the server as a whole, only reads."""
+    found = storage.transaction(lambda connection: connection.execute(text(WRITABLE)).one())
+    if not found.writable:
+        raise DatabaseUnavailable(
+            f"{without_password(storage.engine.url)}: is read-only for the role {found.role}; "
+            "name the primary server and a role that may write with --storage"
+        )
+    if not found.allowed:
+        raise DatabaseUnavailable(
+            f"{without_password(storage.engine.url)}: the role {found.role} may not write; let it, as the owner: "
+            f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {found.role}; "
+            f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {found.role}"
+        )
+
+
 def _columns_of_slots(connection: Connection, url: URL) -> set[str]:
     """The columns of our table, none where there is no table. Raises DatabaseUnavailable where it is not ours."""
     columns = set(connection.execute(text(COLUMNS)).scalars())
@@ -180,6 +203,8 @@ def _unavailable(url: URL, error: BaseException) -> DatabaseUnavailable:
         hint = "set PGPASSWORD, or add a line to ~/.pgpass"
     elif re.search(r"too many (clients|connections)|remaining connection slots", first_line(error)):
         hint = MORE_CONNECTIONS
+    elif "permission denied for schema" in first_line(error):  # as for any role but the owner's since Postgres 15
+        hint = f"let the role make tables, as their owner: GRANT USAGE, CREATE ON SCHEMA public TO {url.username}"
     return DatabaseUnavailable(f"{without_password(url)}: {first_line(error)}; {hint}")
 
 

@@ -61,7 +61,7 @@ TRANSIENT_STATES = {
     "57P03": "the server is starting",
     "57P05": "the server's idle_session_timeout",
 }
-READ_ONLY = "25006"
+READ_ONLY, DENIED = "25006", "42501"
 # What libpq says of a connection that no waiting mends; it gives no SQLSTATE.
 PERMANENT_CONNECT_ERRORS = re.compile(
     r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
@@ -149,6 +149,8 @@ class RetryingStorage(RDBStorage):
             try:
                 return call(attempt)
             except (StorageInternalError, SQLAlchemyError) as error:
+                if sqlstate_of(error) == DENIED:
+                    raise DatabaseUnavailable(f"{without_password(self.engine.url)}: {first_line(error)}") from None
                 if not is_transient(error):
                     raise
                 self.scoped_session.remove()

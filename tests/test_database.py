@@ -6,18 +6,24 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
+import places
 import pytest
 from conftest import execute
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import text
+from test_slots import make_study
 
+from launch import cli
 from storage import DatabaseUnavailable, database, embedded, slots, urls
 from storage.progress import worker_seconds
 from storage.retrying import CLAIM_ATTR
+
+Place = places.RunPlace  # of the fixture `place`
 
 
 def crash(folder: Path) -> None:
@@ -248,3 +254,48 @@ def test_a_process_holds_one_connection(database_url: str) -> None:
     while (found := storage.transaction(lambda c: c.execute(count).scalar())) != 1:
         assert time.monotonic() < deadline, found
     storage.engine.dispose()
+
+
+@pytest.fixture
+def role(database_server: embedded.PrivateServer) -> Iterator[str]:
+    """A role that owns nothing."""
+    name = f"reader_{os.getpid()}"
+    execute(database_server.url, f"create role {name} login password 'p'")
+    yield name
+    execute(database_server.url, f"drop role {name}")
+
+
+def of_role(url: str, role: str) -> str:
+    return url.replace("studies@", f"{role}:p@")
+
+
+def test_a_role_that_may_not_make_tables_is_told_what_to_grant(
+    database_server: embedded.PrivateServer, role: str
+) -> None:
+    name = f"empty_{os.getpid()}"
+    execute(database_server.url, f"create database {name}")
+    with pytest.raises(
+        DatabaseUnavailable, match=rf"schema public; let .* GRANT USAGE, CREATE ON SCHEMA public TO {role}$"
+    ):
+        database.open_storage(of_role(database_server.url.rsplit("/", 1)[0] + f"/{name}", role))
+    execute(database_server.url, f"drop database {name} with (force)")
+
+
+def test_a_role_that_only_reads_is_one_line(place: places.Place, role: str) -> None:
+    def launched() -> str:
+        ended = place.invoke(cli.launch_workers, "--cpus", "1", "--models", "naive", url=of_role(place.url, role))
+        assert (ended.exit_code, ended.stdout) == (1, "")
+        return ended.stderr.splitlines()[-1]
+
+    execute(place.url, f"grant select on all tables in schema public to {role}")
+    assert f"the role {role} may not write; let it, as the owner: GRANT ALL ON ALL TABLES" in launched()
+    reading = database.open_storage(of_role(place.url, role))
+    with pytest.raises(DatabaseUnavailable, match=r"permission denied for table studies$"):
+        make_study(reading)
+    execute(place.url, f"grant all on all tables in schema public to {role}")
+    execute(place.url, f"alter role {role} set default_transaction_read_only = on")
+    began = time.monotonic()
+    assert f"is read-only for the role {role}" in launched()
+    assert time.monotonic() - began < 10  # before the run there is no failover to wait for
+    reading.engine.dispose()
+    execute(place.url, f"drop owned by {role}")
