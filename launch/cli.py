@@ -100,7 +100,7 @@ def launch_workers(
     # All of the user's input has been checked; from here on the command writes.
     for note in notes:
         say(note)
-    storage = open_storage(config, start=True)
+    storage = open_storage(config, start=True, write=True)
     opened = studying.open_studies(storage, config, series, model_names, checkpoints)
     for note in (note for item in opened for note in item.notes):
         say(note)

@@ -50,17 +50,27 @@ def storage_url(config: Config, *, start: bool) -> str:
     return server.url
 
 
-def open_storage(config: Config, *, start: bool = False) -> Any:
-    """Open the storage. start: as for `storage_url`. Raises DatabaseUnavailable."""
+def open_storage(config: Config, *, start: bool = False, write: bool = False) -> Any:
+    """Open the storage. start: as for `storage_url`. write: its role must be able to. Raises DatabaseUnavailable."""
     from storage import database  # here: it imports Optuna
 
     database.quiet_optuna()
-    return database.open_storage(storage_url(config, start=start), wait_s=config.storage.wait_s)
+    url = storage_url(config, start=start)
+    private = None if config.storage.url else server_folder(config)
+    storage = database.open_storage(url, wait_s=config.storage.wait_s, private=private)
+    if write:
+        database.check_writable(storage)
+    return storage
 
 
 @contextmanager
-def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Restart the private server if it is killed within the block, for lack of memory for instance; not if stopped."""
+def private_server_kept_alive(
+    config: Config, *, say: Callable[[str], None], on_stop: Callable[[], None]
+) -> Iterator[None]:
+    """Start the private server again if anything but `studies stop` ends it within the block.
+
+    on_stop: called once, from another thread, after `studies stop`.
+    """
     if config.storage.url:
         yield
         return
@@ -73,8 +83,12 @@ def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> 
         reported = ""
         while not ended.wait(CHECK_S):
             try:
+                if embedded.was_stopped(folder):
+                    say("'studies stop' stopped the private server, so this run ends; the same command goes on with it")
+                    on_stop()
+                    return
                 if embedded.revive(folder, listen=config.storage.listen):
-                    say("the private server was killed; restarted it")
+                    say("the private server had ended; started it again")
                     reported = ""
             except Exception as error:  # noqa: BLE001 - without this thread nobody would start the server again
                 line = str(error) if isinstance(error, DatabaseUnavailable) else one_line(error)
@@ -88,7 +102,7 @@ def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> 
         yield
     finally:
         ended.set()
-        checker.join()
+        checker.join(CHECK_S)  # not longer: it may be starting a server that nobody needs any more
 
 
 def shared_url(config: Config, host: str | None) -> str:

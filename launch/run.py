@@ -13,10 +13,10 @@ from pathlib import Path
 from launch import ray_cluster, streams, supervisor
 from launch.devices import DeviceSlot
 from launch.output import counted, say
-from launch.places import artifacts_folder, private_server_kept_alive
+from launch.places import artifacts_folder, private_server_kept_alive, server_folder
 from launch.ray_cluster import Cluster
 from launch.views import listing, live, notes
-from launch.worker import EXIT_INTERRUPTED, RunPlan
+from launch.worker import EXIT_INTERRUPTED, PRIVATE_SERVER, RunPlan
 from storage import DatabaseUnavailable, database, urls
 from storage.progress import first_parked_slots, study_progress
 from storage.retrying import RetryingStorage
@@ -49,9 +49,12 @@ def run_workers(
         devices=tuple(slot.device for slot in device_slots),
     )
     url, secret = urls.hand_over(storage.engine.url)
+    private = {} if config.storage.url else {PRIVATE_SERVER: str(server_folder(config).absolute())}
     names = {study.study_id: study.name for study in unfinished}
     kinds = sorted({slot.device.split(":")[0] for slot in device_slots})
     say(f"{counted(len(device_slots), '/'.join(kinds) + ' worker')}; logs in {folder}")
+    if line := database.lack_of_connections(storage, len(device_slots)):
+        say(line)
     if cluster is None:
         make_supervisor = supervisor.Supervisor
     else:
@@ -65,12 +68,12 @@ def run_workers(
         device_slots,
         storage,
         list(names),
-        environment={"OPTUNA_STORAGE": url, **secret},
+        environment={"OPTUNA_STORAGE": url, **secret, **private},
         say=view.say,
         report=note_writer,
     )
     view.watch(run.children)
-    with view, private_server_kept_alive(config, say=view.say):
+    with view, private_server_kept_alive(config, say=view.say, on_stop=run.stop_at_once):
         status = run.run()
     if cluster is not None:
         cluster.end()

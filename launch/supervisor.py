@@ -226,6 +226,11 @@ class Supervisor:
         if self.signals == 1:
             self.say("stopping after the trials in progress; press Ctrl-C again to stop at once")
 
+    def stop_at_once(self) -> None:
+        """Do what a second signal does: nothing is waited for. May be called from any thread."""
+        self.second_signal_at = time.monotonic()
+        self.signals = max(2, self.signals)
+
     def _kill_unresponsive(self) -> None:
         """After the second signal, kill the workers that have not ended within the grace period."""
         if not self._is_past_second_signal(SECOND_SIGNAL_GRACE_S):

@@ -23,7 +23,7 @@ from launch import devices
 from objectives.bars import read_bars
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
-from storage.progress import free_counts, study_progress
+from storage.progress import free_counts, has_open
 from storage.retrying import RetryingStorage, one_line
 from storage.slots import Slot
 from studies import config as configuration
@@ -38,6 +38,7 @@ log = logging.getLogger("worker")
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of Python after a traceback
 MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
+PRIVATE_SERVER = "STUDIES_PRIVATE_SERVER"  # environment: the folder of the private server, where that is the storage
 BROKEN_DEVICE = "CUDA error"  # after one, every call of this process fails: only a restart gives the device back
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
@@ -160,7 +161,7 @@ class Worker:
                     continue
                 study_id, just_chosen = self._choose_study(), True
                 if study_id is None:
-                    if self._all_finished():
+                    if not has_open(self.storage, list(self.studies)):
                         if self.last_finished is not None:  # the time it was idle since then
                             slots.add_seconds(self.storage, self.last_finished, clock.lap())
                         return EXIT_DONE
@@ -180,10 +181,6 @@ class Worker:
         """
         free = free_counts(self.storage, list(self.studies), worker=self.name, current=current)
         return next(iter(free), None)
-
-    def _all_finished(self) -> bool:
-        progress = study_progress(self.storage, list(self.studies))
-        return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
     def _work_on(self, run: StudyRun, slot: Slot, clock: working.StageClock) -> None:
         study = run.study
@@ -290,8 +287,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         plan = RunPlan.read(folder)
         # Patient: the supervisor has used this URL, and may restart a worker while the server is unavailable.
+        private = os.environ.get(PRIVATE_SERVER)
         storage = database.open_storage(
-            os.environ["OPTUNA_STORAGE"], wait_s=plan.config.storage.wait_s, create=False, patient=True
+            os.environ["OPTUNA_STORAGE"],
+            wait_s=plan.config.storage.wait_s,
+            create=False,
+            patient=True,
+            private=Path(private) if private else None,
         )
         return Worker(plan, storage, plan.devices[number], stop_request).work()
     except ExpectedError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,34 +37,57 @@ class Slot:
     claim: str  # the fence: only the claim that is on the row may finish it
 
 
-def add(
-    connection: Connection, study_id: int, stage: int, number: int, *, label: str | None = None, params: Any = None
-) -> None:
-    """Insert one row. A row that exists already is left as it is."""
+@dataclass(frozen=True, kw_only=True)
+class NewSlot:
+    """A row to insert."""
+
+    study_id: int
+    stage: int
+    number: int
+    label: str | None = None
+    params: Mapping[str, Any] | None = None
+
+
+def add_all(connection: Connection, rows: Sequence[NewSlot]) -> None:
+    """Insert rows in one statement. Those that exist already are left as they are."""
     connection.execute(
         text(
             "insert into slots (study_id, stage, number, label, params) "
-            "values (:study_id, :stage, :number, :label, cast(:params as jsonb)) on conflict do nothing"
+            "select study_id, stage, number, label, cast(params as jsonb) from unnest("
+            "cast(:study_ids as integer[]), cast(:stages as integer[]), cast(:numbers as integer[]), "
+            "cast(:labels as text[]), cast(:params as text[])) as given (study_id, stage, number, label, params) "
+            "on conflict do nothing"
         ),
         {
-            "study_id": study_id,
-            "stage": stage,
-            "number": number,
-            "label": label,
-            "params": None if params is None else json.dumps(params),
+            "study_ids": [row.study_id for row in rows],
+            "stages": [row.stage for row in rows],
+            "numbers": [row.number for row in rows],
+            "labels": [row.label for row in rows],
+            "params": [None if row.params is None else json.dumps(row.params) for row in rows],
         },
     )
 
 
-def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
-    """Insert trial slots up to `budget` and return the number of new ones. A budget is never lowered."""
+def add(connection: Connection, study_id: int, stage: int, number: int, **more: Any) -> None:
+    """Insert one row, with what else a NewSlot has. A row that exists already is left as it is."""
+    add_all(connection, [NewSlot(study_id=study_id, stage=stage, number=number, **more)])
+
+
+def raise_budgets(connection: Connection, study_ids: Iterable[int], budget: int) -> int:
+    """Insert trial slots of studies up to `budget` and return the number of new ones. A budget is never lowered."""
     return connection.execute(
         text(
             "insert into slots (study_id, stage, number) "
-            "select :study_id, :stage, n from generate_series(0, :budget - 1) n on conflict do nothing"
+            "select study_id, :stage, n from unnest(cast(:study_ids as integer[])) study_id, "
+            "generate_series(0, :budget - 1) n on conflict do nothing"
         ),
-        {"study_id": study_id, "stage": TRIAL, "budget": budget},
+        {"study_ids": list(study_ids), "stage": TRIAL, "budget": budget},
     ).rowcount
+
+
+def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
+    """As `raise_budgets`, of one study."""
+    return raise_budgets(connection, [study_id], budget)
 
 
 def reopen(connection: Connection, study_id: int, stage: int, *, params: Any) -> None:

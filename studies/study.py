@@ -10,9 +10,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import optuna
@@ -36,6 +35,7 @@ DEFINITION = "definition"  # study user attribute
 NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
 ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
 MAX_NAME = 512  # characters of a study's name in Optuna's table
+CREATED_TOGETHER = 200  # studies made in one transaction; a crash costs no more than these
 SEARCH_PASSES = (0,)  # the seeds of every trial
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
@@ -159,7 +159,8 @@ def open_studies(
     confirmations = read_confirmations(storage, ids, paths=MEASURED_PATHS)
 
     extensions: list[_Extension] = []
-    plans: list[int | Callable[[], Opened]] = []  # the id of a study that is there, or what makes it
+    creations: list[_Creation] = []
+    names: list[str] = []
     for item in wanted:
         newest = timestamp_text(item.bars.timestamps[-1])
         for model in models:
@@ -183,15 +184,19 @@ def open_studies(
                 # What another machine found in use stays in the comparison.
                 baselines = {**(confirmation.params or {}), **baselines}
                 extensions.append(_Extension(study=study, baselines=baselines, outdated=outdated))
-                plans.append(study.study_id)
+                names.append(study.name)
             else:
                 if len(asked) < config.windows.confirmation:
                     notes += (
                         f"{item.path}: has {len(asked)} windows to confirm on, not {config.windows.confirmation}",
                     )
-                plans.append(partial(_create, storage, config, definition, baselines, notes))
-    extended = _extend(storage, config.search.trials, extensions)
-    return [extended[plan] if isinstance(plan, int) else plan() for plan in plans]
+                new = _Creation(definition=definition, baselines=baselines, notes=notes)
+                creations.append(new)
+                names.append(new.name)
+    opened = _extend(storage, config.search.trials, extensions)
+    for first in range(0, len(creations), CREATED_TOGETHER):
+        opened |= _create(storage, config, creations[first : first + CREATED_TOGETHER])
+    return [opened[name] for name in names]
 
 
 def _no_work(study: Study) -> StudyMismatch:
@@ -223,10 +228,10 @@ class _Extension:
     outdated: bool  # what was confirmed is of other windows, or lacks a configuration in use
 
 
-def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extension]) -> dict[int, Opened]:
+def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extension]) -> dict[str, Opened]:
     """Raise the budgets, free what is parked and ask for outdated confirmations anew, in one transaction.
 
-    By study id. Only studies with something to change cost statements of their own.
+    By name. Only studies with something to change cost statements of their own.
     """
     by_id = {one.study.study_id: one for one in extensions}
     ids = sorted(by_id)  # two processes at the same studies wait for each other, in place of a deadlock
@@ -254,7 +259,7 @@ def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extensi
         notes = ()
         if now.budget > budget:
             notes = (f"{one.study.name} keeps its budget of {now.budget} trials; a budget is never lowered",)
-        found[study_id] = Opened(study=one.study, state=state, budget=now.budget, notes=notes)
+        found[one.study.name] = Opened(study=one.study, state=state, budget=now.budget, notes=notes)
     return found
 
 
@@ -286,30 +291,52 @@ def reconfirm(
     return notes
 
 
-def _create(
-    storage: RetryingStorage,
-    config: Config,
-    definition: dict[str, Any],
-    baselines: Mapping[str, dict[str, Any]],
-    notes: tuple[str, ...],
-) -> Opened:
-    key = {part: definition[part] for part in ("symbol", "model", "as_of")}
-    name = "{symbol}/{model}@{as_of}".format(**key)
-    space = spaces.make(definition["model"], config)
+@dataclass(frozen=True, kw_only=True)
+class _Creation:
+    """A study to make, and the configurations in use to measure beside its search."""
 
-    def fill(connection: Any, study_id: int) -> None:
-        for number, (label, params) in enumerate(baselines.items()):
-            slots.add(connection, study_id, slots.BASELINE, number, label=label, params=params)
-        # What is known to work starts the search, where the search could have proposed it.
-        starts = {json.dumps(params): (label, params) for label, params in baselines.items() if space.contains(params)}
-        for number, (label, params) in enumerate(list(starts.values())[: config.search.trials]):
-            slots.add(connection, study_id, slots.TRIAL, number, label=label, params=space.searched(params))
-        slots.raise_budget(connection, study_id, config.search.trials)
-        slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params=baselines)
+    definition: Mapping[str, Any]
+    baselines: Mapping[str, dict[str, Any]]
+    notes: tuple[str, ...]
 
-    study_id = study_rows.create_study(storage, name, {DEFINITION: definition}, METRIC, fill)
-    study = Study(study_id=study_id, name=name, definition=definition, **key)
-    return Opened(study=study, state="new", budget=config.search.trials, notes=notes)
+    @property
+    def name(self) -> str:
+        return f"{self.definition['symbol']}/{self.definition['model']}@{self.definition['as_of']}"
+
+
+def _create(storage: RetryingStorage, config: Config, new: Sequence[_Creation]) -> dict[str, Opened]:
+    """Make studies with their budgets, in one transaction. By name, also of those that another process made first."""
+    by_name = {one.name: one for one in new}
+    budget = config.search.trials
+
+    def fill(connection: Any, made: Mapping[str, int]) -> None:
+        rows = [row for name, study_id in made.items() for row in _first_slots(config, by_name[name], study_id)]
+        slots.add_all(connection, rows)
+        slots.raise_budgets(connection, made.values(), budget)
+
+    attrs = {name: {DEFINITION: one.definition} for name, one in by_name.items()}
+    ids = study_rows.create_studies(storage, attrs, METRIC, fill)
+    opened = {}
+    for name, one in by_name.items():
+        parts = {part: one.definition[part] for part in ("symbol", "model", "as_of")}
+        study = Study(study_id=ids[name], name=name, definition=one.definition, **parts)
+        opened[name] = Opened(study=study, state="new", budget=budget, notes=one.notes)
+    return opened
+
+
+def _first_slots(config: Config, new: _Creation, study_id: int) -> Iterator[slots.NewSlot]:
+    """The slots of a new study, but for the trials that the sampler proposes."""
+    space = spaces.make(new.definition["model"], config)
+    for number, (label, params) in enumerate(new.baselines.items()):
+        yield slots.NewSlot(study_id=study_id, stage=slots.BASELINE, number=number, label=label, params=params)
+    # What is known to work starts the search, where the search could have proposed it.
+    starts = {json.dumps(params): (label, params) for label, params in new.baselines.items() if space.contains(params)}
+    for number, (label, params) in enumerate(list(starts.values())[: config.search.trials]):
+        searched = space.searched(params)
+        yield slots.NewSlot(study_id=study_id, stage=slots.TRIAL, number=number, label=label, params=searched)
+    yield slots.NewSlot(
+        study_id=study_id, stage=slots.CONFIRMATION, number=0, label="confirmation", params=new.baselines
+    )
 
 
 def _baselines(

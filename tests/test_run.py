@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +22,9 @@ from places import patch_python
 from processes import wait_until_gone, workers_of
 
 from launch.views import listing
-from storage import database, embedded, slots
+from launch.worker import EXIT_INTERRUPTED
+from storage import database, embedded, postgres, slots
+from storage.data_dir import remembered
 from storage.progress import parked_slots, read_confirmations, study_progress
 from studies import study as studying
 
@@ -233,21 +238,103 @@ def with_a_server_of_its_own(place: Place, folder: Path) -> Path:
     return folder
 
 
-def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
+def logged_trials(place: Place) -> int:
+    """As the workers' logs have it, which can be read without a server."""
+    return "".join(log.read_text() for log in place.folder.glob("logs/*/worker-*.log")).count(" #")
+
+
+def wait_for_logged_trials(place: Place, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while logged_trials(place) < count:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.05)
+
+
+def signal_postmaster(server: Path, number: signal.Signals) -> None:
+    os.kill(int((server / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0]), number)
+
+
+def pg_ctl_stop(server: Path, mode: str) -> None:
+    """Stop the server with Postgres' own command."""
+    place = remembered(server)
+    assert place
+    assert place.binaries
+    command = [place.binaries / "pg_ctl", "stop", "-m", mode]
+    owner = postgres.owner_of(place.cluster)
+    done = postgres.run(command, owner, place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+
+
+def port_of(server: Path) -> int:
+    place = remembered(server)
+    assert place
+    return place.port
+
+
+def progress_on(server: Path) -> list[tuple[str, int]]:
+    """State and finished trials of each study."""
+    running = embedded.start(server)
+    opened = database.open_storage(f"{running.url}?passfile={running.passfile}", wait_s=10)
+    found = [(progress.state, progress.done) for progress in study_progress(opened).values()]
+    opened.engine.dispose()
+    return found
+
+
+def turn_away(listening: socket.socket) -> None:
+    """Close each connection, as a program that is no database would."""
+    with listening, contextlib.suppress(OSError):
+        while True:
+            listening.accept()[0].close()
+
+
+def test_whatever_ends_the_private_server_the_run_starts_it_again(place: Place, scratch: Path) -> None:
     place.slow_down(0.05)
-    server = with_a_server_of_its_own(place, scratch / f"killed-{os.getpid()}")
+    server = with_a_server_of_its_own(place, scratch / f"ended-{os.getpid()}")
     supervisor = place.launch("--trials", "60")
+    ends = [
+        lambda: signal_postmaster(server, signal.SIGKILL),
+        lambda: signal_postmaster(server, signal.SIGQUIT),
+        lambda: pg_ctl_stop(server, "immediate"),
+    ]
     try:
-        deadline = time.monotonic() + 60
-        while "#5 " not in "".join(log.read_text() for log in place.folder.glob("logs/*/worker-*.log")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        os.kill(int((server / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0]), signal.SIGKILL)
+        for end in ends:
+            wait_for_logged_trials(place, logged_trials(place) + 4)
+            end()
+        wait_for_logged_trials(place, logged_trials(place) + 4)
+        port = port_of(server)
+        with embedded._starting(server):  # until then the run cannot start it again
+            pg_ctl_stop(server, "fast")
+            stranger = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=turn_away, args=[stranger], daemon=True).start()
         _, said = supervisor.communicate(timeout=100)
+        stranger.shutdown(socket.SHUT_RDWR)
         assert supervisor.returncode == 0, said
-        assert "the private server was killed; restarted it" in said
-        listed = json.loads(place.run("studies", "list", "--json").stdout)
-        assert {row["state"] for row in listed} == {"finished"}
+        assert said.count("the private server had ended; started it again") == len(ends) + 1
+        assert port_of(server) != port
+        assert progress_on(server) == [("finished", 60)] * 2
+    finally:
+        supervisor.kill()
+        embedded.stop(server)
+
+
+def test_studies_stop_ends_a_run_which_goes_on_later(place: Place, scratch: Path) -> None:
+    server = with_a_server_of_its_own(place, scratch / f"stopped-{os.getpid()}")
+    place.slow_down(0.05)
+    supervisor = place.launch("--trials", "20")
+    try:
+        wait_for_logged_trials(place, 6)
+        workers = workers_of(supervisor.pid)
+        assert place.run("studies", "stop").stdout == "stopped\n"
+        _, said = supervisor.communicate(timeout=20)
+        assert supervisor.returncode == EXIT_INTERRUPTED
+        assert said.splitlines()[-1] == (
+            "'studies stop' stopped the private server, so this run ends; the same command goes on with it"
+        )
+        assert said.count("server") == 1
+        wait_until_gone(workers)
+        assert embedded.running(server) is None
+        place.run("launch-workers", "--cpus", "2", "--trials", "20")
+        assert progress_on(server) == [("finished", 20)] * 2
     finally:
         supervisor.kill()
         embedded.stop(server)
@@ -257,17 +344,14 @@ def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Pa
     server = with_a_server_of_its_own(place, scratch / f"away-{os.getpid()}")
     supervisor = place.launch("--trials", "5000")
     try:
-        deadline = time.monotonic() + 60
-        while len(workers_of(supervisor.pid)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        time.sleep(3)  # into the trials
+        wait_for_logged_trials(place, 2)
         workers = workers_of(supervisor.pid)
-        embedded.stop(server)
-        os.kill(workers[0], signal.SIGKILL)  # what it held can be freed only when the server is back
-        time.sleep(2)
-        assert len(workers_of(supervisor.pid)) == 2  # started again all the same
-        end_by_two_signals(supervisor, workers)
+        with embedded._starting(server):  # so that the run cannot start it again
+            pg_ctl_stop(server, "fast")
+            os.kill(workers[0], signal.SIGKILL)  # what it held can be freed only when the server is back
+            time.sleep(2)
+            assert len(workers_of(supervisor.pid)) == 2  # started again all the same
+            end_by_two_signals(supervisor, workers)
     finally:
         supervisor.kill()
         embedded.stop(server)
