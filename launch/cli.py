@@ -350,7 +350,6 @@ def demo_data(config: Config) -> None:
     \b
     studies demo-data --config demo
     """
-
     from studies.series import demo_bars
 
     for path in demo_bars(config.data.dir):
@@ -406,18 +405,19 @@ def verify_compile(
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
               help="Port to listen on; 0 for any free one.")  # fmt: skip
+@click.option("--token-file", type=FILE, help="File with the token to ask for; needed where others can come in.")
 @shared
-def dashboard_command(config: Config, host: str, port: int) -> None:
-    """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts, and has no login.
+def dashboard_command(config: Config, host: str, port: int, token_file: Path | None) -> None:
+    """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts.
 
     \b
-    studies dashboard
-    studies dashboard --port 8081
+    studies dashboard --host 0.0.0.0 --token-file token.txt
     """
     from launch.views import dashboard
 
-    server = dashboard.bind(open_storage(config, start=True), artifacts_folder(config), host, port)
-    dashboard.serve(server, host, say=say)
+    door = dashboard.open_door(host, token_file)
+    server = dashboard.bind(open_storage(config, start=True), artifacts_folder(config), door, port)
+    dashboard.serve(server, door, say=say)
 
 
 @studies.command(name="report")
