@@ -408,7 +408,7 @@ def check(checkpoint: Checkpoint) -> TotoNetworkConfig:
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(TOTO.name, device=device, running=running)
-    found = resolve(checkpoint, revision=revision)
+    found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
     with torch.device("meta"):
         network = TotoNetwork(read_config(found))
     load_into(found, network, _rename)
@@ -421,7 +421,7 @@ def inspect(checkpoint: str, *, revision: str | None = None, running: Running = 
 
     Raises CheckpointError where the checkpoint does not fit.
     """
-    found = resolve(checkpoint, revision=revision)
+    found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
     check(found)
     return _fingerprint(found, running.dtype)
 

@@ -38,6 +38,7 @@ from launch.options import (
 from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
 from storage import DatabaseUnavailable
+from storage.commands import command
 from studies.config import MAX_TRIALS, Config, ConfigError
 
 
@@ -246,7 +247,8 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     found = listing.details(storage, name)
     if found is None:
         retired = studying.retired_names(storage, name)
-        raise ConfigError(f"no study {name!r}; see: " + (f"studies show {retired[-1]}" if retired else "studies list"))
+        words = f"studies show {retired[-1]}" if retired else "studies list"
+        raise ConfigError(f"no study {name!r}; see: {command(words)}")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -274,7 +276,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     storage = open_storage(config)
     study = next((study for study in studying.list_studies(storage) if study.name == name), None)
     if study is None:
-        raise ConfigError(f"no study {name!r}; see: studies list")
+        raise ConfigError(f"no study {name!r}; see: {command('studies list')}")
     objective = study.definition["objective"]
     config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
     device_slots = devices.device_slots(flat(gpus) or None, cpus)[:1]  # a confirmation is one slot
@@ -303,7 +305,7 @@ def retire(config: Config, name: str, undo: bool) -> None:
     try:
         click.echo((studying.unretire if undo else studying.retire)(open_storage(config), name))
     except KeyError:
-        raise ConfigError(f"no study {name!r}; see: studies list") from None
+        raise ConfigError(f"no study {name!r}; see: {command('studies list')}") from None
 
 
 @studies.command()
@@ -436,7 +438,6 @@ def report_command(
     """Write an HTML page on the newest studies. It shows decisions, forecasts, errors and parameter importance.
 
     \b
-    studies report
     studies report --symbols BTCUSD --output btcusd.html --markdown btcusd.md
     """
     from launch.views import report as reporting

@@ -8,6 +8,7 @@ from launch.output import counted
 from launch.views.facts import STAGES, StudyFacts, confirmation_table, search_table
 from launch.views.tables import Column, Table, literal, markdown, percent_share
 from storage.board import Image
+from storage.commands import command
 from studies.evidence import Part
 
 PARKED_SHOWN = 5
@@ -85,5 +86,5 @@ def _confirmation(facts: StudyFacts) -> str:
 def _parked(facts: StudyFacts) -> str:
     lines = [f"- {STAGES[item.stage]}, slot {item.number}: {literal(item.error)}" for item in facts.parked]
     if (more := len(lines) - PARKED_SHOWN) > 0:
-        lines[PARKED_SHOWN:] = [f"- and {more} more; see `studies show {facts.study.name}`"]
+        lines[PARKED_SHOWN:] = [f"- and {more} more; see `{command(f'studies show {facts.study.name}')}`"]
     return "\n".join(lines)
