@@ -77,6 +77,7 @@ class AttackedRun:
         (patched / "sitecustomize.py").write_text(PATCH.format(dns_away=str(self.dns_is_away), held=str(self.held)))
         paths = [str(patched), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        self.replaced = 0  # supervisors, as they had no worker left to attack
         self.wrong: list[str] = []
         self.launch()
 
@@ -135,6 +136,7 @@ class AttackedRun:
                 return self.random.choice(mortal)
             if living:
                 self.supervisor_kill()
+                self.replaced += 1
             time.sleep(0.05)
         raise AssertionError(f"no worker to attack; {self.said()}")
 
