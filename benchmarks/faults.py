@@ -149,7 +149,7 @@ def run(plan: Plan, folder: Path, *, seed: int, say: Callable[[str], None] = lam
         stack.callback(attacked.end)
         began = time.monotonic()
         dealt = deal(plan, faults, attacked, say)
-        status = attacked.supervisor.wait(timeout=600)
+        status = attacked.supervisor.wait(timeout=1800)
         result.seconds = round(time.monotonic() - began, 1)
         dealt["supervisor kill"] += attacked.replaced
         result.dealt = {fault: dealt[fault] for fault in faults}

@@ -247,8 +247,8 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     found = listing.details(storage, name)
     if found is None:
         retired = studying.retired_names(storage, name)
-        words = f"studies show {retired[-1]}" if retired else "studies list"
-        raise ConfigError(f"no study {name!r}; see: {command(words)}")
+        see = command(f"studies show {retired[-1]}" if retired else "studies list")
+        raise ConfigError(f"no study {name!r}; see: {see}")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -297,7 +297,6 @@ def retire(config: Config, name: str, undo: bool) -> None:
     """Retire a study, so that launch-workers opens a new one. It keeps its trials.
 
     \b
-    studies retire BTCUSD/toto@2026-03-19
     studies retire --undo BTCUSD/toto@2026-03-19
     """
     from studies import study as studying
