@@ -216,7 +216,7 @@ def promote(url: str, folder: Path) -> str:
 def dashboard_over(url: str, folder: Path) -> Iterator[str]:
     """The address of a dashboard, as `studies dashboard` serves it, on a free port."""
     storage = database.open_storage(url, wait_s=10, create=False)
-    server = dashboard.bind(storage, folder / "artifacts", "127.0.0.1", 0)
+    server = dashboard.bind(storage, folder / "artifacts", dashboard.open_door("127.0.0.1", None), 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

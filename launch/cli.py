@@ -38,6 +38,7 @@ from launch.options import (
 from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
 from storage import DatabaseUnavailable
+from storage.commands import command
 from studies.config import MAX_TRIALS, Config, ConfigError
 
 
@@ -246,7 +247,8 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     found = listing.details(storage, name)
     if found is None:
         retired = studying.retired_names(storage, name)
-        raise ConfigError(f"no study {name!r}; see: " + (f"studies show {retired[-1]}" if retired else "studies list"))
+        see = command(f"studies show {retired[-1]}" if retired else "studies list")
+        raise ConfigError(f"no study {name!r}; see: {see}")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -274,7 +276,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     storage = open_storage(config)
     study = next((study for study in studying.list_studies(storage) if study.name == name), None)
     if study is None:
-        raise ConfigError(f"no study {name!r}; see: studies list")
+        raise ConfigError(f"no study {name!r}; see: {command('studies list')}")
     objective = study.definition["objective"]
     config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
     device_slots = devices.device_slots(flat(gpus) or None, cpus)[:1]  # a confirmation is one slot
@@ -295,7 +297,6 @@ def retire(config: Config, name: str, undo: bool) -> None:
     """Retire a study, so that launch-workers opens a new one. It keeps its trials.
 
     \b
-    studies retire BTCUSD/toto@2026-03-19
     studies retire --undo BTCUSD/toto@2026-03-19
     """
     from studies import study as studying
@@ -303,7 +304,7 @@ def retire(config: Config, name: str, undo: bool) -> None:
     try:
         click.echo((studying.unretire if undo else studying.retire)(open_storage(config), name))
     except KeyError:
-        raise ConfigError(f"no study {name!r}; see: studies list") from None
+        raise ConfigError(f"no study {name!r}; see: {command('studies list')}") from None
 
 
 @studies.command()
@@ -350,7 +351,6 @@ def demo_data(config: Config) -> None:
     \b
     studies demo-data --config demo
     """
-
     from studies.series import demo_bars
 
     for path in demo_bars(config.data.dir):
@@ -406,18 +406,19 @@ def verify_compile(
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
               help="Port to listen on; 0 for any free one.")  # fmt: skip
+@click.option("--token-file", type=FILE, help="File with the token to ask for; needed where others can come in.")
 @shared
-def dashboard_command(config: Config, host: str, port: int) -> None:
-    """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts, and has no login.
+def dashboard_command(config: Config, host: str, port: int, token_file: Path | None) -> None:
+    """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts.
 
     \b
-    studies dashboard
-    studies dashboard --port 8081
+    studies dashboard --host 0.0.0.0 --token-file token.txt
     """
     from launch.views import dashboard
 
-    server = dashboard.bind(open_storage(config, start=True), artifacts_folder(config), host, port)
-    dashboard.serve(server, host, say=say)
+    door = dashboard.open_door(host, token_file)
+    server = dashboard.bind(open_storage(config, start=True), artifacts_folder(config), door, port)
+    dashboard.serve(server, door, say=say)
 
 
 @studies.command(name="report")
@@ -436,7 +437,6 @@ def report_command(
     """Write an HTML page on the newest studies. It shows decisions, forecasts, errors and parameter importance.
 
     \b
-    studies report
     studies report --symbols BTCUSD --output btcusd.html --markdown btcusd.md
     """
     from launch.views import report as reporting

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import DatabaseUnavailable
+from storage.commands import command
 from studies.config import Config, ConfigError
 
 CHECK_S = 1.0  # between two checks that the private server runs, each of which takes a lock and reads a file
@@ -43,7 +44,8 @@ def storage_url(config: Config, *, start: bool) -> str:
 
     folder = server_folder(config)
     if not start and not folder.exists():
-        raise DatabaseUnavailable(f"{folder}: no studies yet; make some with launch-workers, or name a --storage")
+        made_by = command("launch-workers")
+        raise DatabaseUnavailable(f"{folder}: no studies yet; name a --storage, or make some with: {made_by}")
     server = embedded.start(folder, listen=config.storage.listen)
     os.environ["PGPASSFILE"] = str(server.passfile)
     os.environ.pop("PGPASSWORD", None)  # another server's password must not take precedence over the file
@@ -117,7 +119,8 @@ def shared_url(config: Config, host: str | None) -> str:
     if host and config.storage.url:
         raise ConfigError("--host is for the URL of the private server; this storage is a server of your own")
     if host and listen.is_loopback:
-        raise ConfigError(f"[storage] listen is {listen}, which lets no other host in; set it, then: studies stop")
+        stop = command("studies stop")
+        raise ConfigError(f"[storage] listen is {listen}, which lets no other host in; set it, then: {stop}")
     parsed = urls.parse_url(storage_url(config, start=True))
     if not config.storage.url and not listen.is_loopback:
         # No client can connect to 0.0.0.0, so without --host the URL is for this machine.

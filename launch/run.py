@@ -18,6 +18,7 @@ from launch.ray_cluster import Cluster
 from launch.views import listing, live, notes
 from launch.worker import EXIT_INTERRUPTED, PRIVATE_SERVER, RunPlan
 from storage import DatabaseUnavailable, database, urls
+from storage.commands import this_command
 from storage.progress import first_parked_slots, study_progress
 from storage.retrying import RetryingStorage
 from studies.config import Config, ConfigError
@@ -77,6 +78,8 @@ def run_workers(
         status = run.run()
     if cluster is not None:
         cluster.end()
+    if status == EXIT_INTERRUPTED:
+        say(f"stopped before the end; go on with: {this_command()}")
     if run.signals >= 2:
         streams.flush_output()
         os._exit(status)  # without results and without shutting down the interpreter, which take time

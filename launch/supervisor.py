@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -63,13 +65,16 @@ class DatabaseReporter(threading.Thread):
         study_ids: Sequence[int],
         *,
         lease_s: float,
+        log: Path,
         say: Callable[[str], None],
         report: Callable[[], None],
     ) -> None:
+        """log: gets the traceback of an error that nobody expects."""
         super().__init__(name="database-reporter", daemon=True)
         self._storage, self._study_ids, self._lease_s = storage, study_ids, lease_s
-        self._say, self._report = say, report
+        self._log, self._say, self._report = log, say, report
         self._said = ""  # what the last round reported
+        self._logged: set[str] = set()  # what has its traceback in the log
         self._dead: deque[str] = deque()
         self._ended = threading.Event()
 
@@ -93,10 +98,17 @@ class DatabaseReporter(threading.Thread):
                     said = str(error)
                     break  # it was waited for; the other would wait as long
                 except Exception as error:  # noqa: BLE001 - without this thread nobody learns how the run stands
-                    said = f"the run goes on after an error: {one_line(error)}"
+                    said = f"the run goes on after an error: {one_line(error)}; see {self._log}"
+                    if said not in self._logged:
+                        self._logged.add(said)
+                        self._write_traceback()
             if said and said != self._said:  # each round tries again, but the same error is reported once
                 self._say(said)
             self._said = said
+
+    def _write_traceback(self) -> None:
+        with suppress(OSError), self._log.open("a") as log:  # a full disk does not end the thread either
+            log.write(f"{time.strftime('%H:%M:%S')} {traceback.format_exc()}")
 
     def _free_slots_of_the_dead(self) -> None:
         while self._dead:
@@ -127,7 +139,12 @@ class Supervisor:
         self.folder = folder
         self.say = say
         self.reporter = DatabaseReporter(
-            storage, study_ids, lease_s=plan.config.workers.lease_s, say=say, report=report
+            storage,
+            study_ids,
+            lease_s=plan.config.workers.lease_s,
+            log=folder / "supervisor.log",
+            say=say,
+            report=report,
         )
         self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
         self.children = [

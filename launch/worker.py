@@ -119,8 +119,8 @@ class LeaseKeeper(threading.Thread):
                 slots.reap(self._storage, self._study_ids, lease_s=self._lease_s, wait_s=self._lease_s / 3)
             except DatabaseUnavailable as error:
                 log.warning("%s", error)  # the main thread's next statement fails too and ends the worker
-            except Exception as error:  # noqa: BLE001 - without this thread every slot longer than a lease is lost
-                log.error("the lease keeper goes on after an error: %s", one_line(error))
+            except Exception as error:  # without this thread every slot longer than a lease is lost
+                log.exception("the lease keeper goes on after an error: %s", one_line(error))
 
 
 class Worker:

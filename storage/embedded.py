@@ -30,6 +30,7 @@ from typing import IO
 import psycopg2
 
 from storage import DatabaseUnavailable, ports, postgres
+from storage.commands import command
 from storage.data_dir import Place, make_folder, new_place, password_of, remember, remembered, write_private
 from storage.files import sync_folder
 
@@ -72,9 +73,10 @@ def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = M
             place = _made_to_answer(place, listen, max_connections)
         elif (addresses := _listening(place)) != ports.addresses(listen):
             _log.warning(
-                "the private server listens on %s, not on %s as set: 'studies stop' and the next start apply it",
+                "the private server listens on %s, not on %s as set: '%s' and the next start apply it",
                 addresses.replace(",", ", "),
                 ports.addresses(listen).replace(",", ", "),
+                command("studies stop"),
             )
         return _server(place)
 
@@ -233,7 +235,7 @@ def _bring_up(place: Place, listen: str, max_connections: int) -> Place:
             return place
         if time.monotonic() > deadline:
             raise DatabaseUnavailable(
-                f"{place.folder}: its server does not answer ({reason}); stop it with 'studies stop' and try again"
+                f"{place.folder}: its server does not answer ({reason}); try again after: {command('studies stop')}"
             )
         time.sleep(_POLL_S)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from forecasters import ExpectedError
 from objectives.metrics import Measurement
 from storage import configs, history
+from storage.commands import command
 from storage.configs import Record
 from storage.progress import read_confirmations, study_progress
 from storage.retrying import RetryingStorage
@@ -156,10 +157,11 @@ def promote(
     asked = {symbol: [s for s in found.values() if s.model in models] for symbol, found in newest.items()}
     missing = [symbol for symbol in symbols if not asked.get(symbol)]
     if missing:
-        raise NothingToPromote(f"{missing[0]}: no study; make one with: launch-workers --symbols {missing[0]}")
+        words = f"launch-workers --symbols {missing[0]}"
+        raise NothingToPromote(f"{missing[0]}: no study; make one with: {command(words)}")
     wanted = list(symbols) or sorted(symbol for symbol, studies in asked.items() if studies)
     if not wanted:
-        raise NothingToPromote("no study yet; make some with: launch-workers")
+        raise NothingToPromote(f"no study yet; make some with: {command('launch-workers')}")
     ids = [study.study_id for symbol in wanted for study in newest[symbol].values()]
     confirmations = read_confirmations(storage, ids)
 
@@ -298,11 +300,11 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
 def _next(verdict: Verdict) -> str | None:
     study, reason = verdict.finding.study, verdict.decision.reason
     if reason == "not confirmed" and verdict.finding.open:
-        return f"launch-workers --symbols {study.symbol} --models {study.model}"
+        return command(f"launch-workers --symbols {study.symbol} --models {study.model}")
     if reason in ("not confirmed", "stale"):
-        return f"studies confirm {study.name}"
+        return command(f"studies confirm {study.name}")
     if reason == "not comparable":
-        return f"promote --symbols {study.symbol} --force"
+        return command(f"promote --symbols {study.symbol} --force")
     return None
 
 

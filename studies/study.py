@@ -21,6 +21,7 @@ from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_t
 from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
 from storage import configs, slots, study_rows, symbols
+from storage.commands import command
 from storage.progress import Confirmation, Progress, progress_in, read_confirmations, study_progress
 from storage.retrying import RetryingStorage
 from studies import sampler
@@ -114,9 +115,8 @@ def check_definition(study: Study, now: Mapping[str, Any]) -> None:
     """Raises StudyMismatch naming the first part that changed."""
     for part, reason in MISMATCHES.items():
         if study.definition.get(part) != now[part]:
-            raise StudyMismatch(
-                f"study {study.name}: {reason}, or set the study aside with: studies retire {study.name}"
-            )
+            retire = command(f"studies retire {study.name}")
+            raise StudyMismatch(f"study {study.name}: {reason}, or set the study aside with: {retire}")
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:
@@ -202,7 +202,7 @@ def open_studies(
 def _no_work(study: Study) -> StudyMismatch:
     return StudyMismatch(
         f"study {study.name}: has trials but no budget, as a copy made with Optuna; "
-        f"set it aside with: studies retire {study.name}"
+        f"set it aside with: {command(f'studies retire {study.name}')}"
     )
 
 
@@ -285,9 +285,8 @@ def reconfirm(
         return True
 
     if not storage.transaction(ask):
-        raise ConfigError(
-            f"study {study.name} has trials left; finish them with: launch-workers --symbols {study.symbol}"
-        )
+        words = f"launch-workers --symbols {study.symbol}"
+        raise ConfigError(f"study {study.name} has trials left; finish them with: {command(words)}")
     return notes
 
 
@@ -365,7 +364,8 @@ def retire(storage: RetryingStorage, name: str) -> str:
     Raises KeyError where there is no such study, ConfigError where it cannot have another name.
     """
     if ASIDE in name:
-        raise ConfigError(f"study {name} is retired already; bring it back with: studies retire --undo {name}")
+        undo = command(f"studies retire --undo {name}")
+        raise ConfigError(f"study {name} is retired already; bring it back with: {undo}")
     aside = f"{name}{ASIDE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     if len(aside) > MAX_NAME:
         raise ConfigError(
@@ -391,7 +391,8 @@ def unretire(storage: RetryingStorage, name: str) -> str:
         raise KeyError(name)
     before = found[-1].partition(ASIDE)[0]
     if not study_rows.rename_study(storage, found[-1], before):
-        raise ConfigError(f"there is a study {before} already; set it aside first with: studies retire {before}")
+        words = f"studies retire {before}"
+        raise ConfigError(f"there is a study {before} already; set it aside first with: {command(words)}")
     return before
 
 

@@ -224,7 +224,7 @@ def test_a_corrupt_promoted_file_is_left_as_it_is(place: Place) -> None:
 
 
 def test_promote_before_any_study(place: Place) -> None:
-    place.refused(place.invoke(cli.promote), "launch-workers")
+    place.refused(place.invoke(cli.promote), place.suggested("launch-workers"))
     place.refused(place.invoke(cli.promote, "--min-improvement", "2"), "--min-improvement", code=2)
 
 
@@ -363,7 +363,7 @@ def test_list_and_show(place: Place) -> None:
     assert study.name in place.invoke(cli.studies, "show", study.name).stdout
     missing = place.invoke(cli.studies, "show", "NONE/toto@2020-01-01")
     assert missing.exit_code == 1
-    assert "studies list" in missing.stderr
+    assert missing.stderr.endswith(f"see: {place.suggested('studies list')}\n")
 
 
 def test_url_hides_the_password(place: Place, database_server: Any) -> None:
@@ -387,7 +387,7 @@ def test_the_private_server_is_started_used_and_stopped(
 
     before = studies("list")
     assert before.exit_code == 1
-    assert "launch-workers" in before.stderr
+    assert place.suggested("launch-workers") in before.stderr
     assert not folder.exists()
     exported = studies("url", "--export").stdout.splitlines()
     assert exported[0].startswith("export OPTUNA_STORAGE=postgresql://studies@127.0.0.1:")
@@ -400,7 +400,7 @@ def test_the_private_server_is_started_used_and_stopped(
     place.settings.write_text(place.settings.read_text() + 'listen = "0.0.0.0"\n')
     here = studies("url")
     assert here.stdout.startswith("postgresql://studies@127.0.0.1:")
-    assert "'studies stop' and the next start apply it" in caplog.text
+    assert f"'{place.suggested('studies stop')}' and the next start apply it" in caplog.text
     caplog.clear()
     assert studies("stop").stdout == "stopped\n"
     there = studies("url", "--host", "db.lan")

@@ -190,7 +190,7 @@ def test_an_incumbent_of_an_unknown_model_is_replaced_only_by_force(place: Place
     before = path.read_bytes()
     row = place.row()
     assert (row["incumbent_model"], row["decision"], row["reason"]) == ("chronos2", "kept", "not comparable")
-    assert row["next"] == "promote --symbols BTCUSD --force"
+    assert row["next"] == place.suggested("promote --symbols BTCUSD --force")
     assert path.read_bytes() == before
     assert place.row("--force")["decision"] == "promoted"
     assert place.promoted()["metadata"]["previous_model"] == "chronos2"
@@ -211,7 +211,7 @@ def test_an_incumbent_that_changed_since_the_confirmation_is_stale(place: Place)
     place.put({**OLD, "num_samples": 512})
     row = place.row()
     assert (row["decision"], row["reason"], row["improvement"]) == ("kept", "stale", None)
-    assert row["next"] == f"studies confirm BTCUSD/toto@{AS_OF}"
+    assert row["next"] == place.suggested(f"studies confirm BTCUSD/toto@{AS_OF}")
 
 
 def test_nothing_wins_against_an_incumbent_without_error(place: Place) -> None:

@@ -193,6 +193,7 @@ def test_a_lease_is_renewed_after_an_unexpected_error(
     keeper.end()
     keeper.join()
     assert logged(caplog, "lease keeper") == ["the lease keeper goes on after an error: ZeroDivisionError: two"]
+    assert "in broken_once" in caplog.text  # its traceback
 
 
 def test_others_slots_that_cannot_be_freed_do_not_keep_a_lease_from_its_renewal(
@@ -218,8 +219,9 @@ def test_others_slots_that_cannot_be_freed_do_not_keep_a_lease_from_its_renewal(
 
 
 def test_the_reporter_goes_on_after_errors_and_says_each_once(
-    storage: RetryingStorage, database_url: str, monkeypatch: pytest.MonkeyPatch
+    storage: RetryingStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    log = tmp_path / "supervisor.log"
     study_id = make_study(storage, budget=1)
     must_claim(storage, study_id, "a:1")
     said: list[str] = []
@@ -230,7 +232,7 @@ def test_the_reporter_goes_on_after_errors_and_says_each_once(
         if len(reports) < 4:
             storage.transaction(lambda c: c.execute(text("select 1 / 0")))
 
-    reporter = DatabaseReporter(storage, [study_id], lease_s=60, say=said.append, report=report)
+    reporter = DatabaseReporter(storage, [study_id], lease_s=60, log=log, say=said.append, report=report)
     expire, broken = slots.expire, [1, 1]
 
     def broken_twice(*given: Any) -> None:
@@ -248,16 +250,20 @@ def test_the_reporter_goes_on_after_errors_and_says_each_once(
     reporter.end()
     reporter.join()
     assert len(reports) >= 6
-    assert said == ["the run goes on after an error: DataError: division by zero"]
+    assert said == [f"the run goes on after an error: DataError: division by zero; see {log}"]
+    assert log.read_text().count("in broken_twice") == 1
+    assert log.read_text().count("in report") == 1
     must_claim(storage, study_id, "a:2")  # what the dead worker held is free
 
 
-def test_the_reporter_outlasts_a_statement_timeout(storage: RetryingStorage, database_url: str) -> None:
+def test_the_reporter_outlasts_a_statement_timeout(storage: RetryingStorage, database_url: str, tmp_path: Path) -> None:
     study_id = make_study(storage, budget=1)
     must_claim(storage, study_id, "a:1")
     alter(database_url, "set statement_timeout = '100ms'")
     said: list[str] = []
-    reporter = DatabaseReporter(storage, [study_id], lease_s=60, say=said.append, report=lambda: None)
+    reporter = DatabaseReporter(
+        storage, [study_id], lease_s=60, log=tmp_path / "log", say=said.append, report=lambda: None
+    )
     reporter.free_slots_of("a:1")
     with closing(psycopg2.connect(database_url.replace("+psycopg2", ""))) as blocking:
         blocking.cursor().execute("lock table slots")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -204,6 +205,9 @@ def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
         assert {trial.state for trial in place.trials(symbol)} <= {TrialState.COMPLETE, TrialState.PRUNED}
     busy = [study for study, now in study_progress(place.storage).items() if now.done + now.open < now.budget]
     assert busy == []
+    (again,) = [line.partition("go on with: ")[2] for line in said.splitlines() if "go on with: " in line]
+    words = place.command("launch-workers", "--cpus", "2", "--trials", "500")
+    assert shlex.split(again) == [Path(words[0]).name, *words[1:]]
 
 
 def end_by_two_signals(supervisor: subprocess.Popen[str], workers: list[int]) -> None:

@@ -15,6 +15,7 @@ from launch.views import tables
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
 from launch.views.tables import Column, Table, duration, numbers, percent_error, percent_gain, percent_share
 from storage import slots, study_rows
+from storage.commands import command
 from storage.progress import Progress, first_parked_slots, pick_results, study_progress
 from storage.retrying import RetryingStorage
 from studies import importance
@@ -159,9 +160,9 @@ def print_rows(storage: RetryingStorage, selection: Selection, *, as_json: bool 
     if found or as_json:
         show(found, table, as_json=as_json, plain=plain)
     elif studies:
-        say("no such study; see: studies list")
+        say(f"no such study; see: {command('studies list')}")
     else:
-        say("no studies yet; create some with launch-workers")
+        say(f"no studies yet; create some with: {command('launch-workers')}")
 
 
 # --- one study ------------------------------------------------------------------------------------------------

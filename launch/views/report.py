@@ -6,6 +6,7 @@ Reads the database and the promoted files; decides nothing and writes no study. 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -174,9 +175,12 @@ def _section(storage: RetryingStorage, facts: StudyFacts) -> Section:
 
 
 def write(path: Path, content: str) -> None:
-    """Replace a file whole. Raises ConfigError."""
+    """Replace a file whole, where a link leads too; a device or a pipe is written to. Raises ConfigError."""
     try:
-        replace_file(path, content)
+        if path.exists() and not path.is_file():
+            path.write_text(content)
+        else:
+            replace_file(Path(os.path.realpath(path)), content)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name another file with --output or --markdown") from None
 
