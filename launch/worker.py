@@ -20,7 +20,7 @@ from types import FrameType
 
 from forecasters import ExpectedError, ForecastError, LoadedForecaster
 from launch import devices
-from objectives.bars import read_bars
+from objectives.bars import DataError, read_bars
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
 from storage.progress import free_counts, study_progress
@@ -31,7 +31,7 @@ from studies import evaluators, working
 from studies import study as studying
 from studies.config import Config
 from studies.series import Series
-from studies.study import Study, StudyRun
+from studies.study import Study, StudyMismatch, StudyRun
 
 log = logging.getLogger("worker")
 
@@ -235,13 +235,20 @@ class Worker:
             slots.park_study(self.storage, study.study_id, reason)
             log.error("%s parked: %s", study.name, reason)
 
-    def _run_of(self, study_id: int) -> StudyRun:
+    def _run_of(self, study_id: int) -> StudyRun | None:
+        """What is needed to work on a study; None where its bars cannot be used any more, which parks it."""
         if study_id not in self.runs:
             study = self.studies[study_id]
             evaluator = self.evaluators[study.model]
-            self.runs[study_id] = studying.start(
-                self.storage, self.config, study, self._series_of(study.symbol), evaluator.forecaster.fingerprint
-            )
+            try:
+                series = self._series_of(study.symbol)
+                run = studying.start(self.storage, self.config, study, series, evaluator.forecaster.fingerprint)
+            except (DataError, StudyMismatch) as error:
+                # Opening it again checks the bars: nothing is to be waited for.
+                slots.park_study(self.storage, study_id, str(error), parked_s=0)
+                log.error("%s parked: %s", study.name, error)
+                return None
+            self.runs[study_id] = run
         return self.runs[study_id]
 
     def _series_of(self, symbol: str) -> Series:

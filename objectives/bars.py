@@ -24,6 +24,7 @@ from forecasters import Bars, ExpectedError
 TIME_NAMES = ("timestamp", "datetime", "date", "time")  # the first of them that is there is the time column
 PRICE_NAMES = ("open", "high", "low", "close")
 SUFFIXES = (".csv", ".parquet")
+NOT_A_FILE = "it is no regular file"  # a pipe would be waited for
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}([ T].*)?|\d{8}")  # pandas also reads "2020" and "now": we do not
 _UNNAMED_INDEX = "__index_level_0__"  # what pandas calls a nameless index in a Parquet file
@@ -48,6 +49,8 @@ def read_bars(path: Path | str) -> tuple[Bars, tuple[str, ...]]:
     numbers from 1 in a Parquet file, which has no header row.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot be read ({NOT_A_FILE})")
     cells, rows = _read_cells(path)
     if not rows:
         raise DataError(f"{path}: has a header but no rows; add bars or remove the file")
@@ -266,11 +269,13 @@ def timestamp_text(timestamp: np.datetime64) -> str:
 
 def unfit(path: Path) -> str:
     """Why a file is no file of bars, by its header alone; empty where it is one, or one with a mistake to be named."""
+    if not path.is_file():
+        return NOT_A_FILE
     try:
         with _reading(path):
             header = pq.read_schema(path).names if path.suffix.lower() == ".parquet" else _csv_header(path)
-    except DataError as error:
-        return str(error).removeprefix(f"{path}: ")
+    except DataError:
+        return ""  # reading it will name the mistake
     names = _recognised(header)
     # One of the two alone is a symbol with a mistake, which reading it will name.
     if not any(name in names for name in (*TIME_NAMES, "close")):

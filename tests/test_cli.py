@@ -268,7 +268,7 @@ def test_a_study_whose_last_bar_is_gone_names_the_file(place: Place) -> None:
 
 def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) -> None:
     study = open_study(place)
-    slots.park_study(place.storage, study.study_id, "no memory")
+    slots.park_study(place.storage, study.study_id, "no memory", parked_s=0)
     done = {"r": json.dumps(to_json(evidence()))}
     place.storage.transaction(
         lambda c: c.execute(text("update slots set state = 'done', result = cast(:r as jsonb) where stage = 2"), done)

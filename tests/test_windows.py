@@ -15,7 +15,7 @@ from objectives import windows as w
 from objectives.bars import PRICE_NAMES, DataError, bars_fingerprint, bars_until, read_bars, timestamp_text
 from objectives.windows import Contexts, SeedKind, Windows, now, split
 from storage.symbols import SymbolError, check_symbol
-from studies.series import demo_bars, list_symbols
+from studies.series import Series, demo_bars, list_symbols, oddities
 
 HEADER = "timestamp,open,high,low,close,volume"
 
@@ -302,24 +302,30 @@ def test_a_folder_of_symbols(demo: Path, tmp_path: Path) -> None:
     write(tmp_path / "RATES.csv", "tenor,rate", "1,2")
     write(tmp_path / "EMPTY.csv")
     write(tmp_path / "HALF.csv", "date,price", "2024-01-01,1")  # a mistake that reading it names
-    (tmp_path / "JUNK.parquet").write_bytes(b"junk")
+    (tmp_path / "JUNK.parquet").write_bytes(b"junk")  # likewise
+    write(tmp_path / "A..B.csv", "date,close", "2024-01-01,1")
+    os.mkfifo(tmp_path / "PIPE.csv")
+    (tmp_path / "DIR.csv").mkdir()
     write(tmp_path / "README.md", "not bars")
     pd.DataFrame({"Close": [1.0]}, index=pd.DatetimeIndex(["2024-01-01"])).to_parquet(tmp_path / "BRK-B.parquet")
-    symbols, skipped = list_symbols(tmp_path)
-    assert list(symbols) == ["BRK-B", "HALF", "NASDAQ", "SP500"]
+    symbols, _, skipped = list_symbols(tmp_path)
+    assert list(symbols) == ["BRK-B", "HALF", "JUNK", "NASDAQ", "SP500"]
     assert symbols["BRK-B"] == tmp_path / "BRK-B.parquet"
     told = dict(line.removeprefix(f"{tmp_path}/").split(" skipped: ") for line in skipped)
-    assert told.keys() == {"data_summary.csv", "RATES.csv", "EMPTY.csv", "JUNK.parquet"}
+    assert told.keys() == {"data_summary.csv", "RATES.csv", "EMPTY.csv", "A..B.csv", "PIPE.csv", "DIR.csv"}
+    assert told["A..B.csv"] == "'A..B' is not a symbol"
+    assert told["PIPE.csv"] == told["DIR.csv"] == "it is no regular file"
     assert told["data_summary.csv"] == "'data_summary' is not a symbol"
     assert told["RATES.csv"] == told["EMPTY.csv"] == "has neither a time nor a close column"
-    assert "Parquet" in told["JUNK.parquet"]
 
 
 def test_a_symbol_in_two_files(demo: Path, tmp_path: Path) -> None:
     shutil.copy(demo / "SP500.csv", tmp_path)
     pd.read_csv(demo / "SP500.csv").to_parquet(tmp_path / "SP500.parquet")
-    with pytest.raises(DataError, match=r"SP500 has two files, .*SP500\.csv and .*SP500\.parquet; keep one"):
-        list_symbols(tmp_path)
+    shutil.copy(demo / "NASDAQ.csv", tmp_path)
+    symbols, refused, _ = list_symbols(tmp_path)
+    assert list(symbols) == ["NASDAQ"]
+    assert re.fullmatch(r"SP500 has two files, .*SP500\.csv and .*SP500\.parquet; keep one", refused["SP500"])
 
 
 def test_a_missing_or_empty_folder_names_the_option(tmp_path: Path) -> None:
@@ -328,6 +334,26 @@ def test_a_missing_or_empty_folder_names_the_option(tmp_path: Path) -> None:
             list_symbols(folder)
         assert "--data-dir" in str(caught.value)
         assert "[data]" in str(caught.value)
+
+
+def test_possible_splits_and_stale_bars_are_said_once() -> None:
+    day = np.datetime64("now").astype("datetime64[D]")
+
+    def series(symbol: str, *closes: float, end: np.datetime64 = day) -> Series:
+        times = (end - np.arange(len(closes))[::-1]).astype("datetime64[ns]")
+        column = np.array(closes)
+        bars = Bars(timestamps=times, open=column, high=column, low=column, close=column, volume=None)
+        return Series(symbol=symbol, path=Path(f"{symbol}.csv"), bars=bars)
+
+    assert oddities([series("A", 10, 12, 3, 2.9), series("B", 5)]) == []
+    old = np.datetime64("2018-12-31")
+    jump, at = "possible split, so check that all bars are adjusted", f"{day - 1}"
+    assert oddities([series("A", 100, 100, 5, 5.1), series("B", 2, 2, end=old), series("C", 1, 30, end=old)]) == [
+        f"{jump}: A at {at} from 100 to 5, C at 2018-12-31 from 1 to 30",
+        "stale bars, which end more than 90 days ago: B at 2018-12-31, C at 2018-12-31",
+    ]
+    (line,) = oddities([series(f"S{number}", 1, end=old) for number in range(500)])
+    assert line.endswith("S9 at 2018-12-31, and 490 more")
 
 
 # --- windows -------------------------------------------------------------------------------------------------
