@@ -140,7 +140,7 @@ def promote(
     promote --rollback BTCUSD
     """
     from launch.views import decisions, notes
-    from storage import history
+    from storage import board, history
     from studies import promoting
     from studies import promotion_summary as summary
 
@@ -159,6 +159,8 @@ def promote(
             "in 56 % of searches, and 82 % of those promotions made the error larger"
         )
     storage = open_storage(config)
+    if not dry_run:
+        board.check_writable(storage)
     rule = promoting.Rule(
         min_improvement=config.promotion.min_improvement if min_improvement is None else min_improvement,
         force=force,
@@ -170,8 +172,8 @@ def promote(
     rows = promoting.promote(storage, config, rule, symbols=symbol_names, models=model_names, dry_run=dry_run)
     show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
     for row in rows:
-        if row.next:
-            say(f"{row.symbol}: {row.reason}; {row.next}")
+        if row.next or row.decision == "failed":
+            say("; ".join([f"{row.symbol}: {row.reason}", *([row.next] if row.next else [])]))
     promoted = sum(row.decision == "promoted" for row in rows)
     written = "would be promoted" if dry_run else "promoted"
     say(f"{promoted} of {counted(len(rows), 'symbol')} {written}" if promoted else "nothing to promote")
@@ -179,6 +181,8 @@ def promote(
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")
         notes.record_decisions(storage, artifacts_folder(config), rows, say=say)
+    if any(row.decision == "failed" for row in rows):
+        sys.exit(1)
 
 
 @click.group(
