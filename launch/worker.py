@@ -20,7 +20,7 @@ from types import FrameType
 
 from forecasters import ExpectedError, ForecastError, LoadedForecaster
 from launch import devices
-from objectives.bars import DataError, read_bars
+from objectives.bars import DataError
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
 from storage.progress import free_counts, study_progress
@@ -29,6 +29,7 @@ from storage.slots import Slot
 from studies import config as configuration
 from studies import evaluators, working
 from studies import study as studying
+from studies.bars_cache import read_bars_once
 from studies.config import Config
 from studies.series import Series
 from studies.study import Study, StudyMismatch, StudyRun
@@ -38,6 +39,7 @@ log = logging.getLogger("worker")
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of Python after a traceback
 MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
+RUNS_KEPT = 8  # studies in memory with their bars: a worker goes to and fro between few
 BROKEN_DEVICE = "CUDA error"  # after one, every call of this process fails: only a restart gives the device back
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
@@ -133,8 +135,7 @@ class Worker:
         self.studies = {by_name[name].study_id: by_name[name] for name in plan.studies if name in by_name}
         self.forecasters: dict[str, LoadedForecaster] = {}
         self.evaluators: dict[str, Evaluator] = {}
-        self.series: dict[str, Series] = {}
-        self.runs: dict[int, StudyRun] = {}
+        self.runs: dict[int, StudyRun] = {}  # those that it worked on last, with their bars
         self.failures: dict[int, int] = {}  # in a row, by study id
         self.last_finished: Slot | None = None
         self.lease_keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
@@ -237,7 +238,9 @@ class Worker:
 
     def _run_of(self, study_id: int) -> StudyRun | None:
         """What is needed to work on a study; None where its bars cannot be used any more, which parks it."""
-        if study_id not in self.runs:
+        if study_id in self.runs:
+            self.runs[study_id] = self.runs.pop(study_id)  # the last to be dropped
+        else:
             study = self.studies[study_id]
             evaluator = self.evaluators[study.model]
             try:
@@ -249,14 +252,14 @@ class Worker:
                 log.error("%s parked: %s", study.name, error)
                 return None
             self.runs[study_id] = run
+            for old in list(self.runs)[:-RUNS_KEPT]:
+                del self.runs[old]
         return self.runs[study_id]
 
     def _series_of(self, symbol: str) -> Series:
-        if symbol not in self.series:
-            path = Path(self.plan.series[symbol])
-            bars, _ = read_bars(path)
-            self.series[symbol] = Series(symbol=symbol, path=path, bars=bars)
-        return self.series[symbol]
+        path = Path(self.plan.series[symbol])
+        bars, _ = read_bars_once(path)
+        return Series(symbol=symbol, path=path, bars=bars)
 
     def _load(self, model: str) -> Evaluator:
         forecaster = self.forecasters[model] = evaluators.load_forecaster(self.config, model, device=self.device)

@@ -18,6 +18,7 @@ from objectives.windows import Split, Windows, recent_origins
 from objectives.windows import split as split_bars
 from storage.files import replace_file
 from storage.symbols import check_symbol, is_symbol
+from studies.bars_cache import read_bars_once
 from studies.config import Config
 from studies.evidence import WindowSpan
 
@@ -61,7 +62,7 @@ def read_usable_series(
             if symbol in refused:
                 raise DataError(refused[symbol])
             path = files.get(symbol) or _missing(folder, symbol, files)
-            bars, of_file = read_bars(path)
+            bars, of_file = read_bars_once(path)
             split_windows(config, symbol, bars)  # too few bars are refused before anything is made
         except DataError as error:
             bad[symbol] = str(error)

@@ -1,5 +1,6 @@
 """Bar files on disk, good and bad, and the windows cut from them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 
 from forecasters import Bars
+from objectives import bars as bars_module
 from objectives import windows as w
 from objectives.bars import PRICE_NAMES, DataError, bars_fingerprint, bars_until, read_bars, timestamp_text
 from objectives.windows import Contexts, SeedKind, Windows, now, split
@@ -220,6 +222,75 @@ def test_a_bad_cell_is_named(tmp_path: Path, row: str, message: str) -> None:
     assert message in text
     assert "correct the row" in text
     assert "\n" not in text
+
+
+TIMES = [
+    "2024-01-31", "20240131", "2024-01-31 16", "2024-01-31 16:00", "2024-01-31T16:00:59.123456789Z", " 2024-01-31",
+    "2024-01-31 16:00:00 UTC", "2024-01-31 16:00:00-05:00", "2024-01-31 16:00:00-0530", "2024-01-31 16:00:00+14",
+    "2024-01-31 24:00:00", "2024-01-31 23:59:60", "2024-01-31 16:00:00.1234567891", "2024-1-31", "2024-01", "2024",
+    "1677-12-31", "1678-01-01", "2261-12-31", "2262-01-01", "0001-01-01", "9999-12-31", "2024-01-31 1600",
+    "2024-01-31t16:00:00", "2024-01-31 16:00:00z", "2024-01-31T160000", "2024-01-31 16:00:00 +00:00", "2024/01/31", "",
+    "2024-02-29", "2023-02-29", "-2024-01-31", "nat", "2024-031", "2024-W05-3", "2024-01-31  16:00",
+]  # fmt: skip
+NUMBERS = [
+    "1", " 1.5 ", "1e3", "1E+3", "1.", ".5", "+2", "1_000", "0x10", "1e-400", "1e400", "5e-324", "0.1", "-0.0", "nan",
+    "inf", "Infinity", "1,5", "1 5", "$1", "0.30000000000000004", "123456789012345678901234567890", "true", "", "1d",
+    "2.2250738585072011e-308", "9007199254740993", "0.1000000000000000055511151231257827021181583404541015625", "\t7",
+]  # fmt: skip
+FILES = [
+    "timestamp,close\r2024-01-01,1\r2024-01-02,2\r", "timestamp,close\r\n\r\n2024-01-01,1\r\n",
+    "\n\ntimestamp,close\n2024-01-01,1", "timestamp,close\n2024-01-01,1,\n", "timestamp,close\n2024-01-01,1,2\n",
+    "timestamp,close,note\n2024-01-01,1\n", "timestamp,close\n \n2024-01-01,1\n", "timestamp,close\n2024-01-01\n",
+    "\ufefftimestamp,close\n2024-01-01,1\n", "note,timestamp,close\nü,2024-01-01,1\n", "timestamp,close\n\n\n",
+    'a,timestamp,close,b\n"x,2024-01-01,5,y\n', 'a,timestamp,close\n"x\ny",2024-01-01,5\n', "timestamp,close\n,\n",
+    "timestamp,close\n2024-01-01,1\n2024-01-02 00:00:00Z,2\n20240103,3\n", "timestamp,close\n2024-01-01\0,1\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_reading_at_once_gives_what_reading_cell_by_cell_gives(tmp_path: Path, suffix: str) -> None:
+    def read_slowly(path: Path) -> dict[str, np.ndarray] | None:
+        try:
+            return bars_module._read_cell_by_cell(path)
+        except DataError:
+            return None
+
+    tables = [("2020-01-01", "1", time, "2", "3") for time in TIMES]
+    tables += [("2020-01-01", "1", "2020-01-02", price, volume) for price in NUMBERS for volume in ("3", price)]
+    at_once = 0
+    for number, (first, one, second, price, volume) in enumerate(tables):
+        path = tmp_path / f"{number}.{suffix}"
+        if suffix == "csv":
+            write(path, "timestamp,close,volume", f"{first},{one},3", f"{second},{price},{volume}")
+        else:
+            frame = pd.DataFrame({"timestamp": [first, second], "close": [one, price], "volume": ["3", volume]})
+            for column in ("close", "volume"):
+                with contextlib.suppress(ValueError):
+                    frame[column] = frame[column].astype(float)
+            frame.to_parquet(path)
+        at_once += same(bars_module._read_at_once(path), read_slowly(path))
+    assert at_once > 25
+    for number, text in enumerate(FILES if suffix == "csv" else []):
+        (tmp_path / f"F{number}.csv").write_bytes(text.encode())
+        same(bars_module._read_at_once(tmp_path / f"F{number}.csv"), read_slowly(tmp_path / f"F{number}.csv"))
+
+
+def same(at_once: dict[str, np.ndarray] | None, cell_by_cell: dict[str, np.ndarray] | None) -> bool:
+    """Whether a file was read at once; then it has to be read to the same bits."""
+    if at_once is None:
+        return False
+    assert cell_by_cell is not None, at_once
+    assert at_once.keys() == cell_by_cell.keys()
+    for name, column in at_once.items():
+        assert column.dtype == cell_by_cell[name].dtype
+        assert column.tobytes() == cell_by_cell[name].tobytes(), (name, column, cell_by_cell[name])
+    return True
+
+
+def test_a_plain_file_is_read_at_once(demo: Path) -> None:
+    columns = bars_module._read_at_once(demo / "SP500.csv")
+    assert columns is not None
+    assert same(columns, bars_module._read_cell_by_cell(demo / "SP500.csv"))
 
 
 def test_the_row_is_the_line_that_an_editor_shows(tmp_path: Path) -> None:
