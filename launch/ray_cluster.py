@@ -31,7 +31,7 @@ import click
 from forecasters.models import MODELS
 from launch.devices import DeviceError, DeviceSlot, cpu_slot
 from launch.supervisor import POLL_S, Child, Supervisor
-from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
+from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RUN_ID, RunPlan, worker_name
 from storage import urls
 from studies.config import Config
 
@@ -92,7 +92,7 @@ class Host:
                 stderr=log,
                 start_new_session=True,
             )
-        return {"name": f"{node}:{self.process.pid}"}
+        return {"name": worker_name(self.process.pid, environment[RUN_ID])}
 
     def poll(self) -> dict[str, Any]:
         """What the worker has logged since the last call, and its exit status once all of the log was sent."""
@@ -204,7 +204,7 @@ class RemoteProcess:
 
     def __init__(self, cluster: Cluster, log: Path, run: str, environment: Mapping[str, str]) -> None:
         self.ray, self.log = cluster.ray, log
-        self.name = ""  # HOST:PID, once it runs
+        self.name = ""  # `worker_name`, once it runs
         self.began = time.monotonic()
         self.returncode: int | None = None
         self._signals: list[int] = []
@@ -294,7 +294,10 @@ class RaySupervisor(Supervisor):
         plan = replace(plan, config=portable(plan.config))
         super().__init__(plan, *args, environment={}, **kwargs)
         self.cluster = cluster
-        self.environment = dict(environment)  # added to the environment of each node; this machine's is not passed on
+        self.environment = {
+            **environment,
+            RUN_ID: self.run_id,
+        }  # added to the environment of each node; this machine's is not passed on
         self.run_file = (self.folder / "run.json").read_text()
         self.announced_pending: set[int] = set()  # numbers of the workers that the user knows to be waiting
 

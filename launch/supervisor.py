@@ -6,6 +6,7 @@ It knows processes and exit statuses, and frees the slots of a dead worker; it k
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from types import FrameType
 from typing import Protocol
 
 from launch.devices import DeviceSlot
-from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
+from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RUN_ID, RunPlan, worker_name
 from storage import DatabaseUnavailable, slots
 from storage.retrying import RetryingStorage, one_line
 
@@ -48,7 +49,7 @@ class Child:
     device_slot: DeviceSlot
     log: Path
     process: Process | None = None  # None: not started yet, waiting for a restart, or ended
-    name: str = ""  # HOST:PID of the process that was started last
+    name: str = ""  # `worker_name` of the process that was started last
     exit_status: int | None = None  # the final one; None while the worker runs or is to be restarted
     crash_times: list[float] = field(default_factory=list)  # within the last CRASH_WINDOW_S
     start_at: float = 0.0  # not started before
@@ -129,7 +130,9 @@ class Supervisor:
         self.reporter = DatabaseReporter(
             storage, study_ids, lease_s=plan.config.workers.lease_s, say=say, report=report
         )
-        self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
+        self.run_id = secrets.token_hex(4)
+        ours = {RUN_ID: self.run_id, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
+        self.environment = {**os.environ, **environment, **ours}
         self.children = [
             Child(number=number, device_slot=slot, log=folder / f"worker-{number}.log")
             for number, slot in enumerate(device_slots)
@@ -213,7 +216,7 @@ class Supervisor:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which passes it on once
             )
-        child.process, child.name = process, f"{os.uname().nodename}:{process.pid}"
+        child.process, child.name = process, worker_name(process.pid, self.run_id)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1

@@ -40,8 +40,14 @@ EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of P
 MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
 RUNS_KEPT = 8  # studies in memory with their bars: a worker goes to and fro between few
+RUN_ID = "STUDIES_RUN_ID"  # environment: what tells the workers of this supervisor from those of all others
 BROKEN_DEVICE = "CUDA error"  # after one, every call of this process fails: only a restart gives the device back
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def worker_name(pid: int, run_id: str) -> str:
+    """HOST:PID-RUN. Pods on one host's network share its name, and their process ids begin at 1."""
+    return f"{os.uname().nodename}:{pid}-{run_id}"
 
 
 class Interrupted(BaseException):
@@ -130,7 +136,7 @@ class Worker:
     def __init__(self, plan: RunPlan, storage: RetryingStorage, device: str, stop_request: StopRequest) -> None:
         self.plan, self.storage, self.device, self.stop_request = plan, storage, device, stop_request
         self.config = plan.config
-        self.name = database.worker_name()
+        self.name = worker_name(os.getpid(), os.environ.get(RUN_ID, ""))
         by_name = {study.name: study for study in studying.list_studies(storage)}
         self.studies = {by_name[name].study_id: by_name[name] for name in plan.studies if name in by_name}
         self.forecasters: dict[str, LoadedForecaster] = {}

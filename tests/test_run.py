@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -171,6 +172,28 @@ def test_workers_that_are_killed_are_replaced(place: Place) -> None:
     assert supervisor.returncode == 0
     assert "was killed by SIGKILL" in said
     place.assert_exact(40, "SP500", "NASDAQ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs process namespaces")
+def test_workers_of_equal_host_and_process_id_are_told_apart(place: Place) -> None:
+    place.slow_down(0.5)
+    command = place.command("launch-workers", "--cpus", "1", "--trials", "4", "--symbols", "SP500")
+    # As two pods: each supervisor is process 1 of its namespace.
+    pod = ["unshare", "--pid", "--fork", "--kill-child", *command]
+    pods = [subprocess.Popen(pod, env=place.environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+    place.wait_for("select count(*) from slots where state = 'busy'", 2)
+    names = place.storage.transaction(
+        lambda c: c.exec_driver_sql("select worker from slots where state = 'busy'").scalars().all()
+    )
+    assert len({name.rpartition("-")[0] for name in names}) == 1, names  # HOST:PID
+    assert len(set(names)) == 2
+    workers = workers_of(1)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    assert [pod.wait(timeout=60) for pod in pods] == [0, 0]
+    place.assert_exact(4, "SP500")
+    # The living worker kept its slot.
+    assert [trial.state for trial in place.trials("SP500")].count(TrialState.FAIL) == 1
 
 
 def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
