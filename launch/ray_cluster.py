@@ -10,6 +10,7 @@ the arguments of a constructor and a `runtime_env`. On the node only the worker 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import ipaddress
 import json
@@ -281,7 +282,7 @@ class RemoteProcess:
 
     def _write(self, text: bytes) -> None:
         if text:
-            with self.log.open("ab") as log:
+            with contextlib.suppress(OSError), self.log.open("ab") as log:  # a full disk ends no run
                 log.write(text)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from launch import devices, ray_cluster
 from launch.output import counted, say
-from launch.places import open_storage
+from launch.places import check_log_dir, open_storage
 from launch.results import print_results
 from objectives.bars import DataError
 from storage import urls
@@ -33,6 +33,7 @@ def search(
     strict: refuse all where one symbol cannot be searched. Raises ExpectedError before anything is written, and
     ConfigError.
     """
+    check_log_dir(config)
     ray_cluster.check_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
     device_slots = ray_cluster.device_slots(gpus_total, cpus) if ray else devices.device_slots(gpus or None, cpus)
     if strict:

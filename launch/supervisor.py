@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from launch.devices import DeviceSlot
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RUN_ID, RunPlan, worker_name
 from storage import DatabaseUnavailable, slots
 from storage.retrying import RetryingStorage, one_line
+from studies.config import ConfigError
 
 POLL_S = 0.2
 MAX_CRASHES = 3  # of one worker within the window before it is no longer restarted
@@ -139,7 +140,10 @@ class Supervisor:
         ]
         self.signals = 0
         self.second_signal_at = 0.0
-        plan.write(folder)
+        try:
+            plan.write(folder)
+        except OSError as error:
+            raise ConfigError(f"[workers] log_dir: {folder}: {error.strerror}; free some disk space") from None
 
     def run(self) -> int:
         """Run until every worker has ended. Returns the exit status: 0 done, 1 a worker failed, 130 interrupted."""
@@ -207,7 +211,7 @@ class Supervisor:
         return f"was killed by {signal_name(-status)}" if status < 0 else f"exited with status {status}"
 
     def _start(self, child: Child) -> None:
-        with child.log.open("ab") as log:
+        with _opened(child.log) as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "launch.worker", str(self.folder), str(child.number)],
                 env={**self.environment, **child.device_slot.environment},
@@ -268,8 +272,18 @@ def signal_name(number: int) -> str:
     return signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
 
 
+def _opened(log: Path) -> BinaryIO:
+    """A worker's log to append to; where it cannot be made, as on a full disk, what is logged is lost."""
+    try:
+        return log.open("ab")
+    except OSError:
+        return Path(os.devnull).open("ab")
+
+
 def last_line(path: Path) -> str:
     """The last line of a worker's log, without its time and level."""
+    if not path.exists():
+        return "no output"
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()

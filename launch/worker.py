@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from forecasters import ExpectedError, ForecastError, LoadedForecaster
-from launch import devices
+from launch import devices, streams
 from objectives.bars import DataError
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
@@ -302,6 +302,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
+    logging.raiseExceptions = False  # a full disk under the log is no reason for tracebacks, or to end
     database.quiet_optuna()
     try:
         plan = RunPlan.read(folder)
@@ -318,4 +319,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    streams.flush_output()  # at its own flush Python would end with status 120 where the log's disk is full
+    sys.exit(status)

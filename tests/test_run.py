@@ -174,6 +174,22 @@ def test_workers_that_are_killed_are_replaced(place: Place) -> None:
     place.assert_exact(40, "SP500", "NASDAQ")
 
 
+FULL_DISK = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import os
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+"""
+
+
+def test_a_full_disk_under_the_logs_ends_no_run(place: Place) -> None:
+    place.environment |= patch_python(place.folder / "full", FULL_DISK)
+    ended = place.run("launch-workers", "--cpus", "2", "--trials", "6", "--symbols", "SP500")
+    place.assert_exact(6, "SP500")
+    assert "Traceback" not in ended.stderr
+    assert "worker " not in ended.stderr  # none was restarted
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs process namespaces")
 def test_workers_of_equal_host_and_process_id_are_told_apart(place: Place) -> None:
     place.slow_down(0.5)
