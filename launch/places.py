@@ -33,6 +33,16 @@ def artifacts_folder(config: Config) -> Path:
     return server_folder(config).parent / "artifacts"
 
 
+def check_log_dir(config: Config) -> None:
+    """Raise ConfigError where the folder of the logs cannot be made or written to. Makes nothing."""
+    folder = config.workers.log_dir.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: {there} is not a folder; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: {there} cannot be written to; name another")
+
+
 def storage_url(config: Config, *, start: bool) -> str:
     """The storage's URL. That of the private server has no password: PGPASSFILE then names the file that holds it.
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from launch.devices import DeviceSlot
 from launch.output import counted, say
 from launch.places import artifacts_folder, private_server_kept_alive, server_folder
 from launch.ray_cluster import Cluster
-from launch.views import listing, live, notes
+from launch.results import print_results
+from launch.views import live, notes
 from launch.worker import EXIT_INTERRUPTED, PRIVATE_SERVER, RunPlan
 from storage import DatabaseUnavailable, database, urls
 from storage.commands import this_command
-from storage.progress import first_parked_slots, study_progress
 from storage.retrying import RetryingStorage
 from studies.config import Config, ConfigError
 from studies.series import Series
@@ -33,14 +33,15 @@ def run_workers(
     unfinished: Sequence[Study],
     device_slots: Sequence[DeviceSlot],
     *,
-    shown: Sequence[int],
+    shown: Sequence[Study],
+    skipped: Mapping[str, str] | None = None,
     cluster: Cluster | None = None,
     plain: bool = False,
 ) -> int:
-    """Work on the unfinished studies until they are finished, then list the studies with the ids `shown`.
+    """Work on the unfinished studies until they are finished, then list the studies `shown`.
 
-    plain: without a live table. Returns the exit status: 0 finished, 1 a worker failed or work was parked, 130
-    interrupted. Raises ConfigError.
+    skipped: symbols that were left out, with the reason. plain: without a live table. Returns the exit status: 130
+    interrupted, 1 a worker failed, else that of `print_results`. Raises ConfigError.
     """
     folder = _log_folder(config)
     plan = RunPlan(
@@ -89,11 +90,8 @@ def run_workers(
         try:
             note_writer.say = say  # the view is closed
             note_writer.write()
-            listing.print_rows(storage, listing.Selection(study_ids=shown), plain=plain)
-            progress = study_progress(storage, names)
-            for study_id, parked in first_parked_slots(storage, names).items():
-                status = status or 1
-                say(f"{names[study_id]}: {progress[study_id].parked} parked, the first with: {parked.error}")
+            ended = print_results(storage, shown, skipped or {}, plain=plain)
+            status = status or ended
         except DatabaseUnavailable as error:
             status = status or 1
             say(str(error))

@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from forecasters import ExpectedError, ForecastError, LoadedForecaster
-from launch import devices
-from objectives.bars import read_bars
+from launch import devices, streams
+from objectives.bars import DataError
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
 from storage.progress import free_counts, has_open
@@ -29,9 +29,10 @@ from storage.slots import Slot
 from studies import config as configuration
 from studies import evaluators, working
 from studies import study as studying
+from studies.bars_cache import read_bars_once
 from studies.config import Config
 from studies.series import Series
-from studies.study import Study, StudyRun
+from studies.study import Study, StudyMismatch, StudyRun
 
 log = logging.getLogger("worker")
 
@@ -39,8 +40,15 @@ EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of P
 MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
 PRIVATE_SERVER = "STUDIES_PRIVATE_SERVER"  # environment: the folder of the private server, where that is the storage
+RUNS_KEPT = 8  # studies in memory with their bars: a worker goes to and fro between few
+RUN_ID = "STUDIES_RUN_ID"  # environment: what tells the workers of this supervisor from those of all others
 BROKEN_DEVICE = "CUDA error"  # after one, every call of this process fails: only a restart gives the device back
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def worker_name(pid: int, run_id: str) -> str:
+    """HOST:PID-RUN. Pods on one host's network share its name, and their process ids begin at 1."""
+    return f"{os.uname().nodename}:{pid}-{run_id}"
 
 
 class Interrupted(BaseException):
@@ -129,13 +137,12 @@ class Worker:
     def __init__(self, plan: RunPlan, storage: RetryingStorage, device: str, stop_request: StopRequest) -> None:
         self.plan, self.storage, self.device, self.stop_request = plan, storage, device, stop_request
         self.config = plan.config
-        self.name = database.worker_name()
+        self.name = worker_name(os.getpid(), os.environ.get(RUN_ID, ""))
         by_name = {study.name: study for study in studying.list_studies(storage)}
         self.studies = {by_name[name].study_id: by_name[name] for name in plan.studies if name in by_name}
         self.forecasters: dict[str, LoadedForecaster] = {}
         self.evaluators: dict[str, Evaluator] = {}
-        self.series: dict[str, Series] = {}
-        self.runs: dict[int, StudyRun] = {}
+        self.runs: dict[int, StudyRun] = {}  # those that it worked on last, with their bars
         self.failures: dict[int, int] = {}  # in a row, by study id
         self.last_finished: Slot | None = None
         self.lease_keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
@@ -232,21 +239,30 @@ class Worker:
             slots.park_study(self.storage, study.study_id, reason)
             log.error("%s parked: %s", study.name, reason)
 
-    def _run_of(self, study_id: int) -> StudyRun:
-        if study_id not in self.runs:
+    def _run_of(self, study_id: int) -> StudyRun | None:
+        """What is needed to work on a study; None where its bars cannot be used any more, which parks it."""
+        if study_id in self.runs:
+            self.runs[study_id] = self.runs.pop(study_id)  # the last to be dropped
+        else:
             study = self.studies[study_id]
             evaluator = self.evaluators[study.model]
-            self.runs[study_id] = studying.start(
-                self.storage, self.config, study, self._series_of(study.symbol), evaluator.forecaster.fingerprint
-            )
+            try:
+                series = self._series_of(study.symbol)
+                run = studying.start(self.storage, self.config, study, series, evaluator.forecaster.fingerprint)
+            except (DataError, StudyMismatch) as error:
+                # Opening it again checks the bars: nothing is to be waited for.
+                slots.park_study(self.storage, study_id, str(error), parked_s=0)
+                log.error("%s parked: %s", study.name, error)
+                return None
+            self.runs[study_id] = run
+            for old in list(self.runs)[:-RUNS_KEPT]:
+                del self.runs[old]
         return self.runs[study_id]
 
     def _series_of(self, symbol: str) -> Series:
-        if symbol not in self.series:
-            path = Path(self.plan.series[symbol])
-            bars, _ = read_bars(path)
-            self.series[symbol] = Series(symbol=symbol, path=path, bars=bars)
-        return self.series[symbol]
+        path = Path(self.plan.series[symbol])
+        bars, _ = read_bars_once(path)
+        return Series(symbol=symbol, path=path, bars=bars)
 
     def _load(self, model: str) -> Evaluator:
         forecaster = self.forecasters[model] = evaluators.load_forecaster(self.config, model, device=self.device)
@@ -283,6 +299,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
+    logging.raiseExceptions = False  # a full disk under the log is no reason for tracebacks, or to end
     database.quiet_optuna()
     try:
         plan = RunPlan.read(folder)
@@ -304,4 +321,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    streams.flush_output()  # at its own flush Python would end with status 120 where the log's disk is full
+    sys.exit(status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
@@ -222,8 +221,3 @@ def quiet_optuna() -> None:
     """Optuna logs a line a trial and warns of its own experimental names: our log line replaces them."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
-
-
-def worker_name() -> str:
-    """HOST:PID, unique among living processes."""
-    return f"{os.uname().nodename}:{os.getpid()}"

@@ -22,6 +22,7 @@ from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
 from storage import configs, slots, study_rows, symbols
 from storage.commands import command
+from storage.configs import ConfigFileError
 from storage.progress import Confirmation, Progress, progress_in, read_confirmations, study_progress
 from storage.retrying import RetryingStorage
 from studies import sampler
@@ -62,7 +63,7 @@ class Opened:
     """What opening found or made."""
 
     study: Study
-    state: str  # "new", "resumed", "raised" or "finished"
+    state: str  # "new", "resumed", "raised", "finished", or "parked": finished but for work that is left alone
     budget: int
     notes: tuple[str, ...]
 
@@ -140,12 +141,17 @@ def open_studies(
     series: Iterable[Series],
     models: Sequence[str],
     checkpoints: Mapping[str, str],
+    *,
+    refused: dict[str, str] | None = None,
+    retry_parked: bool = False,
 ) -> list[Opened]:
     """Find or make the study of every symbol and model. All are checked before the first is made.
 
     An unfinished study goes on, at the bars up to its AS_OF. Where there is none, a finished one at the newest bar is
     left alone unless the budget was raised; else a new one opens there.
-    checkpoints: the fingerprint of each model's weights.
+    checkpoints: the fingerprint of each model's weights. refused: takes the symbols that cannot be gone on with, each
+    with its reason, and the others are opened; without it the first of them is raised. retry_parked: free parked work
+    that is to be left alone for a while yet.
     Raises DataError, StudyMismatch, ConfigFileError.
     """
     wanted = list(series)
@@ -161,42 +167,59 @@ def open_studies(
     extensions: list[_Extension] = []
     creations: list[_Creation] = []
     names: list[str] = []
-    for item in wanted:
-        newest = timestamp_text(item.bars.timestamps[-1])
-        for model in models:
-            found = existing.get((item.symbol, model), [])
-            unfinished = [s for s in found if (p := progress.get(s.study_id)) and (p.open or p.parked)]
-            current = [s for s in found if s.as_of == newest]
-            study = (unfinished or current or [None])[0]
-            as_of = study.as_of if study else newest
-            try:
-                definition = define(config, item, model, as_of, checkpoints[model])
-            except DataError as error:
-                raise DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
-            baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
-            asked = confirmation_windows(config, item.symbol, bars_until(item.bars, as_of))
+    for item, model in ((item, model) for item in wanted for model in models):
+        found = existing.get((item.symbol, model), [])
+        unfinished = [s for s in found if (p := progress.get(s.study_id)) and (p.open or p.parked)]
+        current = [s for s in found if s.as_of == timestamp_text(item.bars.timestamps[-1])]
+        study = (unfinished or current or [None])[0]
+        try:
             if study:
-                check_definition(study, definition)
                 confirmation = confirmations.get(study.study_id)
-                if confirmation is None:
-                    raise _no_work(study)
-                outdated = not _confirms(confirmation, baselines, asked)
-                # What another machine found in use stays in the comparison.
-                baselines = {**(confirmation.params or {}), **baselines}
-                extensions.append(_Extension(study=study, baselines=baselines, outdated=outdated))
+                extensions.append(_extension(config, item, study, checkpoints[model], confirmation))
                 names.append(study.name)
             else:
-                if len(asked) < config.windows.confirmation:
-                    notes += (
-                        f"{item.path}: has {len(asked)} windows to confirm on, not {config.windows.confirmation}",
-                    )
-                new = _Creation(definition=definition, baselines=baselines, notes=notes)
-                creations.append(new)
-                names.append(new.name)
-    opened = _extend(storage, config.search.trials, extensions)
+                creations.append(_creation(config, item, model, checkpoints[model]))
+                names.append(creations[-1].name)
+        except (DataError, StudyMismatch, ConfigFileError) as error:
+            if refused is None:
+                raise
+            refused.setdefault(item.symbol, str(error))
+    opened = _extend(storage, config.search.trials, extensions, retry_parked=retry_parked)
     for first in range(0, len(creations), CREATED_TOGETHER):
         opened |= _create(storage, config, creations[first : first + CREATED_TOGETHER])
     return [opened[name] for name in names]
+
+
+def _extension(
+    config: Config, item: Series, study: Study, checkpoint: str, confirmation: Confirmation | None
+) -> _Extension:
+    """What going on with a study asks for. Raises DataError, StudyMismatch, ConfigFileError."""
+    check_definition(study, _define_at(config, item, study.model, study.as_of, checkpoint))
+    if confirmation is None:
+        raise _no_work(study)
+    baselines, _ = _baselines(config, item.symbol, study.model, spaces.make(study.model, config))
+    asked = confirmation_windows(config, item.symbol, bars_until(item.bars, study.as_of))
+    outdated = not _confirms(confirmation, baselines, asked)
+    # What another machine found in use stays in the comparison.
+    return _Extension(study=study, baselines={**(confirmation.params or {}), **baselines}, outdated=outdated)
+
+
+def _creation(config: Config, item: Series, model: str, checkpoint: str) -> _Creation:
+    """What making a study at the newest bar asks for. Raises DataError, ConfigFileError."""
+    definition = _define_at(config, item, model, timestamp_text(item.bars.timestamps[-1]), checkpoint)
+    baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
+    asked, wanted = len(confirmation_windows(config, item.symbol, item.bars)), config.windows.confirmation
+    if asked < wanted:
+        notes += (f"{item.path}: has {asked} windows to confirm on, not {wanted}",)
+    return _Creation(definition=definition, baselines=baselines, notes=notes)
+
+
+def _define_at(config: Config, item: Series, model: str, as_of: str, checkpoint: str) -> dict[str, Any]:
+    """The definition; an error names the file and the study that needs it."""
+    try:
+        return define(config, item, model, as_of, checkpoint)
+    except DataError as error:
+        raise DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
 
 
 def _no_work(study: Study) -> StudyMismatch:
@@ -228,7 +251,9 @@ class _Extension:
     outdated: bool  # what was confirmed is of other windows, or lacks a configuration in use
 
 
-def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extension]) -> dict[str, Opened]:
+def _extend(
+    storage: RetryingStorage, budget: int, extensions: Sequence[_Extension], *, retry_parked: bool
+) -> dict[str, Opened]:
     """Raise the budgets, free what is parked and ask for outdated confirmations anew, in one transaction.
 
     By name. Only studies with something to change cost statements of their own.
@@ -242,7 +267,7 @@ def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extensi
         before = progress_in(connection, ids)
         for study_id in ids:
             now, one = before[study_id], by_id[study_id]
-            unparked = slots.unpark(connection, study_id) if now.parked else 0
+            unparked = slots.unpark(connection, study_id, at_once=retry_parked) if now.parked else 0
             added = slots.raise_budget(connection, study_id, budget) if now.budget < budget else 0
             if added:
                 raised.add(study_id)
@@ -255,7 +280,7 @@ def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extensi
     found = {}
     for study_id, one in by_id.items():
         now = progress[study_id]
-        state = "raised" if study_id in raised else "resumed" if now.open else "finished"
+        state = "raised" if study_id in raised else "resumed" if now.open else "parked" if now.parked else "finished"
         notes = ()
         if now.budget > budget:
             notes = (f"{one.study.name} keeps its budget of {now.budget} trials; a budget is never lowered",)

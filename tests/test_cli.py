@@ -223,6 +223,17 @@ def test_a_corrupt_promoted_file_is_left_as_it_is(place: Place) -> None:
     assert path.read_text() == '{"symbol": "SP500", '
 
 
+def test_a_log_folder_that_cannot_be_made_is_said_before_a_study_is(place: Place) -> None:
+    (place.folder / "file").touch()
+    text = place.settings.read_text().replace('log_dir = "logs"', 'log_dir = "file/logs"')
+    place.settings.write_text(text)
+    place.refused(place.launch(), "[workers] log_dir", "file is not a folder")
+    (place.folder / "closed").mkdir(mode=0o500)
+    place.settings.write_text(text.replace("file/logs", "closed/logs"))
+    if not os.access(place.folder / "closed", os.W_OK):  # root writes everywhere
+        place.refused(place.launch(), "[workers] log_dir", "closed cannot be written to")
+
+
 def test_promote_before_any_study(place: Place) -> None:
     place.refused(place.invoke(cli.promote), place.suggested("launch-workers"))
     place.refused(place.invoke(cli.promote, "--min-improvement", "2"), "--min-improvement", code=2)
@@ -268,7 +279,7 @@ def test_a_study_whose_last_bar_is_gone_names_the_file(place: Place) -> None:
 
 def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) -> None:
     study = open_study(place)
-    slots.park_study(place.storage, study.study_id, "no memory")
+    slots.park_study(place.storage, study.study_id, "no memory", parked_s=0)
     done = {"r": json.dumps(to_json(evidence()))}
     place.storage.transaction(
         lambda c: c.execute(text("update slots set state = 'done', result = cast(:r as jsonb) where stage = 2"), done)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from places import RunPlace as Place
 from places import patch_python
 from processes import wait_until_gone, workers_of
 
+from launch.results import EXIT_PARKED
 from launch.views import listing
 from launch.worker import EXIT_INTERRUPTED
 from storage import database, embedded, postgres, slots
@@ -176,6 +178,44 @@ def test_workers_that_are_killed_are_replaced(place: Place) -> None:
     assert supervisor.returncode == 0
     assert "was killed by SIGKILL" in said
     place.assert_exact(40, "SP500", "NASDAQ")
+
+
+FULL_DISK = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import os
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+"""
+
+
+def test_a_full_disk_under_the_logs_ends_no_run(place: Place) -> None:
+    place.environment |= patch_python(place.folder / "full", FULL_DISK)
+    ended = place.run("launch-workers", "--cpus", "2", "--trials", "6", "--symbols", "SP500")
+    place.assert_exact(6, "SP500")
+    assert "Traceback" not in ended.stderr
+    assert "worker " not in ended.stderr  # none was restarted
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs process namespaces")
+def test_workers_of_equal_host_and_process_id_are_told_apart(place: Place) -> None:
+    place.slow_down(0.5)
+    command = place.command("launch-workers", "--cpus", "1", "--trials", "4", "--symbols", "SP500")
+    # As two pods: each supervisor is process 1 of its namespace.
+    pod = ["unshare", "--pid", "--fork", "--kill-child", *command]
+    pods = [subprocess.Popen(pod, env=place.environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+    place.wait_for("select count(*) from slots where state = 'busy'", 2)
+    names = place.storage.transaction(
+        lambda c: c.exec_driver_sql("select worker from slots where state = 'busy'").scalars().all()
+    )
+    assert len({name.rpartition("-")[0] for name in names}) == 1, names  # HOST:PID
+    assert len(set(names)) == 2
+    workers = workers_of(1)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    assert [pod.wait(timeout=60) for pod in pods] == [0, 0]
+    place.assert_exact(4, "SP500")
+    # The living worker kept its slot.
+    assert [trial.state for trial in place.trials("SP500")].count(TrialState.FAIL) == 1
 
 
 def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
@@ -436,10 +476,13 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     patched = patch_python(place.folder / "patched", SHORT_OF_MEMORY)
     environment, place.environment = place.environment, {**place.environment, **patched}
     words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
-    said = place.run(*words, code=1).stderr
+    said = place.run(*words, code=EXIT_PARKED).stderr
     error = "SP500: out of memory on cpu with one window of 256 points, wanting 9.00 GiB more"
     (study,) = studying.list_studies(place.storage)
-    assert said.splitlines()[-1] == f"{study.name}: 1 parked, the first with: {error}"
+    assert said.splitlines()[-2:] == [
+        f"{study.name}: 1 parked, the first with: {error}",
+        "parked work is tried again a day later, or at once with --retry-parked",
+    ]
     sizes = [line for path in place.folder.glob("logs/*/worker-0.log") for line in path.read_text().splitlines()]
     sizes = [int(line.split()[-1]) for line in sizes if line.startswith("prefill of")]
     assert sizes[:7] == [10, 5, 3, 2, 1, 1, 1]
@@ -454,7 +497,9 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     assert f"trial, slot 0: {error}" in place.run("studies", "show", study.name).stdout
 
     place.environment = environment
-    place.run(*words)
+    said = place.run(*words, code=EXIT_PARKED).stderr
+    assert "nothing to do: 1 study finished at the newest bar, 1 but for parked work" in said
+    place.run(*words, "--retry-parked")
     place.assert_exact(8, "SP500")
     assert parked_slots(place.storage, study.study_id) == []
 
@@ -463,13 +508,13 @@ def test_a_study_that_fails_five_times_in_a_row_is_parked(place: Place) -> None:
     text = SETTINGS.replace("[naive]", "[naive]\nseason = 1000")  # more bars than there are
     (place.folder / "studies.toml").write_text(text)
     words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
-    for run in (1, 2):  # the second tries all of it again
-        ended = place.run(*words, code=1)
+    for run, more in enumerate(([], ["--retry-parked"]), start=1):  # the second tries all of it again
+        ended = place.run(*words, *more, code=EXIT_PARKED)
         (study,) = studying.list_studies(place.storage)
         lines = ended.stderr.splitlines()
-        assert lines[-1].startswith(f"{study.name}: 9 parked, the first with: SP500: ")
+        assert lines[-2].startswith(f"{study.name}: 9 parked, the first with: SP500: ")
         assert "Traceback" not in ended.stderr
-        assert len([line for line in lines if "parked" in line]) == 1
+        assert len([line for line in lines if "9 parked" in line]) == 1
         assert [trial.state for trial in place.trials("SP500")] == [TrialState.FAIL] * 5 * run
         first, *others = parked_slots(place.storage, study.study_id)
         assert (first.stage, first.number) == (slots.TRIAL, 0)
