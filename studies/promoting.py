@@ -175,7 +175,7 @@ def promote(
     def judge(symbol: str) -> SymbolCase | SymbolDecision:
         if not asked.get(symbol):
             return SymbolDecision(
-                symbol=symbol, decision="failed", reason="no study", next=f"launch-workers --symbols {symbol}"
+                symbol=symbol, decision="failed", reason="no study", next=command(f"launch-workers --symbols {symbol}")
             )
         try:
             # A model that is not asked for may still have measured the incumbent.
