@@ -76,7 +76,8 @@ class AttackedRun:
         patched.mkdir()
         (patched / "sitecustomize.py").write_text(PATCH.format(dns_away=str(self.dns_is_away), held=str(self.held)))
         paths = [str(patched), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        password = {"PGPASSWORD": pgbouncer.password} if pgbouncer else {}
+        self.environment = {**os.environ, **password, "PYTHONPATH": os.pathsep.join(paths)}
         self.replaced = 0  # supervisors, as they had no worker left to attack
         self.wrong: list[str] = []
         self.launch()
@@ -86,7 +87,7 @@ class AttackedRun:
         command = Path(sys.executable).parent / "launch-workers"
         words = [str(command), "--cpus", str(self.workers), "--config", str(self.settings)]
         if self.pgbouncer:
-            words += ["--storage", self.pgbouncer.url]
+            words += ["--storage", self.pgbouncer.url("studies")]
         with (self.folder / "said.txt").open("ab") as said:
             self.supervisor = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=self.environment

@@ -24,9 +24,10 @@ from pathlib import Path
 
 import optuna
 
-from benchmarks import exactness, pgbouncer, private, recording
+from benchmarks import exactness, private, recording
 from benchmarks.attacked import LEASE_S, AttackedRun, methods
 from benchmarks.exactness import Result
+from benchmarks.pgbouncer import PROGRAM, PgBouncer
 from studies.series import demo_bars
 
 # During 400 trials. Only a private server is started again by its run, and only some runs have a PgBouncer.
@@ -138,13 +139,17 @@ def run(plan: Plan, folder: Path, *, seed: int, say: Callable[[str], None] = lam
             result.left_out.append(FULL_DISK)
             del faults[FULL_DISK]
         server = stack.enter_context(private.server(folder))
+        bouncer = None
+        if plan.pgbouncer:
+            bouncer = PgBouncer(folder / "pgbouncer", server, pool_size=plan.workers)
+            stack.callback(bouncer.stop)
         attacked = AttackedRun(
             folder,
             server,
             settings,
             workers=plan.workers,
             rng=rng,
-            pgbouncer=stack.enter_context(pgbouncer.pgbouncer(folder, server)) if plan.pgbouncer else None,
+            pgbouncer=bouncer,
         )
         stack.callback(attacked.end)
         began = time.monotonic()
@@ -203,7 +208,7 @@ def main() -> None:
     parser.add_argument("--workers", type=recording.at_least_one, default=8, help="default: 8")
     parser.add_argument("--pgbouncer", action="store_true", help="workers connect through a PgBouncer, restarted too")
     args = parser.parse_args()
-    if args.pgbouncer and pgbouncer.PROGRAM is None:
+    if args.pgbouncer and PROGRAM is None:
         sys.exit("no pgbouncer here; on Debian: apt-get install pgbouncer")
     chosen = args.seeds or seeds(str(random.randrange(10**6)))
     args.seeds = f"{chosen[0]}-{chosen[-1]}"

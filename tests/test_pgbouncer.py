@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,67 +17,18 @@ from conftest import execute
 from places import RunPlace as Place
 from test_slots import make_study, must_claim, start_trial
 
-from storage import database, embedded, ports, postgres, slots
+from benchmarks.pgbouncer import PROGRAM, PgBouncer
+from storage import database, embedded, slots
 from storage.retrying import IDLE_TRANSACTION_S
 
-PROGRAM = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="the Debian package pgbouncer is not installed")
-
-SETTINGS = """
-[databases]
-* = host=127.0.0.1 port={server_port}
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {port}
-unix_socket_dir =
-auth_type = scram-sha-256
-auth_file = {folder}/users
-pool_mode = transaction
-default_pool_size = {pool_size}
-max_client_conn = 100
-"""
-
-
-class Bouncer:
-    """A PgBouncer that may be stopped and started again."""
-
-    def __init__(self, folder: Path, server: embedded.PrivateServer, pool_size: int) -> None:
-        folder.mkdir(mode=0o711)
-        self.port = ports.free_port(loopback_only=True)
-        self.password = (server.data_dir / "password").read_text().strip()
-        values = {"server_port": int(server.url.rsplit(":", 1)[1].split("/")[0]), "port": self.port, "folder": folder}
-        self.settings = folder / "pgbouncer.ini"
-        self.settings.write_text(SETTINGS.format(pool_size=pool_size, **values))
-        (folder / "users").write_text(f'"studies" "{self.password}"\n')
-        self.account = postgres.new_owner()  # PgBouncer refuses to be root too
-        if self.account:
-            shutil.chown(folder / "users", self.account.pw_uid)
-        (folder / "users").chmod(0o600)
-        self.start()
-
-    def url(self, database_name: str) -> str:
-        return f"postgresql://studies@127.0.0.1:{self.port}/{database_name}"
-
-    def start(self) -> None:
-        assert PROGRAM
-        user = self.account.pw_uid if self.account else None
-        self.process = subprocess.Popen([PROGRAM, "-q", self.settings], user=user, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while ports.is_free(self.port, loopback_only=True):
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
 def bouncer(
     request: pytest.FixtureRequest, scratch: Path, database_server: embedded.PrivateServer, tmp_path: Path
-) -> Iterator[Bouncer]:
-    made = Bouncer(scratch / f"bouncer-{os.getpid()}-{tmp_path.name}", database_server, request.param)
+) -> Iterator[PgBouncer]:
+    made = PgBouncer(scratch / f"bouncer-{tmp_path.name}", database_server, pool_size=request.param)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PGPASSWORD", made.password)
         yield made
@@ -86,7 +36,7 @@ def bouncer(
 
 
 @pytest.mark.parametrize("bouncer", [1], indirect=True)
-def test_nothing_of_ours_stays_on_a_pooled_connection(bouncer: Bouncer, database_url: str) -> None:
+def test_nothing_of_ours_stays_on_a_pooled_connection(bouncer: PgBouncer, database_url: str) -> None:
     name = database_url.rsplit("/", 1)[1]
     storage = database.open_storage(bouncer.url(name), wait_s=10)
     study_id = make_study(storage, budget=2)
@@ -108,7 +58,7 @@ def test_nothing_of_ours_stays_on_a_pooled_connection(bouncer: Bouncer, database
 
 
 @pytest.mark.parametrize("bouncer", [3], indirect=True)
-def test_a_run_behind_pgbouncer_outlasts_its_restart(bouncer: Bouncer, place: Place) -> None:
+def test_a_run_behind_pgbouncer_outlasts_its_restart(bouncer: PgBouncer, place: Place) -> None:
     place.environment |= {"OPTUNA_STORAGE": bouncer.url(place.url.rsplit("/", 1)[1]), "PGPASSWORD": bouncer.password}
     place.slow_down(0.2)
     supervisor = place.launch("--trials", "24")
@@ -130,7 +80,7 @@ def test_a_run_behind_pgbouncer_outlasts_its_restart(bouncer: Bouncer, place: Pl
 
 @pytest.mark.parametrize("bouncer", [2], indirect=True)
 def test_eight_open_an_empty_database_through_two_connections(
-    bouncer: Bouncer, database_server: embedded.PrivateServer
+    bouncer: PgBouncer, database_server: embedded.PrivateServer
 ) -> None:
     name = f"empty_{os.getpid()}"
     execute(database_server.url, f"create database {name}")
