@@ -451,7 +451,7 @@ def main() -> None:
         if args.data_dir is None:
             demo_bars(folder)
         try:
-            symbols, _ = list_symbols(args.data_dir or folder)
+            symbols, _, _ = list_symbols(args.data_dir or folder)
             series = [forecast(symbol, read_bars(path)[0]) for symbol, path in symbols.items()]
             figures = measure(series, every=args.every, confirmation=args.confirmation)
         except DataError as error:

@@ -71,12 +71,13 @@ class Checkpoint:
         return entries
 
 
-def resolve(source: str, *, revision: str | None = None) -> Checkpoint:
+def resolve(source: str, *, revision: str | None = None, setting: str = "checkpoint") -> Checkpoint:
     """Find a checkpoint.
 
     source: a bundled name (a folder below forecasters/checkpoints, which goes before a local folder of that name), a
     local folder (one that exists, or anything that starts with . / ~), or a hub id `org/name`.
     revision: a branch, tag or commit of a hub id. A commit that was downloaded before needs no network.
+    setting: what names the source, for messages: "[toto] checkpoint".
     Raises CheckpointError; nothing is ever used in place of what was named.
     """
     if not source.startswith((".", "/", "~")):
@@ -84,7 +85,7 @@ def resolve(source: str, *, revision: str | None = None) -> Checkpoint:
         if ".." not in bundled.parts and (bundled / CONFIG).is_file():
             return _local(source, bundled, revision)
         if not Path(source).is_dir() and _HUB_ID.fullmatch(source):
-            return _from_hub(source, revision)
+            return _from_hub(source, revision, setting)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         names = ", ".join(sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))) or "none"
@@ -189,7 +190,7 @@ def _weights(folder: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _from_hub(source: str, revision: str | None) -> Checkpoint:
+def _from_hub(source: str, revision: str | None, setting: str) -> Checkpoint:
     pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
     if pinned or constants.HF_HUB_OFFLINE:
         config = try_to_load_from_cache(source, CONFIG, revision=revision)
@@ -211,7 +212,7 @@ def _from_hub(source: str, revision: str | None) -> Checkpoint:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
             f"checkpoint {source!r}{at} cannot be had from {constants.ENDPOINT} ({_line(error)}); "
-            f"name a local folder with {CONFIG} and {WEIGHTS} instead, like ./{source.split('/')[-1]}"
+            f'name a local folder with {CONFIG} and {WEIGHTS} instead: {setting} = "./{source.split("/")[-1]}"'
         ) from error
     folder = Path(paths[0]).parent
     return Checkpoint(source=source, folder=folder, weights=_weights(folder))

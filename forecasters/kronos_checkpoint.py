@@ -135,8 +135,9 @@ def load(
 def _resolve(
     checkpoint: str, revision: str | None, tokenizer: str | None, tokenizer_revision: str | None
 ) -> tuple[Checkpoint, Checkpoint]:
-    found = resolve(checkpoint, revision=revision)
-    return found, resolve(tokenizer or tokenizer_of(checkpoint), revision=tokenizer_revision)
+    found = resolve(checkpoint, revision=revision, setting="[kronos] checkpoint")
+    source = tokenizer or tokenizer_of(checkpoint)
+    return found, resolve(source, revision=tokenizer_revision, setting="[kronos] tokenizer")
 
 
 def _build(checkpoint: Checkpoint, tokenizer: Checkpoint) -> tuple[KronosNetwork, KronosTokenizer]:

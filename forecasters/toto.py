@@ -403,7 +403,7 @@ def _build(checkpoint: Checkpoint) -> TotoNetwork:
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(TOTO.name, device=device, running=running)
-    found = resolve(checkpoint, revision=revision)
+    found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
     network = _build(found)
     load_into(found, network, _rename)
     network = network.to(device=device, dtype=getattr(torch, running.dtype))
@@ -415,7 +415,7 @@ def inspect(checkpoint: str, *, revision: str | None = None, running: Running = 
 
     Raises CheckpointError where the checkpoint does not fit.
     """
-    found = resolve(checkpoint, revision=revision)
+    found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
     check(found, _build(found), _rename)
     return _fingerprint(found, running.dtype)
 

@@ -38,6 +38,7 @@ from launch.options import (
 from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
 from storage import DatabaseUnavailable
+from storage.commands import command
 from studies.config import MAX_TRIALS, Config, ConfigError
 
 
@@ -51,6 +52,8 @@ from studies.config import MAX_TRIALS, Config, ConfigError
 @click.option("--trials", type=click.IntRange(1, MAX_TRIALS), help="Number of trials per study, also existing ones.")
 @click.option("--objective", type=click.Choice(["sampled", "exact"]),
               help="The exact objective has no sampling noise.  [default: sampled]")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse to begin if a symbol cannot be searched, instead of skipping it.")
+@click.option("--retry-parked", is_flag=True, help="Try parked work again that was parked less than a day ago.")
 @click.option("--plain", is_flag=True, help="Print lines of progress instead of the live table.")
 @shared
 def launch_workers(
@@ -63,6 +66,8 @@ def launch_workers(
     models: Sequence[Sequence[str]],
     trials: int | None,
     objective: str | None,
+    strict: bool,
+    retry_parked: bool,
     plain: bool,
 ) -> None:
     """Search: continue the unfinished studies of the symbols and models, and open those that are missing.
@@ -74,48 +79,31 @@ def launch_workers(
     launch-workers --cpus 2 --symbols BTCUSD,AAPL --trials 100
     launch-workers --ray head.example:6379 --gpus-total 16
     """
-    from launch import devices, ray_cluster
-    from launch.views import listing
-    from storage import urls
-    from studies import study as studying
-    from studies.evaluators import checkpoint_fingerprint
-    from studies.series import read_series
+    from launch.searching import search
 
     check_devices(gpus, cpus)
-    ray_cluster.check_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
-    model_names, symbol_names = checked_models(models, config), checked_symbols(symbols)
-    search = config.search
-    search = replace(
-        search, models=model_names, trials=trials or search.trials, objective=objective or search.objective
+    config = replace(
+        config,
+        search=replace(
+            config.search,
+            models=checked_models(models, config),
+            trials=trials or config.search.trials,
+            objective=objective or config.search.objective,
+        ),
     )
-    config = replace(config, search=search)
-    device_slots = ray_cluster.device_slots(gpus_total, cpus) if ray else devices.device_slots(flat(gpus) or None, cpus)
-    series, notes = read_series(config, symbol_names)
-    checkpoints = {model: checkpoint_fingerprint(config, model) for model in model_names}
-    cluster = None
-    if ray:
-        cluster = ray_cluster.connect(ray, gpus=gpus_total, cpus=cpus)
-        host = urls.parse_url(config.storage.url).host if config.storage.url else "127.0.0.1"
-        ray_cluster.check_storage(cluster, host)
-    # All of the user's input has been checked; from here on the command writes.
-    for note in notes:
-        say(note)
-    storage = open_storage(config, start=True)
-    opened = studying.open_studies(storage, config, series, model_names, checkpoints)
-    for note in (note for item in opened for note in item.notes):
-        say(note)
-    unfinished = [item.study for item in opened if item.state != "finished"]
-    if not unfinished:
-        say(f"nothing to do: {counted(len(opened), 'study')} finished at the newest bar")
-        shown = listing.Selection(study_ids=[item.study.study_id for item in opened])
-        listing.print_rows(storage, shown, plain=plain)
-        return
-    counts = {state: sum(item.state == state for item in opened) for state in ("new", "resumed", "raised", "finished")}
-    say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
-    from launch.run import run_workers  # here: it imports Plotly, which takes a while
-
-    shown = [item.study.study_id for item in opened]
-    sys.exit(run_workers(config, storage, series, unfinished, device_slots, shown=shown, cluster=cluster, plain=plain))
+    sys.exit(
+        search(
+            config,
+            checked_symbols(symbols),
+            flat(gpus),
+            cpus,
+            ray=ray,
+            gpus_total=gpus_total,
+            strict=strict,
+            retry_parked=retry_parked,
+            plain=plain,
+        )
+    )
 
 
 @click.command(context_settings=HELP)
@@ -153,7 +141,7 @@ def promote(
     promote --rollback BTCUSD
     """
     from launch.views import decisions, notes
-    from storage import history
+    from storage import board, history
     from studies import promoting
     from studies import promotion_summary as summary
 
@@ -172,6 +160,8 @@ def promote(
             "in 56 % of searches, and 82 % of those promotions made the error larger"
         )
     storage = open_storage(config)
+    if not dry_run:
+        board.check_writable(storage)
     rule = promoting.Rule(
         min_improvement=config.promotion.min_improvement if min_improvement is None else min_improvement,
         force=force,
@@ -183,8 +173,8 @@ def promote(
     rows = promoting.promote(storage, config, rule, symbols=symbol_names, models=model_names, dry_run=dry_run)
     show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
     for row in rows:
-        if row.next:
-            say(f"{row.symbol}: {row.reason}; {row.next}")
+        if row.next or row.decision == "failed":
+            say("; ".join([f"{row.symbol}: {row.reason}", *([row.next] if row.next else [])]))
     promoted = sum(row.decision == "promoted" for row in rows)
     written = "would be promoted" if dry_run else "promoted"
     say(f"{promoted} of {counted(len(rows), 'symbol')} {written}" if promoted else "nothing to promote")
@@ -192,6 +182,8 @@ def promote(
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")
         notes.record_decisions(storage, artifacts_folder(config), rows, say=say)
+    if any(row.decision == "failed" for row in rows):
+        sys.exit(1)
 
 
 @click.group(
@@ -246,7 +238,8 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     found = listing.details(storage, name)
     if found is None:
         retired = studying.retired_names(storage, name)
-        raise ConfigError(f"no study {name!r}; see: " + (f"studies show {retired[-1]}" if retired else "studies list"))
+        see = command(f"studies show {retired[-1]}" if retired else "studies list")
+        raise ConfigError(f"no study {name!r}; see: {see}")
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -274,7 +267,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     storage = open_storage(config)
     study = next((study for study in studying.list_studies(storage) if study.name == name), None)
     if study is None:
-        raise ConfigError(f"no study {name!r}; see: studies list")
+        raise ConfigError(f"no study {name!r}; see: {command('studies list')}")
     objective = study.definition["objective"]
     config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
     device_slots = devices.device_slots(flat(gpus) or None, cpus)[:1]  # a confirmation is one slot
@@ -284,7 +277,7 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
         say(note)
     from launch.run import run_workers
 
-    sys.exit(run_workers(config, storage, series, [study], device_slots, shown=[study.study_id]))
+    sys.exit(run_workers(config, storage, series, [study], device_slots, shown=[study]))
 
 
 @studies.command()
@@ -295,7 +288,6 @@ def retire(config: Config, name: str, undo: bool) -> None:
     """Retire a study, so that launch-workers opens a new one. It keeps its trials.
 
     \b
-    studies retire BTCUSD/toto@2026-03-19
     studies retire --undo BTCUSD/toto@2026-03-19
     """
     from studies import study as studying
@@ -303,7 +295,7 @@ def retire(config: Config, name: str, undo: bool) -> None:
     try:
         click.echo((studying.unretire if undo else studying.retire)(open_storage(config), name))
     except KeyError:
-        raise ConfigError(f"no study {name!r}; see: studies list") from None
+        raise ConfigError(f"no study {name!r}; see: {command('studies list')}") from None
 
 
 @studies.command()
@@ -350,7 +342,6 @@ def demo_data(config: Config) -> None:
     \b
     studies demo-data --config demo
     """
-
     from studies.series import demo_bars
 
     for path in demo_bars(config.data.dir):
@@ -386,13 +377,12 @@ def verify_compile(
     studies verify-compile --models kronos --symbols BTCUSD --modes default
     """
     from launch import devices, verify
-    from studies.series import list_symbols, read_series
+    from studies.series import read_usable_series
 
     device = device or ("cuda:0" if devices.visible_gpus() else "cpu")
     asked = verify.checked_modes(flat(modes), device)
-    symbol_names = checked_symbols(symbols) or config.data.symbols or sorted(list_symbols(config.data.dir)[0])[:1]
-    series, notes = read_series(config, symbol_names)
-    for note in notes:
+    series, skipped, notes = read_usable_series(config, checked_symbols(symbols), first=not symbols)
+    for note in (*notes, *(f"{symbol} skipped: {reason}" for symbol, reason in skipped.items())):
         say(note)
     jobs = verify.jobs(config, series, checked_models(models, config), device=device, trials=trials, repeats=repeats)
     rows = [row for job in jobs for row in verify.compare(job, asked)]
@@ -400,24 +390,27 @@ def verify_compile(
     if not all(row.passed for row in rows):
         say("compiled forecasts differ from eager ones, or a model was not compiled exactly once; see the rows")
         sys.exit(1)
+    if skipped and symbols:
+        sys.exit(1)
 
 
 @studies.command(name="dashboard")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535),
               help="Port to listen on; 0 for any free one.")  # fmt: skip
+@click.option("--token-file", type=FILE, help="File with the token to ask for; needed where others can come in.")
 @shared
-def dashboard_command(config: Config, host: str, port: int) -> None:
-    """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts, and has no login.
+def dashboard_command(config: Config, host: str, port: int, token_file: Path | None) -> None:
+    """Serve optuna-dashboard with the studies. It shows trials, notes, plots and forecasts.
 
     \b
-    studies dashboard
-    studies dashboard --port 8081
+    studies dashboard --host 0.0.0.0 --token-file token.txt
     """
     from launch.views import dashboard
 
-    server = dashboard.bind(open_storage(config, start=True), artifacts_folder(config), host, port)
-    dashboard.serve(server, host, say=say)
+    door = dashboard.open_door(host, token_file)
+    server = dashboard.bind(open_storage(config, start=True), artifacts_folder(config), door, port)
+    dashboard.serve(server, door, say=say)
 
 
 @studies.command(name="report")
@@ -436,7 +429,6 @@ def report_command(
     """Write an HTML page on the newest studies. It shows decisions, forecasts, errors and parameter importance.
 
     \b
-    studies report
     studies report --symbols BTCUSD --output btcusd.html --markdown btcusd.md
     """
     from launch.views import report as reporting

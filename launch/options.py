@@ -19,6 +19,7 @@ import click
 from forecasters import ExpectedError
 from forecasters.models import MODELS
 from launch.output import say
+from storage.commands import suggested_with
 from storage.symbols import SymbolError, check_symbol
 from studies import config as configuration
 from studies.config import Config
@@ -71,10 +72,9 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
             "data": {"dir": data_dir},
             "hyperparams": {"dir": hyperparams_dir},
         }
-        if config_path == Path("demo"):
-            config_path = configuration.DEMO_PATH
-        with one_line_errors():
-            command(config=configuration.load(config_path, given), **options)
+        path = configuration.DEMO_PATH if config_path == Path("demo") else config_path
+        with suggested_with(config_path), one_line_errors():
+            command(config=configuration.load(path, given), **options)
 
     return wrapped
 

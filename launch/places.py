@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import DatabaseUnavailable
+from storage.commands import command
 from studies.config import Config, ConfigError
 
 CHECK_S = 1.0  # between two checks that the private server runs, each of which takes a lock and reads a file
@@ -32,6 +33,16 @@ def artifacts_folder(config: Config) -> Path:
     return server_folder(config).parent / "artifacts"
 
 
+def check_log_dir(config: Config) -> None:
+    """Raise ConfigError where the folder of the logs cannot be made or written to. Makes nothing."""
+    folder = config.workers.log_dir.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: {there} is not a folder; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"[workers] log_dir {config.workers.log_dir}: {there} cannot be written to; name another")
+
+
 def storage_url(config: Config, *, start: bool) -> str:
     """The storage's URL. That of the private server has no password: PGPASSFILE then names the file that holds it.
 
@@ -43,24 +54,35 @@ def storage_url(config: Config, *, start: bool) -> str:
 
     folder = server_folder(config)
     if not start and not folder.exists():
-        raise DatabaseUnavailable(f"{folder}: no studies yet; make some with launch-workers, or name a --storage")
+        made_by = command("launch-workers")
+        raise DatabaseUnavailable(f"{folder}: no studies yet; name a --storage, or make some with: {made_by}")
     server = embedded.start(folder, listen=config.storage.listen)
     os.environ["PGPASSFILE"] = str(server.passfile)
     os.environ.pop("PGPASSWORD", None)  # another server's password must not take precedence over the file
     return server.url
 
 
-def open_storage(config: Config, *, start: bool = False) -> Any:
-    """Open the storage. start: as for `storage_url`. Raises DatabaseUnavailable."""
+def open_storage(config: Config, *, start: bool = False, write: bool = False) -> Any:
+    """Open the storage. start: as for `storage_url`. write: its role must be able to. Raises DatabaseUnavailable."""
     from storage import database  # here: it imports Optuna
 
     database.quiet_optuna()
-    return database.open_storage(storage_url(config, start=start), wait_s=config.storage.wait_s)
+    url = storage_url(config, start=start)
+    private = None if config.storage.url else server_folder(config)
+    storage = database.open_storage(url, wait_s=config.storage.wait_s, private=private)
+    if write:
+        database.check_writable(storage)
+    return storage
 
 
 @contextmanager
-def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Restart the private server if it is killed within the block, for lack of memory for instance; not if stopped."""
+def private_server_kept_alive(
+    config: Config, *, say: Callable[[str], None], on_stop: Callable[[], None]
+) -> Iterator[None]:
+    """Start the private server again if anything but `studies stop` ends it within the block.
+
+    on_stop: called once, from another thread, after `studies stop`.
+    """
     if config.storage.url:
         yield
         return
@@ -73,8 +95,12 @@ def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> 
         reported = ""
         while not ended.wait(CHECK_S):
             try:
+                if embedded.was_stopped(folder):
+                    say("'studies stop' stopped the private server, so this run ends; the same command goes on with it")
+                    on_stop()
+                    return
                 if embedded.revive(folder, listen=config.storage.listen):
-                    say("the private server was killed; restarted it")
+                    say("the private server had ended; started it again")
                     reported = ""
             except Exception as error:  # noqa: BLE001 - without this thread nobody would start the server again
                 line = str(error) if isinstance(error, DatabaseUnavailable) else one_line(error)
@@ -88,7 +114,7 @@ def private_server_kept_alive(config: Config, *, say: Callable[[str], None]) -> 
         yield
     finally:
         ended.set()
-        checker.join()
+        checker.join(CHECK_S)  # not longer: it may be starting a server that nobody needs any more
 
 
 def shared_url(config: Config, host: str | None) -> str:
@@ -103,7 +129,8 @@ def shared_url(config: Config, host: str | None) -> str:
     if host and config.storage.url:
         raise ConfigError("--host is for the URL of the private server; this storage is a server of your own")
     if host and listen.is_loopback:
-        raise ConfigError(f"[storage] listen is {listen}, which lets no other host in; set it, then: studies stop")
+        stop = command("studies stop")
+        raise ConfigError(f"[storage] listen is {listen}, which lets no other host in; set it, then: {stop}")
     parsed = urls.parse_url(storage_url(config, start=True))
     if not config.storage.url and not listen.is_loopback:
         # No client can connect to 0.0.0.0, so without --host the URL is for this machine.

@@ -10,6 +10,7 @@ the arguments of a constructor and a `runtime_env`. On the node only the worker 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ import click
 from forecasters.models import MODELS
 from launch.devices import DeviceError, DeviceSlot, cpu_slot
 from launch.supervisor import POLL_S, Child, Supervisor
-from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
+from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RUN_ID, RunPlan, worker_name
 from storage import ports, urls
 from studies.config import Config
 
@@ -77,7 +78,7 @@ class Host:
         values = json.loads(run)
         node = os.uname().nodename
         missing = sorted(path for path in values["series"].values() if not Path(path).is_file())
-        if missing:
+        if len(missing) == len(values["series"]):  # of some the worker says itself that they are gone
             return {"error": f"{node}: {missing[0]}: no such file; bars must be at the same path on every node"}
         values["devices"] = values["devices"][:1] * workers
         (self.folder / "run.json").write_text(json.dumps(values))
@@ -91,7 +92,7 @@ class Host:
                 stderr=log,
                 start_new_session=True,
             )
-        return {"name": f"{node}:{self.process.pid}"}
+        return {"name": worker_name(self.process.pid, environment[RUN_ID])}
 
     def poll(self) -> dict[str, Any]:
         """What the worker has logged since the last call, and its exit status once all of the log was sent."""
@@ -194,7 +195,7 @@ class RemoteProcess:
 
     def __init__(self, cluster: Cluster, log: Path, run: str, environment: Mapping[str, str]) -> None:
         self.ray, self.log = cluster.ray, log
-        self.name = ""  # HOST:PID, once it runs
+        self.name = ""  # `worker_name`, once it runs
         self.began = time.monotonic()
         self.returncode: int | None = None
         self._signals: list[int] = []
@@ -268,7 +269,7 @@ class RemoteProcess:
 
     def _write(self, text: bytes) -> None:
         if text:
-            with self.log.open("ab") as log:
+            with contextlib.suppress(OSError), self.log.open("ab") as log:  # a full disk ends no run
                 log.write(text)
 
 
@@ -281,7 +282,10 @@ class RaySupervisor(Supervisor):
         plan = replace(plan, config=portable(plan.config))
         super().__init__(plan, *args, environment={}, **kwargs)
         self.cluster = cluster
-        self.environment = dict(environment)  # added to the environment of each node; this machine's is not passed on
+        self.environment = {
+            **environment,
+            RUN_ID: self.run_id,
+        }  # added to the environment of each node; this machine's is not passed on
         self.run_file = (self.folder / "run.json").read_text()
         self.announced_pending: set[int] = set()  # numbers of the workers that the user knows to be waiting
 

@@ -6,19 +6,20 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from launch import ray_cluster, streams, supervisor
 from launch.devices import DeviceSlot
 from launch.output import counted, say
-from launch.places import artifacts_folder, private_server_kept_alive
+from launch.places import artifacts_folder, private_server_kept_alive, server_folder
 from launch.ray_cluster import Cluster
-from launch.views import listing, live, notes
-from launch.worker import EXIT_INTERRUPTED, RunPlan
+from launch.results import print_results
+from launch.views import live, notes
+from launch.worker import EXIT_INTERRUPTED, PRIVATE_SERVER, RunPlan
 from storage import DatabaseUnavailable, database, urls
-from storage.progress import first_parked_slots, study_progress
+from storage.commands import this_command
 from storage.retrying import RetryingStorage
 from studies.config import Config, ConfigError
 from studies.series import Series
@@ -32,14 +33,15 @@ def run_workers(
     unfinished: Sequence[Study],
     device_slots: Sequence[DeviceSlot],
     *,
-    shown: Sequence[int],
+    shown: Sequence[Study],
+    skipped: Mapping[str, str] | None = None,
     cluster: Cluster | None = None,
     plain: bool = False,
 ) -> int:
-    """Work on the unfinished studies until they are finished, then list the studies with the ids `shown`.
+    """Work on the unfinished studies until they are finished, then list the studies `shown`.
 
-    plain: without a live table. Returns the exit status: 0 finished, 1 a worker failed or work was parked, 130
-    interrupted. Raises ConfigError.
+    skipped: symbols that were left out, with the reason. plain: without a live table. Returns the exit status: 130
+    interrupted, 1 a worker failed, else that of `print_results`. Raises ConfigError.
     """
     folder = _log_folder(config)
     plan = RunPlan(
@@ -49,9 +51,12 @@ def run_workers(
         devices=tuple(slot.device for slot in device_slots),
     )
     url, secret = urls.hand_over(storage.engine.url)
+    private = {} if config.storage.url else {PRIVATE_SERVER: str(server_folder(config).absolute())}
     names = {study.study_id: study.name for study in unfinished}
     kinds = sorted({slot.device.split(":")[0] for slot in device_slots})
     say(f"{counted(len(device_slots), '/'.join(kinds) + ' worker')}; logs in {folder}")
+    if line := database.lack_of_connections(storage, len(device_slots)):
+        say(line)
     if cluster is None:
         make_supervisor = supervisor.Supervisor
     else:
@@ -65,15 +70,17 @@ def run_workers(
         device_slots,
         storage,
         list(names),
-        environment={"OPTUNA_STORAGE": url, **secret},
+        environment={"OPTUNA_STORAGE": url, **secret, **private},
         say=view.say,
         report=note_writer,
     )
     view.watch(run.children)
-    with view, private_server_kept_alive(config, say=view.say):
+    with view, private_server_kept_alive(config, say=view.say, on_stop=run.stop_at_once):
         status = run.run()
     if cluster is not None:
         cluster.end()
+    if status == EXIT_INTERRUPTED:
+        say(f"stopped before the end; go on with: {this_command()}")
     if run.signals >= 2:
         streams.flush_output()
         os._exit(status)  # without results and without shutting down the interpreter, which take time
@@ -83,11 +90,8 @@ def run_workers(
         try:
             note_writer.say = say  # the view is closed
             note_writer.write()
-            listing.print_rows(storage, listing.Selection(study_ids=shown), plain=plain)
-            progress = study_progress(storage, names)
-            for study_id, parked in first_parked_slots(storage, names).items():
-                status = status or 1
-                say(f"{names[study_id]}: {progress[study_id].parked} parked, the first with: {parked.error}")
+            ended = print_results(storage, shown, skipped or {}, plain=plain)
+            status = status or ended
         except DatabaseUnavailable as error:
             status = status or 1
             say(str(error))

@@ -6,22 +6,26 @@ It knows processes and exit statuses, and frees the slots of a dead worker; it k
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from launch.devices import DeviceSlot
-from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RunPlan
+from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RUN_ID, RunPlan, worker_name
 from storage import DatabaseUnavailable, slots
 from storage.retrying import RetryingStorage, one_line
+from studies.config import ConfigError
 
 POLL_S = 0.2
 MAX_CRASHES = 3  # of one worker within the window before it is no longer restarted
@@ -48,7 +52,7 @@ class Child:
     device_slot: DeviceSlot
     log: Path
     process: Process | None = None  # None: not started yet, waiting for a restart, or ended
-    name: str = ""  # HOST:PID of the process that was started last
+    name: str = ""  # `worker_name` of the process that was started last
     exit_status: int | None = None  # the final one; None while the worker runs or is to be restarted
     crash_times: list[float] = field(default_factory=list)  # within the last CRASH_WINDOW_S
     start_at: float = 0.0  # not started before
@@ -63,13 +67,16 @@ class DatabaseReporter(threading.Thread):
         study_ids: Sequence[int],
         *,
         lease_s: float,
+        log: Path,
         say: Callable[[str], None],
         report: Callable[[], None],
     ) -> None:
+        """log: gets the traceback of an error that nobody expects."""
         super().__init__(name="database-reporter", daemon=True)
         self._storage, self._study_ids, self._lease_s = storage, study_ids, lease_s
-        self._say, self._report = say, report
+        self._log, self._say, self._report = log, say, report
         self._said = ""  # what the last round reported
+        self._logged: set[str] = set()  # what has its traceback in the log
         self._dead: deque[str] = deque()
         self._ended = threading.Event()
 
@@ -93,10 +100,17 @@ class DatabaseReporter(threading.Thread):
                     said = str(error)
                     break  # it was waited for; the other would wait as long
                 except Exception as error:  # noqa: BLE001 - without this thread nobody learns how the run stands
-                    said = f"the run goes on after an error: {one_line(error)}"
+                    said = f"the run goes on after an error: {one_line(error)}; see {self._log}"
+                    if said not in self._logged:
+                        self._logged.add(said)
+                        self._write_traceback()
             if said and said != self._said:  # each round tries again, but the same error is reported once
                 self._say(said)
             self._said = said
+
+    def _write_traceback(self) -> None:
+        with suppress(OSError), self._log.open("a") as log:  # a full disk does not end the thread either
+            log.write(f"{time.strftime('%H:%M:%S')} {traceback.format_exc()}")
 
     def _free_slots_of_the_dead(self) -> None:
         while self._dead:
@@ -127,16 +141,26 @@ class Supervisor:
         self.folder = folder
         self.say = say
         self.reporter = DatabaseReporter(
-            storage, study_ids, lease_s=plan.config.workers.lease_s, say=say, report=report
+            storage,
+            study_ids,
+            lease_s=plan.config.workers.lease_s,
+            log=folder / "supervisor.log",
+            say=say,
+            report=report,
         )
-        self.environment = {**os.environ, **environment, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
+        self.run_id = secrets.token_hex(4)
+        ours = {RUN_ID: self.run_id, "STUDIES_SUPERVISOR_PID": str(os.getpid())}
+        self.environment = {**os.environ, **environment, **ours}
         self.children = [
             Child(number=number, device_slot=slot, log=folder / f"worker-{number}.log")
             for number, slot in enumerate(device_slots)
         ]
         self.signals = 0
         self.second_signal_at = 0.0
-        plan.write(folder)
+        try:
+            plan.write(folder)
+        except OSError as error:
+            raise ConfigError(f"[workers] log_dir: {folder}: {error.strerror}; free some disk space") from None
 
     def run(self) -> int:
         """Run until every worker has ended. Returns the exit status: 0 done, 1 a worker failed, 130 interrupted."""
@@ -204,7 +228,7 @@ class Supervisor:
         return f"was killed by {signal_name(-status)}" if status < 0 else f"exited with status {status}"
 
     def _start(self, child: Child) -> None:
-        with child.log.open("ab") as log:
+        with _opened(child.log) as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "launch.worker", str(self.folder), str(child.number)],
                 env={**self.environment, **child.device_slot.environment},
@@ -213,7 +237,7 @@ class Supervisor:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which passes it on once
             )
-        child.process, child.name = process, f"{os.uname().nodename}:{process.pid}"
+        child.process, child.name = process, worker_name(process.pid, self.run_id)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1
@@ -225,6 +249,11 @@ class Supervisor:
                     child.process.send_signal(signal.SIGTERM)
         if self.signals == 1:
             self.say("stopping after the trials in progress; press Ctrl-C again to stop at once")
+
+    def stop_at_once(self) -> None:
+        """Do what a second signal does: nothing is waited for. May be called from any thread."""
+        self.second_signal_at = time.monotonic()
+        self.signals = max(2, self.signals)
 
     def _kill_unresponsive(self) -> None:
         """After the second signal, kill the workers that have not ended within the grace period."""
@@ -265,8 +294,18 @@ def signal_name(number: int) -> str:
     return signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
 
 
+def _opened(log: Path) -> BinaryIO:
+    """A worker's log to append to; where it cannot be made, as on a full disk, what is logged is lost."""
+    try:
+        return log.open("ab")
+    except OSError:
+        return Path(os.devnull).open("ab")
+
+
 def last_line(path: Path) -> str:
     """The last line of a worker's log, without its time and level."""
+    if not path.exists():
+        return "no output"
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()

@@ -19,27 +19,36 @@ from pathlib import Path
 from types import FrameType
 
 from forecasters import ExpectedError, ForecastError, LoadedForecaster
-from launch import devices
-from objectives.bars import read_bars
+from launch import devices, streams
+from objectives.bars import DataError
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
-from storage.progress import free_counts, study_progress
+from storage.progress import free_counts, has_open
 from storage.retrying import RetryingStorage, one_line
 from storage.slots import Slot
 from studies import config as configuration
 from studies import evaluators, working
 from studies import study as studying
+from studies.bars_cache import read_bars_once
 from studies.config import Config
 from studies.series import Series
-from studies.study import Study, StudyRun
+from studies.study import Study, StudyMismatch, StudyRun
 
 log = logging.getLogger("worker")
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 3, 130  # 1 is the exit status of Python after a traceback
 MAX_FAILURES_IN_A_ROW = 5  # of one study: then the study is at fault and not its slots
 IDLE_POLL_S = 0.5
+PRIVATE_SERVER = "STUDIES_PRIVATE_SERVER"  # environment: the folder of the private server, where that is the storage
+RUNS_KEPT = 8  # studies in memory with their bars: a worker goes to and fro between few
+RUN_ID = "STUDIES_RUN_ID"  # environment: what tells the workers of this supervisor from those of all others
 BROKEN_DEVICE = "CUDA error"  # after one, every call of this process fails: only a restart gives the device back
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def worker_name(pid: int, run_id: str) -> str:
+    """HOST:PID-RUN. Pods on one host's network share its name, and their process ids begin at 1."""
+    return f"{os.uname().nodename}:{pid}-{run_id}"
 
 
 class Interrupted(BaseException):
@@ -118,8 +127,8 @@ class LeaseKeeper(threading.Thread):
                 slots.reap(self._storage, self._study_ids, lease_s=self._lease_s, wait_s=self._lease_s / 3)
             except DatabaseUnavailable as error:
                 log.warning("%s", error)  # the main thread's next statement fails too and ends the worker
-            except Exception as error:  # noqa: BLE001 - without this thread every slot longer than a lease is lost
-                log.error("the lease keeper goes on after an error: %s", one_line(error))
+            except Exception as error:  # without this thread every slot longer than a lease is lost
+                log.exception("the lease keeper goes on after an error: %s", one_line(error))
 
 
 class Worker:
@@ -128,13 +137,12 @@ class Worker:
     def __init__(self, plan: RunPlan, storage: RetryingStorage, device: str, stop_request: StopRequest) -> None:
         self.plan, self.storage, self.device, self.stop_request = plan, storage, device, stop_request
         self.config = plan.config
-        self.name = database.worker_name()
+        self.name = worker_name(os.getpid(), os.environ.get(RUN_ID, ""))
         by_name = {study.name: study for study in studying.list_studies(storage)}
         self.studies = {by_name[name].study_id: by_name[name] for name in plan.studies if name in by_name}
         self.forecasters: dict[str, LoadedForecaster] = {}
         self.evaluators: dict[str, Evaluator] = {}
-        self.series: dict[str, Series] = {}
-        self.runs: dict[int, StudyRun] = {}
+        self.runs: dict[int, StudyRun] = {}  # those that it worked on last, with their bars
         self.failures: dict[int, int] = {}  # in a row, by study id
         self.last_finished: Slot | None = None
         self.lease_keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
@@ -160,7 +168,7 @@ class Worker:
                     continue
                 study_id, just_chosen = self._choose_study(), True
                 if study_id is None:
-                    if self._all_finished():
+                    if not has_open(self.storage, list(self.studies)):
                         if self.last_finished is not None:  # the time it was idle since then
                             slots.add_seconds(self.storage, self.last_finished, clock.lap())
                         return EXIT_DONE
@@ -180,10 +188,6 @@ class Worker:
         """
         free = free_counts(self.storage, list(self.studies), worker=self.name, current=current)
         return next(iter(free), None)
-
-    def _all_finished(self) -> bool:
-        progress = study_progress(self.storage, list(self.studies))
-        return all(progress[study_id].open == 0 for study_id in self.studies if study_id in progress)
 
     def _work_on(self, run: StudyRun, slot: Slot, clock: working.StageClock) -> None:
         study = run.study
@@ -235,21 +239,30 @@ class Worker:
             slots.park_study(self.storage, study.study_id, reason)
             log.error("%s parked: %s", study.name, reason)
 
-    def _run_of(self, study_id: int) -> StudyRun:
-        if study_id not in self.runs:
+    def _run_of(self, study_id: int) -> StudyRun | None:
+        """What is needed to work on a study; None where its bars cannot be used any more, which parks it."""
+        if study_id in self.runs:
+            self.runs[study_id] = self.runs.pop(study_id)  # the last to be dropped
+        else:
             study = self.studies[study_id]
             evaluator = self.evaluators[study.model]
-            self.runs[study_id] = studying.start(
-                self.storage, self.config, study, self._series_of(study.symbol), evaluator.forecaster.fingerprint
-            )
+            try:
+                series = self._series_of(study.symbol)
+                run = studying.start(self.storage, self.config, study, series, evaluator.forecaster.fingerprint)
+            except (DataError, StudyMismatch) as error:
+                # Opening it again checks the bars: nothing is to be waited for.
+                slots.park_study(self.storage, study_id, str(error), parked_s=0)
+                log.error("%s parked: %s", study.name, error)
+                return None
+            self.runs[study_id] = run
+            for old in list(self.runs)[:-RUNS_KEPT]:
+                del self.runs[old]
         return self.runs[study_id]
 
     def _series_of(self, symbol: str) -> Series:
-        if symbol not in self.series:
-            path = Path(self.plan.series[symbol])
-            bars, _ = read_bars(path)
-            self.series[symbol] = Series(symbol=symbol, path=path, bars=bars)
-        return self.series[symbol]
+        path = Path(self.plan.series[symbol])
+        bars, _ = read_bars_once(path)
+        return Series(symbol=symbol, path=path, bars=bars)
 
     def _load(self, model: str) -> Evaluator:
         forecaster = self.forecasters[model] = evaluators.load_forecaster(self.config, model, device=self.device)
@@ -286,12 +299,18 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
+    logging.raiseExceptions = False  # a full disk under the log is no reason for tracebacks, or to end
     database.quiet_optuna()
     try:
         plan = RunPlan.read(folder)
         # Patient: the supervisor has used this URL, and may restart a worker while the server is unavailable.
+        private = os.environ.get(PRIVATE_SERVER)
         storage = database.open_storage(
-            os.environ["OPTUNA_STORAGE"], wait_s=plan.config.storage.wait_s, create=False, patient=True
+            os.environ["OPTUNA_STORAGE"],
+            wait_s=plan.config.storage.wait_s,
+            create=False,
+            patient=True,
+            private=Path(private) if private else None,
         )
         return Worker(plan, storage, plan.devices[number], stop_request).work()
     except ExpectedError as error:
@@ -302,4 +321,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    streams.flush_output()  # at its own flush Python would end with status 120 where the log's disk is full
+    sys.exit(status)

@@ -5,6 +5,7 @@ Owns the reading of CSV and Parquet files and every complaint about them. Knows 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from forecasters import Bars, ExpectedError
@@ -24,8 +26,11 @@ from forecasters import Bars, ExpectedError
 TIME_NAMES = ("timestamp", "datetime", "date", "time")  # the first of them that is there is the time column
 PRICE_NAMES = ("open", "high", "low", "close")
 SUFFIXES = (".csv", ".parquet")
+NOT_A_FILE = "it is no regular file"  # a pipe would be waited for
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}([ T].*)?|\d{8}")  # pandas also reads "2020" and "now": we do not
+BLOCK_BYTES = 2**20  # of a CSV at a time
+
 _UNNAMED_INDEX = "__index_level_0__"  # what pandas calls a nameless index in a Parquet file
 _NS_YEARS = (1678, 2261)  # whole years that datetime64[ns] can hold
 
@@ -48,35 +53,125 @@ def read_bars(path: Path | str) -> tuple[Bars, tuple[str, ...]]:
     numbers from 1 in a Parquet file, which has no header row.
     """
     path = Path(path)
-    cells, rows = _read_cells(path)
-    if not rows:
-        raise DataError(f"{path}: has a header but no rows; add bars or remove the file")
-    timestamps = _timestamps(path, cells["timestamp"], rows)
-    columns = {
-        name: _numbers(path, name, cells[name], rows) for name in (*PRICE_NAMES, "volume") if name in cells
-    }  # each [T]
-
-    order = np.argsort(timestamps, kind="stable")  # stable: among equal times file order stays
-    times = timestamps[order]
-    last = np.append(times[1:] != times[:-1], True)
-    order = order[last]
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot be read ({NOT_A_FILE})")
+    columns = _read_at_once(path) or _read_cell_by_cell(path)  # each [T]
+    timestamps, count = columns["timestamp"], len(columns["timestamp"])
+    if not (timestamps[1:] > timestamps[:-1]).all():
+        order = np.argsort(timestamps, kind="stable")  # stable: among equal times file order stays
+        times = timestamps[order]
+        order = order[np.append(times[1:] != times[:-1], True)]
+        columns = {name: column[order] for name, column in columns.items()}
 
     notes = []
-    if repeated := len(rows) - len(order):
-        notes.append(f"{path}: {repeated} of {len(rows)} rows repeat a timestamp; the last in the file was kept")
+    if repeated := count - len(columns["timestamp"]):
+        notes.append(f"{path}: {repeated} of {count} rows repeat a timestamp; the last in the file was kept")
     if absent := [name for name in PRICE_NAMES if name not in columns]:
         notes.append(f"{path}: has no {', '.join(absent)}; filled with close")
 
-    close = read_only(columns["close"][order])
-    prices = {name: read_only(columns[name][order]) if name in columns else close for name in PRICE_NAMES}
-    volume = read_only(columns["volume"][order]) if "volume" in columns else None
-    return Bars(timestamps=read_only(timestamps[order]), volume=volume, **prices), tuple(notes)
+    columns = {name: read_only(column) for name, column in columns.items()}
+    prices = {name: columns.get(name, columns["close"]) for name in PRICE_NAMES}
+    return Bars(timestamps=columns["timestamp"], volume=columns.get("volume"), **prices), tuple(notes)
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
     """The array itself, which nobody can write to any more."""
     array.setflags(write=False)
     return array
+
+
+def _read_at_once(path: Path) -> dict[str, np.ndarray] | None:
+    """The times and numbers of a file in which all is as it should be, each [T]; None for any other.
+
+    Arrow reads in blocks, 30 times as fast and in a seventh of the memory of reading cell by cell, which then is left
+    to say what is wrong, or to read what Arrow does not.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        return None
+    try:
+        most, batches = _parquet_batches(path) if path.suffix.lower() == ".parquet" else _csv_batches(path)
+        columns: dict[str, np.ndarray] = {}
+        count = 0
+        for batch in batches:
+            rows = slice(count, count + len(batch["timestamp"]))
+            for name, cells in batch.items():
+                values = _times(cells) if name == "timestamp" else _float64(cells)
+                columns.setdefault(name, np.empty(most, values.dtype))[rows] = values
+            count = rows.stop
+    except (pa.ArrowException, ValueError, OSError):
+        return None
+    if not count:
+        return None
+    columns = {name: column[:count] for name, column in columns.items()}
+    earliest, latest = (np.datetime64(f"{year}-01-01", "ns") for year in (_NS_YEARS[0], _NS_YEARS[1] + 1))
+    good = [(columns["timestamp"] >= earliest) & (columns["timestamp"] < latest)]  # NaT is neither
+    good += [_is_number(column, name) for name, column in columns.items() if name != "timestamp"]
+    return columns if all(one.all() for one in good) else None
+
+
+def _csv_batches(path: Path) -> tuple[int, Iterator[dict[str, pa.Array]]]:
+    """The largest number of rows there can be, and the columns that we use, block by block.
+
+    Raises ValueError for a file with quotes, or letters that are not ASCII: without those, all that Arrow accepts in a
+    number or a time means what it does to Python and pandas.
+    """
+    most = 1
+    with path.open("rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        while block := file.read(BLOCK_BYTES):
+            if b'"' in block or not block.isascii():
+                raise ValueError("quotes or other letters")
+            most += block.count(b"\n")
+    line, header = next(_csv_records(path), (1, []))
+    columns = _columns(path, header)
+    names = [str(position) for position in range(len(header))]
+    kinds = {names[at]: pa.string() if name == "timestamp" else pa.float64() for name, at in columns.items()}
+    batches = pacsv.open_csv(
+        path,
+        pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, skip_rows=line, column_names=names),
+        pacsv.ParseOptions(quote_char=False),
+        pacsv.ConvertOptions(column_types=kinds, include_columns=list(kinds), null_values=[]),
+    )
+    return most, ({name: batch.column(names[at]) for name, at in columns.items()} for batch in batches)
+
+
+def _parquet_batches(path: Path) -> tuple[int, Iterator[dict[str, pa.Array]]]:
+    """The number of rows, and the columns that we use, block by block."""
+    file = pq.ParquetFile(path)
+    header = file.schema_arrow.names
+    columns = {name: header[column] for name, column in _columns(path, header).items()}
+    batches = file.iter_batches(columns=list(columns.values()), use_threads=False)
+    blocks = ({name: batch.column(column) for name, column in columns.items()} for batch in batches)
+    return file.metadata.num_rows, blocks
+
+
+def _times(column: pa.Array) -> np.ndarray:
+    """datetime64[ns] in UTC, NaT where a cell is no time. Raises ValueError or ArrowException."""
+    if column.null_count:
+        raise ValueError("an empty cell")
+    zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
+    for kind in (pa.timestamp("ns", "UTC"),) if zoned else (pa.timestamp("ns"), pa.timestamp("ns", "UTC")):
+        with contextlib.suppress(pa.ArrowInvalid):
+            column[:1].cast(kind)  # a cast that fails takes 60 times as long as one that does not
+            return column.cast(kind).to_numpy(zero_copy_only=False).astype("datetime64[ns]")
+    return _parse_times(column.cast(pa.string()).to_pylist())  # several forms in one block
+
+
+def _float64(column: pa.Array) -> np.ndarray:
+    if column.null_count or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise ValueError("an empty cell, or numbers of another kind")
+    return column.to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def _read_cell_by_cell(path: Path) -> dict[str, np.ndarray]:
+    """The times and numbers of a file, each [T]. Raises DataError naming file, column, row and value."""
+    cells, rows = _read_cells(path)
+    if not rows:
+        raise DataError(f"{path}: has a header but no rows; add bars or remove the file")
+    times = _timestamps(path, cells["timestamp"], rows)
+    numbers = {name: _numbers(path, name, cells[name], rows) for name in (*PRICE_NAMES, "volume") if name in cells}
+    return {"timestamp": times, **numbers}
 
 
 def _read_cells(path: Path) -> tuple[dict[str, list[Any]], Sequence[int]]:
@@ -214,7 +309,7 @@ def _numbers(path: Path, column: str, cells: Sequence[Any], rows: Sequence[int])
     """float64 [T]: positive prices, or volumes of at least zero."""
     values = np.array([_number(cell) for cell in cells])
     volume = column == "volume"
-    good = np.isfinite(values) & ((values >= 0) if volume else (values > 0))
+    good = _is_number(values, column)
     if not good.all():
         first = int(good.argmin())
         raise DataError(
@@ -224,6 +319,10 @@ def _numbers(path: Path, column: str, cells: Sequence[Any], rows: Sequence[int])
             + (", or delete the whole column" if volume else "")
         )
     return values
+
+
+def _is_number(values: np.ndarray, column: str) -> np.ndarray:
+    return np.isfinite(values) & ((values >= 0) if column == "volume" else (values > 0))
 
 
 def _number(cell: Any) -> float:
@@ -266,11 +365,13 @@ def timestamp_text(timestamp: np.datetime64) -> str:
 
 def unfit(path: Path) -> str:
     """Why a file is no file of bars, by its header alone; empty where it is one, or one with a mistake to be named."""
+    if not path.is_file():
+        return NOT_A_FILE
     try:
         with _reading(path):
             header = pq.read_schema(path).names if path.suffix.lower() == ".parquet" else _csv_header(path)
-    except DataError as error:
-        return str(error).removeprefix(f"{path}: ")
+    except DataError:
+        return ""  # reading it will name the mistake
     names = _recognised(header)
     # One of the two alone is a symbol with a mistake, which reading it will name.
     if not any(name in names for name in (*TIME_NAMES, "close")):

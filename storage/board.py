@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection
 from storage import DatabaseUnavailable
 from storage.files import replace_file
 from storage.retrying import RetryingStorage
+from storage.urls import without_password
 
 BOARD_LOCK = 3  # first key of the advisory lock of those who write a study's board
 NOTE, NOTE_VERSION, PLOT, ARTIFACT = "dashboard:note_str:", "dashboard:note_ver", "dashboard:plot_data:", "artifacts:"
@@ -98,6 +99,19 @@ def put(
     for image_id in replaced:
         (folder / image_id).unlink(missing_ok=True)
     return written
+
+
+def check_writable(storage: RetryingStorage) -> None:
+    """Raise DatabaseUnavailable where boards cannot be written: a role or a server that only reads."""
+    allowed = text(
+        "select current_setting('transaction_read_only') = 'off' and bool_and(has_table_privilege(t, 'insert')) "
+        "from unnest(cast(:tables as text[])) t"
+    )
+    if not storage.transaction(lambda c: c.execute(allowed, {"tables": list(TABLES.values())}).scalar_one()):
+        raise DatabaseUnavailable(
+            f"{without_password(storage.engine.url)}: may only be read, and decisions are written to it; "
+            "use another role, or --dry-run"
+        )
 
 
 WRITTEN = f"""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import optuna
@@ -14,7 +14,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import text
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import DatabaseUnavailable
@@ -50,11 +50,14 @@ COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots'
 OUR_COLUMNS = set(re.findall(r"^    (\w+) (?:integer|text|jsonb|timestamptz)", SLOTS_DDL, re.M)) - {"seconds"}
 
 
-def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False) -> RetryingStorage:
+def open_storage(
+    url: str, *, wait_s: float = 600.0, create: bool = True, patient: bool = False, private: Path | None = None
+) -> RetryingStorage:
     """Connect, making the schema where it is missing.
 
     wait_s: how long each later call waits for a server that went away.
     patient: the first connection waits as long; else it is tried once, since the URL may be wrong.
+    private: the folder of the private server, if the URL is its: it may come back on another port.
     Raises DatabaseUnavailable in one line that never holds the password.
     """
     parsed = parse_url(url)
@@ -63,12 +66,12 @@ def open_storage(url: str, *, wait_s: float = 600.0, create: bool = True, patien
     give_up_at = time.monotonic() + wait_s
     while True:
         try:
-            return RetryingStorage(parsed, wait_s=wait_s)
+            storage = RetryingStorage(parsed, wait_s=wait_s, private=private)
+            check_version(storage)
+            return storage
         except (StorageInternalError, SQLAlchemyError) as error:
             if not (patient and is_transient(error) and time.monotonic() < give_up_at):
                 raise _unavailable(parsed, error) from None
-        except RuntimeError as error:  # Optuna: the schema is of another Optuna version
-            raise DatabaseUnavailable(f"{without_password(parsed)}: {first_line(error)}") from None
         time.sleep(0.5 + random.random())
 
 
@@ -91,20 +94,70 @@ def create_schema(url: str) -> None:
                 connection.execute(text("alter table slots add column if not exists seconds jsonb"))
         if columns:
             return
-        # Optuna's own creation is not safe for two at once (measured: 7 of 8 workers crash on an empty database).
-        # The lock is of this transaction, which stays open while Optuna works in one of its own: a lock of the session
-        # would outlive its user behind a pooler such as PgBouncer.
-        with engine.begin() as connection:
-            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
-            if not _columns_of_slots(connection, parsed):
-                RDBStorage(
-                    parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-                ).engine.dispose()
-                connection.execute(text(SLOTS_DDL))
+        while not _made_tables(engine, parsed):
+            time.sleep(0.1)
     except (StorageInternalError, SQLAlchemyError) as error:
         raise _unavailable(parsed, error) from None
     finally:
         engine.dispose()
+
+
+def _made_tables(engine: Engine, url: URL) -> bool:
+    """Make what is missing; False while another process does.
+
+    Optuna's own creation is not safe for two at once (measured: 7 of 8 workers crash on an empty database). The lock is
+    of this transaction, which stays open while Optuna works in one of its own: a lock of the session would outlive its
+    user behind a pooler such as PgBouncer, and a transaction that waits for it could have the pool's last connection.
+    """
+    with engine.begin() as connection:
+        if not connection.execute(text("select pg_try_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK}).scalar():
+            return False
+        if not _columns_of_slots(connection, url):
+            with_password = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+            one_connection = {"poolclass": sqlalchemy.pool.SingletonThreadPool}  # it would take a second inside a first
+            optunas = RDBStorage(with_password, one_connection, skip_compatibility_check=True)
+            check_version(optunas)
+            optunas.engine.dispose()
+            connection.execute(text(SLOTS_DDL))
+    return True
+
+
+def check_version(storage: RDBStorage) -> None:
+    """Raises DatabaseUnavailable where the tables are of an Optuna that this one cannot work with."""
+    found, wanted = storage.get_current_version(), storage.get_head_version()
+    if found == wanted:
+        return
+    url = without_password(storage.engine.url)
+    mended = "install a newer Optuna here"
+    if found in storage.get_all_versions():
+        mended = f"upgrade them with: optuna storage upgrade --storage {url}"
+    raise DatabaseUnavailable(
+        f"{url}: its tables are of another version of Optuna ({found}, not {wanted} as of Optuna "
+        f"{optuna.__version__}); {mended}; or name another database with --storage"
+    )
+
+
+WRITABLE = """
+select current_setting('transaction_read_only') = 'off' as writable, current_user as role,
+       (select bool_and(has_table_privilege(name, rights)) from unnest(array['studies', 'trials', 'slots']) as name,
+               unnest(array['select', 'insert', 'update', 'delete']) as rights) as allowed
+"""
+
+
+def check_writable(storage: RetryingStorage) -> None:
+    """Raises DatabaseUnavailable where the role, or the server as a whole, only reads."""
+    found = storage.transaction(lambda connection: connection.execute(text(WRITABLE)).one())
+    if not found.writable:
+        raise DatabaseUnavailable(
+            f"{without_password(storage.engine.url)}: is read-only for the role {found.role}; "
+            "name the primary server and a role that may write with --storage"
+        )
+    if not found.allowed:
+        raise DatabaseUnavailable(
+            f"{without_password(storage.engine.url)}: the role {found.role} may not write; let it, as the owner: "
+            f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {found.role}; "
+            f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {found.role}"
+        )
 
 
 def _columns_of_slots(connection: Connection, url: URL) -> set[str]:
@@ -118,10 +171,39 @@ def _columns_of_slots(connection: Connection, url: URL) -> set[str]:
     return columns
 
 
+CONNECTIONS = """
+select current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+           - coalesce(current_setting('reserved_connections', true)::int, 0) as allowed,
+       (select sum(numbackends) from pg_stat_database) as used
+where pg_backend_pid() = :pid
+"""  # no row behind a pooler, which tells its clients numbers of its own
+MORE_CONNECTIONS = "start fewer workers, raise the server's max_connections, or put PgBouncer before it"
+
+
+def lack_of_connections(storage: RetryingStorage, workers: int) -> str | None:
+    """A line that says so where the server cannot take that many workers more. Raises DatabaseUnavailable."""
+
+    def read(connection: Connection) -> Any:
+        pid = cast(Any, connection.connection.dbapi_connection).info.backend_pid
+        return connection.execute(text(CONNECTIONS), {"pid": pid}).first()
+
+    found = storage.transaction(read)
+    if found is None or found.used + workers <= found.allowed:
+        return None
+    return (
+        f"the database takes {found.allowed} connections, of which {found.used} are in use: too few for {workers} "
+        f"workers, which hold one each; {MORE_CONNECTIONS}"
+    )
+
+
 def _unavailable(url: URL, error: BaseException) -> DatabaseUnavailable:
     hint = "start the server, or name another with --storage"
     if "password" in first_line(error):
         hint = "set PGPASSWORD, or add a line to ~/.pgpass"
+    elif re.search(r"too many (clients|connections)|remaining connection slots", first_line(error)):
+        hint = MORE_CONNECTIONS
+    elif "permission denied for schema" in first_line(error):  # as for any role but the owner's since Postgres 15
+        hint = f"let the role make tables, as their owner: GRANT USAGE, CREATE ON SCHEMA public TO {url.username}"
     return DatabaseUnavailable(f"{without_password(url)}: {first_line(error)}; {hint}")
 
 
@@ -139,8 +221,3 @@ def quiet_optuna() -> None:
     """Optuna logs a line a trial and warns of its own experimental names: our log line replaces them."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
-
-
-def worker_name() -> str:
-    """HOST:PID, unique among living processes."""
-    return f"{os.uname().nodename}:{os.getpid()}"

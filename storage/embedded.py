@@ -30,10 +30,13 @@ from typing import IO
 import psycopg2
 
 from storage import DatabaseUnavailable, ports, postgres
+from storage.commands import command
 from storage.data_dir import Place, make_folder, new_place, password_of, remember, remembered, write_private
 from storage.files import sync_folder
 
 _NAME = "studies"  # the user and the database
+STOPPED = "stopped"  # a file of the folder while the server is stopped on purpose
+MAX_CONNECTIONS = 1000  # 40 MB more than 200; a worker holds one
 _START_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 120.0
 _POLL_S = 0.05
@@ -51,7 +54,7 @@ class PrivateServer:
     data_dir: Path
 
 
-def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 200) -> PrivateServer:
+def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = MAX_CONNECTIONS) -> PrivateServer:
     """Make the cluster if there is none, start its server unless it runs, and return it once it answers.
 
     Safe to call from any number of processes at once. The server outlives the caller. `listen` is one more address
@@ -65,15 +68,15 @@ def start(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = 2
     folder = make_folder(data_dir)
     with _plain_errors(folder), _starting(folder):
         place = remembered(folder) or new_place(folder)
+        (folder / STOPPED).unlink(missing_ok=True)
         if _why_not(place, _NAME) is not None:
-            _initialise(place)
-            place = _bring_up(place, listen, max_connections)
-            _create_database(place)
+            place = _made_to_answer(place, listen, max_connections)
         elif (addresses := _listening(place)) != ports.addresses(listen):
             _log.warning(
-                "the private server listens on %s, not on %s as set: 'studies stop' and the next start apply it",
+                "the private server listens on %s, not on %s as set: '%s' and the next start apply it",
                 addresses.replace(",", ", "),
                 ports.addresses(listen).replace(",", ", "),
+                command("studies stop"),
             )
         return _server(place)
 
@@ -86,28 +89,34 @@ def running(data_dir: Path) -> PrivateServer | None:
         return _server(place) if place and _why_not(place, _NAME) is None else None
 
 
-def revive(data_dir: Path, *, listen: str = "127.0.0.1") -> bool:
-    """Start the server again if it was killed; False where it runs, was stopped or never was.
+def was_stopped(data_dir: Path) -> bool:
+    """Whether the server was stopped by `stop` and has not been started since."""
+    return (data_dir.expanduser().resolve() / STOPPED).exists()
 
-    A server that ends in good order removes its postmaster.pid: where one lies without a server, that was killed.
-    `listen` as in `start`. Raises DatabaseUnavailable.
+
+def revive(data_dir: Path, *, listen: str = "127.0.0.1", max_connections: int = MAX_CONNECTIONS) -> bool:
+    """Start the server again, whatever ended it but `stop`; False where it runs, was stopped or never was.
+
+    `listen` and `max_connections` as in `start`. Raises DatabaseUnavailable.
     """
     folder = data_dir.expanduser().resolve()
     with _plain_errors(folder):
         place = remembered(folder)
-        if place is None or not place.cluster.exists():
+        if place is None or not place.cluster.exists() or _is_held(folder):
             return False
-        with _open_private(folder / "server.lock") as lock:  # first: while it is ours no server lives that could stop
-            if not _try_lock(lock.fileno()) or not (place.cluster / "postmaster.pid").exists():
+        with _starting(folder):
+            place = remembered(folder) or place  # another process may have started it, on another port
+            if was_stopped(folder) or _why_not(place, _NAME) is None:
                 return False
-    start(folder, listen=listen)
-    return True
+            _made_to_answer(place, listen, max_connections)
+            return True
 
 
 def stop(data_dir: Path) -> bool:
     """Stop the server and wait until every process of it is gone; False if none ran.
 
-    Open transactions are rolled back. Raises DatabaseUnavailable if it does not end in time.
+    Open transactions are rolled back; runs that watch the server end. Raises DatabaseUnavailable if it does not end in
+    time.
     """
     folder = data_dir.expanduser().resolve()
     with _plain_errors(folder):
@@ -115,6 +124,7 @@ def stop(data_dir: Path) -> bool:
         if place is None:
             return False
         with _starting(folder):
+            (folder / STOPPED).touch(0o600)  # before it ends: who sees it gone knows that somebody wanted that
             if _server_gone(place):
                 return False
             command = [_binaries(place).folder / "pg_ctl", "stop", "-s", "-m", "fast", "-t", f"{_START_TIMEOUT_S:.0f}"]
@@ -225,7 +235,7 @@ def _bring_up(place: Place, listen: str, max_connections: int) -> Place:
             return place
         if time.monotonic() > deadline:
             raise DatabaseUnavailable(
-                f"{place.folder}: its server does not answer ({reason}); stop it with 'studies stop' and try again"
+                f"{place.folder}: its server does not answer ({reason}); try again after: {command('studies stop')}"
             )
         time.sleep(_POLL_S)
 
@@ -313,6 +323,14 @@ def _configure(place: Place, owner: pwd.struct_passwd | None, listen: str, max_c
     remember(place)  # before the start: a server whose starter is killed must be found again
 
 
+def _made_to_answer(place: Place, listen: str, max_connections: int) -> Place:
+    """Make what is missing of cluster and database, and start the server; only the holder of `lock` comes here."""
+    _initialise(place)
+    place = _bring_up(place, listen, max_connections)
+    _create_database(place)
+    return place
+
+
 def _create_database(place: Place) -> None:
     with closing(_connect(place, "postgres")) as connection:
         connection.autocommit = True  # CREATE DATABASE refuses to run in a transaction
@@ -363,8 +381,13 @@ def _connect(place: Place, database: str) -> psycopg2.extensions.connection:
 
 def _server_gone(place: Place) -> bool:
     """Whether no process of the server lives, and none that somebody started by hand answers."""
-    with _open_private(place.folder / "server.lock") as lock:
-        return _try_lock(lock.fileno()) and _why_not(place, "postgres") is not None
+    return not _is_held(place.folder) and _why_not(place, "postgres") is not None
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process of the server that we started lives."""
+    with _open_private(folder / "server.lock") as lock:
+        return not _try_lock(lock.fileno())
 
 
 def _try_lock(descriptor: int) -> bool:

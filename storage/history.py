@@ -233,7 +233,7 @@ def _prepared(root: Path, symbol: str, changes: Mapping[str, bytes | None]) -> d
 
 def _replace(root: Path, symbol: str, changes: Mapping[str, bytes | None], temporaries: Mapping[str, Path]) -> None:
     for folder in changes:
-        path = file_path(root, folder, symbol)
+        path = _target(root, folder, symbol)
         if folder in temporaries:
             temporaries[folder].replace(path)
         else:
@@ -243,7 +243,12 @@ def _replace(root: Path, symbol: str, changes: Mapping[str, bytes | None], tempo
 
 def _temporary(root: Path, folder: str, symbol: str) -> Path:
     """The lock makes one name enough."""
-    return root / folder / f".{symbol}.json.tmp"
+    return _target(root, folder, symbol).with_name(f".{symbol}.json.tmp")
+
+
+def _target(root: Path, folder: str, symbol: str) -> Path:
+    """The file itself: where somebody made a link of it, the link stays and what it leads to is replaced."""
+    return Path(os.path.realpath(file_path(root, folder, symbol)))
 
 
 def _create(path: Path, content: bytes) -> None:

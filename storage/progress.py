@@ -62,6 +62,7 @@ class Parked:
     stage: int
     number: int
     error: str
+    due: bool  # the next run tries it again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,12 @@ def free_counts(
     )
     values = {"study_ids": list(study_ids), "confirmation": CONFIRMATION, "worker": worker, "current": current}
     return {row.study_id: row.free for row in storage.transaction(lambda c: c.execute(statement, values).all())}
+
+
+def has_open(storage: RetryingStorage, study_ids: Iterable[int]) -> bool:
+    """Whether these studies have a row that is free or busy. It reads no others: idle workers ask twice a second."""
+    statement = text("select exists (select 1 from slots where study_id = any(:ids) and state in ('free', 'busy'))")
+    return storage.transaction(lambda c: c.execute(statement, {"ids": list(study_ids)}).scalar_one())
 
 
 def worker_seconds(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, dict[str, float]]:
@@ -231,16 +238,22 @@ def pick_results(
     return {study_id: dict(zip(paths, found, strict=True)) for study_id, *found in rows}
 
 
+PARKED = "stage, number, coalesce(error, '') as error, coalesce(lease_until, '-infinity') <= now() as due"
+
+
 def first_parked_slots(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, Parked]:
-    """Return the first parked row of every study, or of these, that has one, by study id, in one query."""
+    """Return the first parked row of every study, or of these, that has one, by study id, in one query.
+
+    Those that the next run tries again come before others.
+    """
     statement = text(
-        "select distinct on (study_id) study_id, stage, number, coalesce(error, '') as error from slots "
+        f"select distinct on (study_id) study_id, {PARKED} from slots "  # noqa: S608 - no values
         "where state = 'parked' and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids)) "
-        "order by study_id, stage, number"
+        "order by study_id, due desc, stage, number"
     )
     values = {"study_ids": None if study_ids is None else list(study_ids)}
     rows = storage.transaction(lambda c: c.execute(statement, values).all())
-    return {study_id: Parked(stage=stage, number=number, error=error) for study_id, stage, number, error in rows}
+    return {study_id: Parked(stage=stage, number=n, error=error, due=due) for study_id, stage, n, error, due in rows}
 
 
 def most_workers_at_once(storage: RetryingStorage, study_ids: Iterable[int]) -> int:
@@ -264,7 +277,7 @@ group by a.value_json
 def parked_slots(storage: RetryingStorage, study_id: int) -> list[Parked]:
     """Return the parked rows of a study with their errors."""
     statement = text(
-        "select stage, number, coalesce(error, '') as error from slots "
+        f"select {PARKED} from slots "  # noqa: S608 - no values
         "where study_id = :study_id and state = 'parked' order by stage, number"
     )
     rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id}).all())

@@ -16,6 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
@@ -28,12 +29,20 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 
 from storage import DatabaseUnavailable, trials
+from storage.data_dir import remembered
 from storage.trials import Changes
 from storage.urls import without_password
 
 T = TypeVar("T")
 
 IDLE_TRANSACTION_S = 10  # then the server rolls it back; ours pause for milliseconds
+# Of each transaction, never of a session: behind a pooler such as PgBouncer that is everybody's. Trials are numbered
+# under locks, whatever isolation the database has by default, and a process frozen between two statements must not hold
+# its locks on a study's rows for ever.
+TRANSACTION_SETTINGS = (
+    "set transaction isolation level read committed; "
+    f"set local idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'; "
+)
 DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
 CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
 
@@ -52,7 +61,7 @@ TRANSIENT_STATES = {
     "57P03": "the server is starting",
     "57P05": "the server's idle_session_timeout",
 }
-READ_ONLY = "25006"
+READ_ONLY, DENIED = "25006", "42501"
 # What libpq says of a connection that no waiting mends; it gives no SQLSTATE.
 PERMANENT_CONNECT_ERRORS = re.compile(
     r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
@@ -71,23 +80,38 @@ class RetryingStorage(RDBStorage):
     broken attempt may have been committed after all, the method says how that is recognised.
     """
 
-    def __init__(self, url: URL, *, wait_s: float) -> None:
+    def __init__(self, url: URL, *, wait_s: float, private: Path | None = None) -> None:
+        """`private`: the folder of the private server, if the URL is its: each connection is to the port it has then.
+
+        Raises StorageInternalError and SQLAlchemyError where the server does not answer.
+        """
         self.wait_s = wait_s
         self._deferred: dict[int, tuple[Changes, float]] = {}  # by trial: what waits, and since when
         self._clock = threading.local()  # of each thread
+        if private and (found := remembered(private)):
+            url = url.set(port=found.port)
         super().__init__(
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
-            # Small pools: every worker holds one, and a server has 100 to 200 connections.
+            # One connection a process, since a server has 100 to 200. A worker's two threads seldom need both at once.
             engine_kwargs={
-                "isolation_level": "READ COMMITTED",  # whatever the database's default: trials are numbered under locks
                 "pool_pre_ping": True,
-                "pool_size": 2,
-                "max_overflow": 2,
+                "pool_size": 1,
+                "max_overflow": 3,
                 "connect_args": {"connect_timeout": 10, "application_name": "forecast-studies"},
             },
             skip_table_creation=True,
+            # It holds one connection while it waits for a second: behind a pooler, openers could wait for each other.
+            skip_compatibility_check=True,  # see database.check_version
         )
-        event.listen(self.engine, "connect", _limit_idle_transactions)
+        event.listen(self.engine, "begin", _owe_settings)
+        event.listen(self.engine, "before_cursor_execute", _with_settings, retval=True)
+        if private:
+
+            @event.listens_for(self.engine, "do_connect")
+            def find_port(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> None:
+                if found := remembered(private):
+                    options["port"] = found.port
+
         # RDBStorage has connected already to check the schema's version.
         self.engine.dispose()
 
@@ -125,6 +149,8 @@ class RetryingStorage(RDBStorage):
             try:
                 return call(attempt)
             except (StorageInternalError, SQLAlchemyError) as error:
+                if sqlstate_of(error) == DENIED:
+                    raise DatabaseUnavailable(f"{without_password(self.engine.url)}: {first_line(error)}") from None
                 if not is_transient(error):
                     raise
                 self.scoped_session.remove()
@@ -281,11 +307,15 @@ class RetryingStorage(RDBStorage):
     get_trial_system_attrs = BaseStorage.get_trial_system_attrs
 
 
-def _limit_idle_transactions(connection: Any, _: Any) -> None:
-    """A process frozen between two statements must not hold its locks on a study's rows, or all others wait."""
-    with connection.cursor() as cursor:
-        cursor.execute(f"set idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'")
-    connection.commit()
+def _owe_settings(connection: Connection) -> None:
+    connection.info["owed"] = TRANSACTION_SETTINGS
+
+
+def _with_settings(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> tuple[str, Any]:
+    """Send a transaction's settings with its first statement, which costs no turn of its own."""
+    return connection.info.pop("owed", "") + statement, parameters
 
 
 def _found(found: T | None) -> T:

@@ -2,6 +2,7 @@
 
 A study's work is rows in three stages: baselines (configurations measured beside the search), trials (the budget),
 and one confirmation. A row is done at most once, whatever dies; so a budget of N ends with exactly N finished trials.
+A row that is parked is left alone until its `lease_until`; the next run after that tries it again.
 Every function that takes a storage raises DatabaseUnavailable where the server stays away for longer than its wait_s.
 Knows the rows of Optuna's `trials` table that a claim made. Knows nothing of what the work is.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ BASELINE, TRIAL, CONFIRMATION = 0, 1, 2  # stages, in the order in which they ar
 
 MAX_FAILURES = 3  # after three failures the cause is the slot's own work, not chance
 MAX_LOSSES = 10  # worker deaths are usually unrelated to the slot; ten in a row are not
+PARKED_S = 86_400.0  # a cause that was not chance is seldom gone within a day
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,34 +39,57 @@ class Slot:
     claim: str  # the fence: only the claim that is on the row may finish it
 
 
-def add(
-    connection: Connection, study_id: int, stage: int, number: int, *, label: str | None = None, params: Any = None
-) -> None:
-    """Insert one row. A row that exists already is left as it is."""
+@dataclass(frozen=True, kw_only=True)
+class NewSlot:
+    """A row to insert."""
+
+    study_id: int
+    stage: int
+    number: int
+    label: str | None = None
+    params: Mapping[str, Any] | None = None
+
+
+def add_all(connection: Connection, rows: Sequence[NewSlot]) -> None:
+    """Insert rows in one statement. Those that exist already are left as they are."""
     connection.execute(
         text(
             "insert into slots (study_id, stage, number, label, params) "
-            "values (:study_id, :stage, :number, :label, cast(:params as jsonb)) on conflict do nothing"
+            "select study_id, stage, number, label, cast(params as jsonb) from unnest("
+            "cast(:study_ids as integer[]), cast(:stages as integer[]), cast(:numbers as integer[]), "
+            "cast(:labels as text[]), cast(:params as text[])) as given (study_id, stage, number, label, params) "
+            "on conflict do nothing"
         ),
         {
-            "study_id": study_id,
-            "stage": stage,
-            "number": number,
-            "label": label,
-            "params": None if params is None else json.dumps(params),
+            "study_ids": [row.study_id for row in rows],
+            "stages": [row.stage for row in rows],
+            "numbers": [row.number for row in rows],
+            "labels": [row.label for row in rows],
+            "params": [None if row.params is None else json.dumps(row.params) for row in rows],
         },
     )
 
 
-def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
-    """Insert trial slots up to `budget` and return the number of new ones. A budget is never lowered."""
+def add(connection: Connection, study_id: int, stage: int, number: int, **more: Any) -> None:
+    """Insert one row, with what else a NewSlot has. A row that exists already is left as it is."""
+    add_all(connection, [NewSlot(study_id=study_id, stage=stage, number=number, **more)])
+
+
+def raise_budgets(connection: Connection, study_ids: Iterable[int], budget: int) -> int:
+    """Insert trial slots of studies up to `budget` and return the number of new ones. A budget is never lowered."""
     return connection.execute(
         text(
             "insert into slots (study_id, stage, number) "
-            "select :study_id, :stage, n from generate_series(0, :budget - 1) n on conflict do nothing"
+            "select study_id, :stage, n from unnest(cast(:study_ids as integer[])) study_id, "
+            "generate_series(0, :budget - 1) n on conflict do nothing"
         ),
-        {"study_id": study_id, "stage": TRIAL, "budget": budget},
+        {"study_ids": list(study_ids), "stage": TRIAL, "budget": budget},
     ).rowcount
+
+
+def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
+    """As `raise_budgets`, of one study."""
+    return raise_budgets(connection, [study_id], budget)
 
 
 def reopen(connection: Connection, study_id: int, stage: int, *, params: Any) -> None:
@@ -86,13 +111,18 @@ def open_trials(connection: Connection, study_id: int) -> int:
     return connection.execute(statement, {"study_id": study_id, "confirmation": CONFIRMATION}).scalar_one()
 
 
-def unpark(connection: Connection, study_id: int) -> int:
-    """Free the parked rows of a study for a new run, with their counts at zero, and return their number."""
+def unpark(connection: Connection, study_id: int, *, at_once: bool = False) -> int:
+    """Free the parked rows of a study for a new run, with their counts at zero, and return their number.
+
+    at_once: also those that are to be left alone for a while yet.
+    """
     return connection.execute(
         text(
-            "update slots set state = 'free', failures = 0, losses = 0 where study_id = :study_id and state = 'parked'"
+            "update slots set state = 'free', failures = 0, losses = 0, lease_until = null "
+            "where study_id = :study_id and state = 'parked' "
+            "and (:at_once or coalesce(lease_until, '-infinity') <= now())"
         ),
-        {"study_id": study_id},
+        {"study_id": study_id, "at_once": at_once},
     ).rowcount
 
 
@@ -188,17 +218,26 @@ def release(storage: RetryingStorage, slot: Slot) -> None:
 def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
     """Count a failure of a claimed row; the third parks the row with its error. Raises DatabaseUnavailable."""
     statement = text(
-        "update slots set failures = failures + 1, error = :error, claim = null, lease_until = null, "
+        "update slots set failures = failures + 1, error = :error, claim = null, "
+        "lease_until = case when failures + 1 >= :limit then now() + make_interval(secs => :parked_s) end, "
         "state = case when failures + 1 >= :limit then 'parked' else 'free' end "
         "where claim = :claim and state = 'busy'"
     )
-    storage.transaction(lambda c: c.execute(statement, {"claim": slot.claim, "error": error, "limit": MAX_FAILURES}))
+    values = {"claim": slot.claim, "error": error, "limit": MAX_FAILURES, "parked_s": PARKED_S}
+    storage.transaction(lambda c: c.execute(statement, values))
 
 
-def park_study(storage: RetryingStorage, study_id: int, error: str) -> None:
-    """Park every free row of a study with the reason. Raises DatabaseUnavailable."""
-    statement = text("update slots set state = 'parked', error = :error where study_id = :study_id and state = 'free'")
-    storage.transaction(lambda c: c.execute(statement, {"study_id": study_id, "error": error}))
+def park_study(storage: RetryingStorage, study_id: int, error: str, *, parked_s: float = PARKED_S) -> None:
+    """Park every free row of a study with the reason. Raises DatabaseUnavailable.
+
+    parked_s: how long later runs leave it alone; 0 where they see for themselves whether the cause is gone.
+    """
+    statement = text(
+        "update slots set state = 'parked', error = :error, lease_until = now() + make_interval(secs => :parked_s) "
+        "where study_id = :study_id and state = 'free'"
+    )
+    values = {"study_id": study_id, "error": error, "parked_s": parked_s}
+    storage.transaction(lambda c: c.execute(statement, values))
 
 
 def expire(storage: RetryingStorage, worker: str) -> None:
@@ -224,7 +263,8 @@ def reap(storage: RetryingStorage, study_ids: Iterable[int], *, lease_s: float, 
             state = "done" if finished else "parked" if row.losses + 1 >= MAX_LOSSES else "free"
             connection.execute(
                 text(
-                    "update slots set state = :state, losses = losses + 1, lease_until = null, "
+                    "update slots set state = :state, losses = losses + 1, "
+                    "lease_until = case when :state = 'parked' then now() + make_interval(secs => :parked_s) end, "
                     "claim = case when :state = 'done' then claim end, "
                     "error = case when :state = 'parked' then :error else error end "
                     "where study_id = :study_id and stage = :stage and number = :number"
@@ -234,6 +274,7 @@ def reap(storage: RetryingStorage, study_ids: Iterable[int], *, lease_s: float, 
                     "stage": row.stage,
                     "number": row.number,
                     "state": state,
+                    "parked_s": PARKED_S,
                     "error": f"{MAX_LOSSES} workers died on it, the last was {row.worker}",
                 },
             )

@@ -3,59 +3,77 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from optuna.storages._rdb import models
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import Session
 
 from storage.retrying import RetryingStorage
 
 METRIC_NAMES = "study:metric_names"  # the system attribute behind Study.set_metric_names
 
 
+# Where two processes make the same study, the second waits for the first and makes nothing.
+CREATE = """
+with made as (
+    insert into studies (study_name) select name from unnest(cast(:names as text[])) as given (name)
+    on conflict (study_name) do nothing returning study_id, study_name
+), directions as (
+    insert into study_directions (study_id, direction, objective) select study_id, 'MINIMIZE', 0 from made
+), attrs as (
+    insert into study_user_attributes (study_id, key, value_json)
+    select study_id, key, value from made join unnest(
+        cast(:attr_names as text[]), cast(:keys as text[]), cast(:values as text[])
+    ) as given (name, key, value) on name = study_name
+), metrics as (
+    insert into study_system_attributes (study_id, key, value_json) select study_id, :metric_key, :metric from made
+)
+select study_name, study_id from made
+"""
+
+
+def create_studies(
+    storage: RetryingStorage,
+    wanted: Mapping[str, Mapping[str, Any]],
+    metric: str,
+    fill: Callable[[Connection, Mapping[str, int]], None],
+) -> dict[str, int]:
+    """Make minimising studies and, through `fill`, their slots in one transaction: all or none.
+
+    wanted: the user attributes of each, by its name. fill: gets the ids of those that are made, by name.
+    Returns the id of each by name, also of those that are there already. Raises DatabaseUnavailable.
+    """
+    names = sorted(wanted)  # two processes at the same studies wait for each other, in place of a deadlock
+    attrs = [(name, key, json.dumps(value)) for name in names for key, value in wanted[name].items()]
+    values: dict[str, Any] = {"names": names, "metric_key": METRIC_NAMES, "metric": json.dumps([metric])}
+    values |= {key: [row[n] for row in attrs] for n, key in enumerate(("attr_names", "keys", "values"))}
+    found = text("select study_name, study_id from studies where study_name = any(:names)")
+
+    def create(connection: Connection) -> dict[str, int]:
+        made = {row.study_name: row.study_id for row in connection.execute(text(CREATE), values)}
+        fill(connection, made)
+        return {row.study_name: row.study_id for row in connection.execute(found, {"names": names})}
+
+    return storage.transaction(create)
+
+
 def create_study(
     storage: RetryingStorage,
     name: str,
-    user_attrs: dict[str, Any],
+    user_attrs: Mapping[str, Any],
     metric: str,
     fill: Callable[[Connection, int], None],
 ) -> int:
-    """Make a minimising study with its attributes and, through `fill`, its slots in one transaction: whole or not.
+    """Make one study as `create_studies` does. Returns its id."""
 
-    Returns the id of the study that is there already where another process was first.
-    """
-
-    def create(connection: Connection) -> int:
-        connection.execute(text("select pg_advisory_xact_lock(:key, hashtext(:name))"), {"key": 1, "name": name})
-        found = connection.execute(text("select study_id from studies where study_name = :name"), {"name": name})
-        study_id = found.scalar()
-        if study_id is not None:
-            return study_id
-        with Session(connection) as session:
-            study = models.StudyModel(
-                study_name=name,
-                directions=[models.StudyDirectionModel(objective=0, direction=StudyDirection.MINIMIZE)],
-            )
-            session.add(study)
-            session.flush()
-            study_id = int(cast(Any, study.study_id))
-            attrs = [models.StudyUserAttributeModel(key=k, value_json=json.dumps(v)) for k, v in user_attrs.items()]
-            attrs += [models.StudySystemAttributeModel(key=METRIC_NAMES, value_json=json.dumps([metric]))]
-            for attr in attrs:
-                attr.study_id = study_id
-                session.add(attr)
-            session.flush()
+    def fill_it(connection: Connection, made: Mapping[str, int]) -> None:
+        for study_id in made.values():
             fill(connection, study_id)
-            session.commit()
-        return study_id
 
-    return storage.transaction(create)
+    return create_studies(storage, {name: user_attrs}, metric, fill_it)[name]
 
 
 def rename_study(storage: RetryingStorage, name: str, new_name: str) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from forecasters import ExpectedError
 from objectives.metrics import Measurement
 from storage import configs, history
-from storage.configs import Record
+from storage.commands import command
+from storage.configs import ConfigFileError, Record
 from storage.progress import read_confirmations, study_progress
 from storage.retrying import RetryingStorage
 from studies import promotion, space
@@ -53,10 +54,10 @@ class ModelOutcome:
     study: str
     status: str  # "success": a file was written, or would be; "no_improvement"; "failed": nothing to decide on
     reason: str
-    mae: float | None  # its best configuration's, on the windows of the rule
-    validation_mae: float | None  # the same configuration's on the windows of the search
-    test_mae: float | None
-    passes: int | None  # that the confirmed numbers are averaged over
+    mae: float | None = None  # its best configuration's, on the windows of the rule
+    validation_mae: float | None = None  # the same configuration's on the windows of the search
+    test_mae: float | None = None
+    passes: int | None = None  # that the confirmed numbers are averaged over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,27 +65,27 @@ class SymbolDecision:
     """One symbol's decision, as shown and as --json prints it. MAEs are of the windows that the rule reads."""
 
     symbol: str
-    study: str
-    model: str
-    incumbent_model: str | None
-    incumbent_mae: float | None
-    best_mae: float | None
-    improvement: float | None  # relative
-    improvement_low: float | None  # 95 % interval of the improvement
-    improvement_high: float | None
-    p_value: float | None
-    improvement_validation: float | None  # on the windows of the search alone
-    improvement_test: float | None
-    skill: float | None
-    test_mae: float | None
-    incumbent_test_mae: float | None
-    windows: int | None  # that the decision rests on
-    decision: str  # "promoted" or "kept"
+    study: str | None = None  # None: there is none
+    model: str | None = None
+    incumbent_model: str | None = None
+    incumbent_mae: float | None = None
+    best_mae: float | None = None
+    improvement: float | None = None  # relative
+    improvement_low: float | None = None  # 95 % interval of the improvement
+    improvement_high: float | None = None
+    p_value: float | None = None
+    improvement_validation: float | None = None  # on the windows of the search alone
+    improvement_test: float | None = None
+    skill: float | None = None
+    test_mae: float | None = None
+    incumbent_test_mae: float | None = None
+    windows: int | None = None  # that the decision rests on
+    decision: str  # "promoted", "kept", or "failed" with an error as the reason
     reason: str
-    next: str | None  # the command that would change a "kept" of this reason
-    path: str | None  # the file of the decision, where there is one
-    written: Sequence[str]  # every file written; none in a dry run
-    pairs: Sequence[ModelOutcome]
+    next: str | None = None  # the command that would change a "kept" of this reason
+    path: str | None = None  # the file of the decision, where there is one
+    written: Sequence[str] = ()  # every file written; none in a dry run
+    pairs: Sequence[ModelOutcome] = ()
 
 
 class NothingToPromote(ExpectedError, ValueError):
@@ -140,10 +141,10 @@ def promote(
     models: Sequence[str],
     dry_run: bool,
 ) -> list[SymbolDecision]:
-    """Decide for every symbol that has a study, and write what is promoted unless `dry_run`.
+    """Decide for every symbol that has a study or is named, and write what is promoted unless `dry_run`.
 
-    Every promoted file is read, and every decision made, before the first is written.
-    Raises NothingToPromote, ConfigFileError.
+    Every promoted file is read, and every decision made, before the first is written. A symbol whose files cannot be
+    read or written, or that has no study, fails and does not keep the others. Raises NothingToPromote.
     """
     studies = [study for study in studying.list_studies(storage) if not symbols or study.symbol in symbols]
     progress = study_progress(storage, [study.study_id for study in studies])
@@ -154,13 +155,11 @@ def promote(
         else:
             log.warning("%s: left out, as it has no budget; a copy made with Optuna?", study.name)
     asked = {symbol: [s for s in found.values() if s.model in models] for symbol, found in newest.items()}
-    missing = [symbol for symbol in symbols if not asked.get(symbol)]
-    if missing:
-        raise NothingToPromote(f"{missing[0]}: no study; make one with: launch-workers --symbols {missing[0]}")
     wanted = list(symbols) or sorted(symbol for symbol, studies in asked.items() if studies)
-    if not wanted:
-        raise NothingToPromote("no study yet; make some with: launch-workers")
-    ids = [study.study_id for symbol in wanted for study in newest[symbol].values()]
+    if not any(asked.get(symbol) for symbol in wanted):
+        which, words = (f"{wanted[0]}: no study", f" --symbols {wanted[0]}") if wanted else ("no study yet", "")
+        raise NothingToPromote(f"{which}; make one with: {command(f'launch-workers{words}')}")
+    ids = [study.study_id for symbol in wanted for study in newest.get(symbol, {}).values()]
     confirmations = read_confirmations(storage, ids)
 
     def find(study: Study) -> Finding:
@@ -173,9 +172,33 @@ def promote(
             evidence=from_json(study.model, result) if result else None,
         )
 
-    # A model that is not asked for may still have measured the incumbent.
-    cases = [_judge(config, rule, [find(study) for study in newest[symbol].values()], models) for symbol in wanted]
-    return [_carry_out(config, rule, case, dry_run=dry_run) for case in cases]
+    def judge(symbol: str) -> SymbolCase | SymbolDecision:
+        if not asked.get(symbol):
+            return SymbolDecision(
+                symbol=symbol, decision="failed", reason="no study", next=command(f"launch-workers --symbols {symbol}")
+            )
+        try:
+            # A model that is not asked for may still have measured the incumbent.
+            return _judge(config, rule, [find(study) for study in newest[symbol].values()], models)
+        except ConfigFileError as error:
+            return _failed(asked[symbol], str(error))
+
+    cases = [judge(symbol) for symbol in wanted]
+    return [
+        case if isinstance(case, SymbolDecision) else _carry_out(config, rule, case, dry_run=dry_run) for case in cases
+    ]
+
+
+def _failed(studies: Sequence[Study], reason: str) -> SymbolDecision:
+    """The decision on a symbol whose files cannot be read."""
+    pairs = [
+        ModelOutcome(symbol=study.symbol, model=study.model, study=study.name, status="failed", reason=reason)
+        for study in sorted(studies, key=lambda study: study.model)
+    ]
+    first = pairs[0]
+    return SymbolDecision(
+        symbol=first.symbol, study=first.study, model=first.model, decision="failed", reason=reason, pairs=pairs
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +284,14 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
     study, comparison = verdict.finding.study, decision.comparison
     writes = [(verdict, (study.model, *FOLDERS))] if decision.promote else []
     writes += [(other, (other.finding.study.model,)) for other in case.own if other.decision.promote]
-    for each, folders in writes if not dry_run else []:
-        digest = {"expected_digest": record.digest if record else None} if each is verdict else {}
-        history.write(root, study.symbol, payload(config, rule, each), folders=folders, **digest)
+    error, done = None, []
+    try:
+        for each, folders in writes if not dry_run else []:
+            digest = {"expected_digest": record.digest if record else None} if each is verdict else {}
+            history.write(root, study.symbol, payload(config, rule, each), folders=folders, **digest)
+            done.append((each, folders))
+    except ConfigFileError as failure:  # what was written before stays, and is reported
+        error = str(failure)
     known = verdict.incumbent if decision.reason != "unchanged" else None
     low, high = comparison.interval or (None, None)
     best = candidate.on(rule.on) if candidate else None
@@ -284,30 +312,28 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         test_mae=candidate.mae("test") if candidate else None,
         incumbent_test_mae=known.mae("test") if known else None,
         windows=best.windows if best else None,
-        decision="promoted" if decision.promote else "kept",
-        reason=decision.reason,
-        next=_next(verdict),
+        decision="failed" if error else "promoted" if decision.promote else "kept",
+        reason=error or decision.reason,
+        next=None if error else _next(verdict),
         path=str(root / "best" / f"{study.symbol}.json") if decision.promote or record else None,
-        written=[]
-        if dry_run
-        else [str(root / folder / f"{study.symbol}.json") for _, folders in writes for folder in folders],
-        pairs=_outcomes(rule, case, [each for each, _ in writes]),
+        written=[str(root / folder / f"{study.symbol}.json") for _, folders in done for folder in folders],
+        pairs=_outcomes(rule, case, [each for each, _ in (writes if dry_run else done)], error),
     )
 
 
 def _next(verdict: Verdict) -> str | None:
     study, reason = verdict.finding.study, verdict.decision.reason
     if reason == "not confirmed" and verdict.finding.open:
-        return f"launch-workers --symbols {study.symbol} --models {study.model}"
+        return command(f"launch-workers --symbols {study.symbol} --models {study.model}")
     if reason in ("not confirmed", "stale"):
-        return f"studies confirm {study.name}"
+        return command(f"studies confirm {study.name}")
     if reason == "not comparable":
-        return f"promote --symbols {study.symbol} --force"
+        return command(f"promote --symbols {study.symbol} --force")
     return None
 
 
-def _outcomes(rule: Rule, case: SymbolCase, written: Sequence[Verdict]) -> list[ModelOutcome]:
-    """The status of every model asked for, by name."""
+def _outcomes(rule: Rule, case: SymbolCase, written: Sequence[Verdict], error: str | None) -> list[ModelOutcome]:
+    """The status of every model asked for, by name. error: what kept the others from being written."""
     outcomes = []
     for finding in (*case.competing, *case.left_out):
         study, evidence = finding.study, finding.evidence
@@ -317,6 +343,8 @@ def _outcomes(rule: Rule, case: SymbolCase, written: Sequence[Verdict]) -> list[
             status, reason = "success", next(each.decision.reason for each in written if each.finding is finding)
         elif evidence is None:
             status, reason = "failed", "not confirmed"
+        elif error and own and own.decision.promote:
+            status, reason = "failed", error
         elif finding in case.left_out:
             status, reason = "failed", "not comparable"
         elif best is None:

@@ -81,6 +81,7 @@ def summary(storage: RetryingStorage, decisions: Sequence[SymbolDecision]) -> di
                 "models": {outcome.model: entry(outcome) for outcome in decision.pairs},
             }
             for decision in decisions
+            if decision.pairs  # without a study there is nothing to say
         ],
         "total_time_s": round(max(e.last for e in found) - min(e.first for e in found), 3) if found else 0.0,
         "config": {

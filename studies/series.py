@@ -5,10 +5,11 @@ Owns the choice of symbols and files, and the demonstration's bars. One file's c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from forecasters import Bars
@@ -17,8 +18,13 @@ from objectives.windows import Split, Windows, recent_origins
 from objectives.windows import split as split_bars
 from storage.files import replace_file
 from storage.symbols import check_symbol, is_symbol
+from studies.bars_cache import read_bars_once
 from studies.config import Config
 from studies.evidence import WindowSpan
+
+SPLIT = 5.0  # factor between two closes above which a split that was not adjusted is likelier than a move
+STALE_DAYS = 90
+LISTED = 10  # symbols in one line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,35 +37,80 @@ class Series:
 
 
 def read_series(config: Config, symbols: Sequence[str]) -> tuple[list[Series], list[str]]:
-    """The bars of the symbols (none given: of the settings; none there: of every file), and notes for the user.
-
-    Raises DataError.
-    """
-    folder = config.data.dir
-    files, notes = list_symbols(folder)
-    notes = list(notes)
-    wanted = [check_symbol(symbol) for symbol in symbols or config.data.symbols] or sorted(files)
-    missing = [symbol for symbol in wanted if symbol not in files]
-    for symbol in missing:
-        for path in sorted(folder.glob(f"{symbol}.*")):
-            read_bars(path)  # it is there but was passed over: say what is wrong with it
-    if missing:
-        raise DataError(
-            f"{folder}: no {missing[0]}.csv or {missing[0]}.parquet; the symbols there are {', '.join(sorted(files))}"
-        )
-    series = []
-    for symbol in dict.fromkeys(wanted):
-        bars, said = read_bars(files[symbol])
-        notes += said
-        split_windows(config, symbol, bars)  # too few bars are refused before anything is made
-        series.append(Series(symbol=symbol, path=files[symbol], bars=bars))
+    """The bars of the symbols, and notes for the user, as `read_usable_series`. Raises DataError for any bad symbol."""
+    series, refused, notes = read_usable_series(config, symbols)
+    if refused:
+        raise DataError(next(iter(refused.values())))
     return series, notes
 
 
-def list_symbols(folder: Path | str) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The symbols of a folder, by name, with their files; and a line for each bar file passed over.
+def read_usable_series(
+    config: Config, symbols: Sequence[str], *, first: bool = False
+) -> tuple[list[Series], dict[str, str], list[str]]:
+    """The bars of the symbols (none given: of the settings; none there: of every file) that can be searched.
 
-    Only headers are read. Raises DataError for no folder, no symbol in it, or a symbol with two files.
+    Beside them what is wrong with each other symbol, in one line, and notes for the user. first: of a folder's files
+    only the first that can be searched.
+    Raises DataError where not one symbol is left.
+    """
+    folder = config.data.dir
+    files, refused, notes = list_symbols(folder)
+    wanted = dict.fromkeys(check_symbol(symbol) for symbol in symbols or config.data.symbols)
+    series, bad, said = [], {}, []
+    for symbol in wanted or sorted({*files, *refused}):
+        try:
+            if symbol in refused:
+                raise DataError(refused[symbol])
+            path = files.get(symbol) or _missing(folder, symbol, files)
+            bars, of_file = read_bars_once(path)
+            split_windows(config, symbol, bars)  # too few bars are refused before anything is made
+        except DataError as error:
+            bad[symbol] = str(error)
+            continue
+        said += of_file
+        series.append(Series(symbol=symbol, path=path, bars=bars))
+        if first and not wanted:
+            break
+    if not series:
+        first = next(iter(bad.values()))
+        raise DataError(first if len(bad) == 1 else f"not one of {len(bad)} symbols can be used; the first: {first}")
+    return series, bad, [*notes, *said]
+
+
+def _missing(folder: Path, symbol: str, files: Mapping[str, Path]) -> Path:
+    """Say why a symbol is not among the files. Raises DataError."""
+    for path in sorted(folder.glob(f"{symbol}.*")):
+        read_bars(path)  # it is there but was passed over: say what is wrong with it
+    others = ", ".join(sorted(files)[:LISTED]) + (", .." if len(files) > LISTED else "")
+    raise DataError(f"{folder}: no {symbol}.csv or {symbol}.parquet; the symbols there are {others}")
+
+
+def oddities(series: Sequence[Series]) -> list[str]:
+    """What is allowed and yet worth a look, one line for each kind: a jump between two closes, and old bars."""
+    splits, stale = [], []
+    for item in series:
+        closes, times = item.bars.close, item.bars.timestamps
+        jumps = np.abs(np.diff(np.log(closes)))
+        if len(jumps) and jumps.max() > np.log(SPLIT):
+            at = int(jumps.argmax()) + 1
+            splits.append(f"{item.symbol} at {timestamp_text(times[at])} from {closes[at - 1]:g} to {closes[at]:g}")
+        if times[-1] < np.datetime64("now") - np.timedelta64(STALE_DAYS, "D"):
+            stale.append(f"{item.symbol} at {timestamp_text(times[-1])}")
+    kinds = {
+        "possible split, so check that all bars are adjusted": splits,
+        f"stale bars, which end more than {STALE_DAYS} days ago": stale,
+    }
+    return [
+        f"{kind}: {', '.join(found[:LISTED])}" + (f", and {len(found) - LISTED} more" if len(found) > LISTED else "")
+        for kind, found in kinds.items()
+        if found
+    ]
+
+
+def list_symbols(folder: Path | str) -> tuple[dict[str, Path], dict[str, str], tuple[str, ...]]:
+    """The symbols of a folder with their files; those with two files, and why; a line for each bar file passed over.
+
+    Only headers are read. Raises DataError for no folder or no symbol in it.
     """
     folder = Path(folder)
     hint = "; set --data-dir or `dir` under [data]"
@@ -68,17 +119,18 @@ def list_symbols(folder: Path | str) -> tuple[dict[str, Path], tuple[str, ...]]:
     except OSError as error:
         raise DataError(f"data folder {folder}: cannot be read ({error.strerror}){hint}") from error
     symbols: dict[str, Path] = {}
+    refused: dict[str, str] = {}
     skipped = []
     for path in paths:
         if reason := _unfit(path):
             skipped.append(f"{path} skipped: {reason}")
         elif path.stem in symbols:
-            raise DataError(f"{path.stem} has two files, {symbols[path.stem]} and {path}; keep one")
+            refused[path.stem] = f"{path.stem} has two files, {symbols[path.stem]} and {path}; keep one"
         else:
             symbols[path.stem] = path
     if not symbols:
         raise DataError("; ".join([f"data folder {folder}: has no SYMBOL.csv or SYMBOL.parquet{hint}", *skipped]))
-    return symbols, tuple(skipped)
+    return {symbol: path for symbol, path in symbols.items() if symbol not in refused}, refused, tuple(skipped)
 
 
 def _unfit(path: Path) -> str:

@@ -10,9 +10,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import optuna
@@ -22,6 +21,8 @@ from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_t
 from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
 from storage import configs, slots, study_rows, symbols
+from storage.commands import command
+from storage.configs import ConfigFileError
 from storage.progress import Confirmation, Progress, progress_in, read_confirmations, study_progress
 from storage.retrying import RetryingStorage
 from studies import sampler
@@ -36,6 +37,7 @@ DEFINITION = "definition"  # study user attribute
 NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
 ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
 MAX_NAME = 512  # characters of a study's name in Optuna's table
+CREATED_TOGETHER = 200  # studies made in one transaction; a crash costs no more than these
 SEARCH_PASSES = (0,)  # the seeds of every trial
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
@@ -61,7 +63,7 @@ class Opened:
     """What opening found or made."""
 
     study: Study
-    state: str  # "new", "resumed", "raised" or "finished"
+    state: str  # "new", "resumed", "raised", "finished", or "parked": finished but for work that is left alone
     budget: int
     notes: tuple[str, ...]
 
@@ -114,9 +116,8 @@ def check_definition(study: Study, now: Mapping[str, Any]) -> None:
     """Raises StudyMismatch naming the first part that changed."""
     for part, reason in MISMATCHES.items():
         if study.definition.get(part) != now[part]:
-            raise StudyMismatch(
-                f"study {study.name}: {reason}, or set the study aside with: studies retire {study.name}"
-            )
+            retire = command(f"studies retire {study.name}")
+            raise StudyMismatch(f"study {study.name}: {reason}, or set the study aside with: {retire}")
 
 
 def fingerprint(definition: Mapping[str, Any]) -> str:
@@ -140,12 +141,17 @@ def open_studies(
     series: Iterable[Series],
     models: Sequence[str],
     checkpoints: Mapping[str, str],
+    *,
+    refused: dict[str, str] | None = None,
+    retry_parked: bool = False,
 ) -> list[Opened]:
     """Find or make the study of every symbol and model. All are checked before the first is made.
 
     An unfinished study goes on, at the bars up to its AS_OF. Where there is none, a finished one at the newest bar is
     left alone unless the budget was raised; else a new one opens there.
-    checkpoints: the fingerprint of each model's weights.
+    checkpoints: the fingerprint of each model's weights. refused: takes the symbols that cannot be gone on with, each
+    with its reason, and the others are opened; without it the first of them is raised. retry_parked: free parked work
+    that is to be left alone for a while yet.
     Raises DataError, StudyMismatch, ConfigFileError.
     """
     wanted = list(series)
@@ -159,45 +165,67 @@ def open_studies(
     confirmations = read_confirmations(storage, ids, paths=MEASURED_PATHS)
 
     extensions: list[_Extension] = []
-    plans: list[int | Callable[[], Opened]] = []  # the id of a study that is there, or what makes it
-    for item in wanted:
-        newest = timestamp_text(item.bars.timestamps[-1])
-        for model in models:
-            found = existing.get((item.symbol, model), [])
-            unfinished = [s for s in found if (p := progress.get(s.study_id)) and (p.open or p.parked)]
-            current = [s for s in found if s.as_of == newest]
-            study = (unfinished or current or [None])[0]
-            as_of = study.as_of if study else newest
-            try:
-                definition = define(config, item, model, as_of, checkpoints[model])
-            except DataError as error:
-                raise DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
-            baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
-            asked = confirmation_windows(config, item.symbol, bars_until(item.bars, as_of))
+    creations: list[_Creation] = []
+    names: list[str] = []
+    for item, model in ((item, model) for item in wanted for model in models):
+        found = existing.get((item.symbol, model), [])
+        unfinished = [s for s in found if (p := progress.get(s.study_id)) and (p.open or p.parked)]
+        current = [s for s in found if s.as_of == timestamp_text(item.bars.timestamps[-1])]
+        study = (unfinished or current or [None])[0]
+        try:
             if study:
-                check_definition(study, definition)
                 confirmation = confirmations.get(study.study_id)
-                if confirmation is None:
-                    raise _no_work(study)
-                outdated = not _confirms(confirmation, baselines, asked)
-                # What another machine found in use stays in the comparison.
-                baselines = {**(confirmation.params or {}), **baselines}
-                extensions.append(_Extension(study=study, baselines=baselines, outdated=outdated))
-                plans.append(study.study_id)
+                extensions.append(_extension(config, item, study, checkpoints[model], confirmation))
+                names.append(study.name)
             else:
-                if len(asked) < config.windows.confirmation:
-                    notes += (
-                        f"{item.path}: has {len(asked)} windows to confirm on, not {config.windows.confirmation}",
-                    )
-                plans.append(partial(_create, storage, config, definition, baselines, notes))
-    extended = _extend(storage, config.search.trials, extensions)
-    return [extended[plan] if isinstance(plan, int) else plan() for plan in plans]
+                creations.append(_creation(config, item, model, checkpoints[model]))
+                names.append(creations[-1].name)
+        except (DataError, StudyMismatch, ConfigFileError) as error:
+            if refused is None:
+                raise
+            refused.setdefault(item.symbol, str(error))
+    opened = _extend(storage, config.search.trials, extensions, retry_parked=retry_parked)
+    for first in range(0, len(creations), CREATED_TOGETHER):
+        opened |= _create(storage, config, creations[first : first + CREATED_TOGETHER])
+    return [opened[name] for name in names]
+
+
+def _extension(
+    config: Config, item: Series, study: Study, checkpoint: str, confirmation: Confirmation | None
+) -> _Extension:
+    """What going on with a study asks for. Raises DataError, StudyMismatch, ConfigFileError."""
+    check_definition(study, _define_at(config, item, study.model, study.as_of, checkpoint))
+    if confirmation is None:
+        raise _no_work(study)
+    baselines, _ = _baselines(config, item.symbol, study.model, spaces.make(study.model, config))
+    asked = confirmation_windows(config, item.symbol, bars_until(item.bars, study.as_of))
+    outdated = not _confirms(confirmation, baselines, asked)
+    # What another machine found in use stays in the comparison.
+    return _Extension(study=study, baselines={**(confirmation.params or {}), **baselines}, outdated=outdated)
+
+
+def _creation(config: Config, item: Series, model: str, checkpoint: str) -> _Creation:
+    """What making a study at the newest bar asks for. Raises DataError, ConfigFileError."""
+    definition = _define_at(config, item, model, timestamp_text(item.bars.timestamps[-1]), checkpoint)
+    baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
+    asked, wanted = len(confirmation_windows(config, item.symbol, item.bars)), config.windows.confirmation
+    if asked < wanted:
+        notes += (f"{item.path}: has {asked} windows to confirm on, not {wanted}",)
+    return _Creation(definition=definition, baselines=baselines, notes=notes)
+
+
+def _define_at(config: Config, item: Series, model: str, as_of: str, checkpoint: str) -> dict[str, Any]:
+    """The definition; an error names the file and the study that needs it."""
+    try:
+        return define(config, item, model, as_of, checkpoint)
+    except DataError as error:
+        raise DataError(f"{item.path}: {error}; study {item.symbol}/{model}@{as_of} needs it") from None
 
 
 def _no_work(study: Study) -> StudyMismatch:
     return StudyMismatch(
         f"study {study.name}: has trials but no budget, as a copy made with Optuna; "
-        f"set it aside with: studies retire {study.name}"
+        f"set it aside with: {command(f'studies retire {study.name}')}"
     )
 
 
@@ -223,10 +251,12 @@ class _Extension:
     outdated: bool  # what was confirmed is of other windows, or lacks a configuration in use
 
 
-def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extension]) -> dict[int, Opened]:
+def _extend(
+    storage: RetryingStorage, budget: int, extensions: Sequence[_Extension], *, retry_parked: bool
+) -> dict[str, Opened]:
     """Raise the budgets, free what is parked and ask for outdated confirmations anew, in one transaction.
 
-    By study id. Only studies with something to change cost statements of their own.
+    By name. Only studies with something to change cost statements of their own.
     """
     by_id = {one.study.study_id: one for one in extensions}
     ids = sorted(by_id)  # two processes at the same studies wait for each other, in place of a deadlock
@@ -237,7 +267,7 @@ def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extensi
         before = progress_in(connection, ids)
         for study_id in ids:
             now, one = before[study_id], by_id[study_id]
-            unparked = slots.unpark(connection, study_id) if now.parked else 0
+            unparked = slots.unpark(connection, study_id, at_once=retry_parked) if now.parked else 0
             added = slots.raise_budget(connection, study_id, budget) if now.budget < budget else 0
             if added:
                 raised.add(study_id)
@@ -250,11 +280,11 @@ def _extend(storage: RetryingStorage, budget: int, extensions: Sequence[_Extensi
     found = {}
     for study_id, one in by_id.items():
         now = progress[study_id]
-        state = "raised" if study_id in raised else "resumed" if now.open else "finished"
+        state = "raised" if study_id in raised else "resumed" if now.open else "parked" if now.parked else "finished"
         notes = ()
         if now.budget > budget:
             notes = (f"{one.study.name} keeps its budget of {now.budget} trials; a budget is never lowered",)
-        found[study_id] = Opened(study=one.study, state=state, budget=now.budget, notes=notes)
+        found[one.study.name] = Opened(study=one.study, state=state, budget=now.budget, notes=notes)
     return found
 
 
@@ -280,36 +310,57 @@ def reconfirm(
         return True
 
     if not storage.transaction(ask):
-        raise ConfigError(
-            f"study {study.name} has trials left; finish them with: launch-workers --symbols {study.symbol}"
-        )
+        words = f"launch-workers --symbols {study.symbol}"
+        raise ConfigError(f"study {study.name} has trials left; finish them with: {command(words)}")
     return notes
 
 
-def _create(
-    storage: RetryingStorage,
-    config: Config,
-    definition: dict[str, Any],
-    baselines: Mapping[str, dict[str, Any]],
-    notes: tuple[str, ...],
-) -> Opened:
-    key = {part: definition[part] for part in ("symbol", "model", "as_of")}
-    name = "{symbol}/{model}@{as_of}".format(**key)
-    space = spaces.make(definition["model"], config)
+@dataclass(frozen=True, kw_only=True)
+class _Creation:
+    """A study to make, and the configurations in use to measure beside its search."""
 
-    def fill(connection: Any, study_id: int) -> None:
-        for number, (label, params) in enumerate(baselines.items()):
-            slots.add(connection, study_id, slots.BASELINE, number, label=label, params=params)
-        # What is known to work starts the search, where the search could have proposed it.
-        starts = {json.dumps(params): (label, params) for label, params in baselines.items() if space.contains(params)}
-        for number, (label, params) in enumerate(list(starts.values())[: config.search.trials]):
-            slots.add(connection, study_id, slots.TRIAL, number, label=label, params=space.searched(params))
-        slots.raise_budget(connection, study_id, config.search.trials)
-        slots.add(connection, study_id, slots.CONFIRMATION, 0, label="confirmation", params=baselines)
+    definition: Mapping[str, Any]
+    baselines: Mapping[str, dict[str, Any]]
+    notes: tuple[str, ...]
 
-    study_id = study_rows.create_study(storage, name, {DEFINITION: definition}, METRIC, fill)
-    study = Study(study_id=study_id, name=name, definition=definition, **key)
-    return Opened(study=study, state="new", budget=config.search.trials, notes=notes)
+    @property
+    def name(self) -> str:
+        return f"{self.definition['symbol']}/{self.definition['model']}@{self.definition['as_of']}"
+
+
+def _create(storage: RetryingStorage, config: Config, new: Sequence[_Creation]) -> dict[str, Opened]:
+    """Make studies with their budgets, in one transaction. By name, also of those that another process made first."""
+    by_name = {one.name: one for one in new}
+    budget = config.search.trials
+
+    def fill(connection: Any, made: Mapping[str, int]) -> None:
+        rows = [row for name, study_id in made.items() for row in _first_slots(config, by_name[name], study_id)]
+        slots.add_all(connection, rows)
+        slots.raise_budgets(connection, made.values(), budget)
+
+    attrs = {name: {DEFINITION: one.definition} for name, one in by_name.items()}
+    ids = study_rows.create_studies(storage, attrs, METRIC, fill)
+    opened = {}
+    for name, one in by_name.items():
+        parts = {part: one.definition[part] for part in ("symbol", "model", "as_of")}
+        study = Study(study_id=ids[name], name=name, definition=one.definition, **parts)
+        opened[name] = Opened(study=study, state="new", budget=budget, notes=one.notes)
+    return opened
+
+
+def _first_slots(config: Config, new: _Creation, study_id: int) -> Iterator[slots.NewSlot]:
+    """The slots of a new study, but for the trials that the sampler proposes."""
+    space = spaces.make(new.definition["model"], config)
+    for number, (label, params) in enumerate(new.baselines.items()):
+        yield slots.NewSlot(study_id=study_id, stage=slots.BASELINE, number=number, label=label, params=params)
+    # What is known to work starts the search, where the search could have proposed it.
+    starts = {json.dumps(params): (label, params) for label, params in new.baselines.items() if space.contains(params)}
+    for number, (label, params) in enumerate(list(starts.values())[: config.search.trials]):
+        searched = space.searched(params)
+        yield slots.NewSlot(study_id=study_id, stage=slots.TRIAL, number=number, label=label, params=searched)
+    yield slots.NewSlot(
+        study_id=study_id, stage=slots.CONFIRMATION, number=0, label="confirmation", params=new.baselines
+    )
 
 
 def _baselines(
@@ -338,7 +389,8 @@ def retire(storage: RetryingStorage, name: str) -> str:
     Raises KeyError where there is no such study, ConfigError where it cannot have another name.
     """
     if ASIDE in name:
-        raise ConfigError(f"study {name} is retired already; bring it back with: studies retire --undo {name}")
+        undo = command(f"studies retire --undo {name}")
+        raise ConfigError(f"study {name} is retired already; bring it back with: {undo}")
     aside = f"{name}{ASIDE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     if len(aside) > MAX_NAME:
         raise ConfigError(
@@ -364,7 +416,8 @@ def unretire(storage: RetryingStorage, name: str) -> str:
         raise KeyError(name)
     before = found[-1].partition(ASIDE)[0]
     if not study_rows.rename_study(storage, found[-1], before):
-        raise ConfigError(f"there is a study {before} already; set it aside first with: studies retire {before}")
+        words = f"studies retire {before}"
+        raise ConfigError(f"there is a study {before} already; set it aside first with: {command(words)}")
     return before
 
 

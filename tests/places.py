@@ -172,6 +172,10 @@ class Place:
         path.write_text(json.dumps(record))
         return path
 
+    def suggested(self, words: str) -> str:
+        """A command as messages suggest it here."""
+        return f"{words} --config {self.settings}"
+
     def invoke(self, command: click.Command, *words: str, url: str | None = None) -> Result:
         """A command in this process."""
         options = ["--config", str(self.settings), "--storage", url or self.url]

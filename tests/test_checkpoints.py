@@ -199,9 +199,8 @@ def test_checking_reads_no_weights(folder: Path):
 def in_process_with_hub(endpoint: str, home: Path, *lines: str) -> str:
     """Run lines after the import in a process of their own: the hub's settings are read at import."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    script = "\n".join(
-        ("from forecasters.checkpoints import resolve", "from forecasters import CheckpointError", *lines)
-    )
+    imports = ("import forecasters", "from forecasters import *", "from forecasters.checkpoints import resolve")
+    script = "\n".join((*imports, *lines))
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -222,12 +221,16 @@ def test_an_unreachable_hub_is_an_error_in_seconds(tmp_path: Path, listening: bo
         server.bind(("127.0.0.1", 0))
         if listening:
             server.listen()
-        lines = ("try: resolve('org/name')", "except CheckpointError as error: print(error)")
+        kronos = "'kronos', checkpoint='kronos-tiny', tokenizer='org/name', tokenizer_revision=None"
+        asked = kronos if listening else "'toto', checkpoint='org/name'"
+        inspecting = f"forecasters.inspect({asked}, revision=None, running=Running())"
+        lines = (f"try: {inspecting}", "except CheckpointError as error: print(error)")
         began = time.monotonic()
         said = in_process_with_hub(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, *lines)
     assert time.monotonic() - began < 30  # most of it is the import of torch
     assert said.startswith("checkpoint 'org/name' cannot be had from http://127.0.0.1:")
-    assert "name a local folder with config.json and model.safetensors instead, like ./name" in said
+    setting = "[kronos] tokenizer" if listening else "[toto] checkpoint"
+    assert f'name a local folder with config.json and model.safetensors instead: {setting} = "./name"' in said
     assert "\n" not in said
 
 

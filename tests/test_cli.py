@@ -223,8 +223,19 @@ def test_a_corrupt_promoted_file_is_left_as_it_is(place: Place) -> None:
     assert path.read_text() == '{"symbol": "SP500", '
 
 
+def test_a_log_folder_that_cannot_be_made_is_said_before_a_study_is(place: Place) -> None:
+    (place.folder / "file").touch()
+    text = place.settings.read_text().replace('log_dir = "logs"', 'log_dir = "file/logs"')
+    place.settings.write_text(text)
+    place.refused(place.launch(), "[workers] log_dir", "file is not a folder")
+    (place.folder / "closed").mkdir(mode=0o500)
+    place.settings.write_text(text.replace("file/logs", "closed/logs"))
+    if not os.access(place.folder / "closed", os.W_OK):  # root writes everywhere
+        place.refused(place.launch(), "[workers] log_dir", "closed cannot be written to")
+
+
 def test_promote_before_any_study(place: Place) -> None:
-    place.refused(place.invoke(cli.promote), "launch-workers")
+    place.refused(place.invoke(cli.promote), place.suggested("launch-workers"))
     place.refused(place.invoke(cli.promote, "--min-improvement", "2"), "--min-improvement", code=2)
 
 
@@ -268,7 +279,7 @@ def test_a_study_whose_last_bar_is_gone_names_the_file(place: Place) -> None:
 
 def test_what_was_parked_is_confirmed_anew_when_it_is_tried_again(place: Place) -> None:
     study = open_study(place)
-    slots.park_study(place.storage, study.study_id, "no memory")
+    slots.park_study(place.storage, study.study_id, "no memory", parked_s=0)
     done = {"r": json.dumps(to_json(evidence()))}
     place.storage.transaction(
         lambda c: c.execute(text("update slots set state = 'done', result = cast(:r as jsonb) where stage = 2"), done)
@@ -363,7 +374,7 @@ def test_list_and_show(place: Place) -> None:
     assert study.name in place.invoke(cli.studies, "show", study.name).stdout
     missing = place.invoke(cli.studies, "show", "NONE/toto@2020-01-01")
     assert missing.exit_code == 1
-    assert "studies list" in missing.stderr
+    assert missing.stderr.endswith(f"see: {place.suggested('studies list')}\n")
 
 
 def test_url_hides_the_password(place: Place, database_server: Any) -> None:
@@ -387,7 +398,7 @@ def test_the_private_server_is_started_used_and_stopped(
 
     before = studies("list")
     assert before.exit_code == 1
-    assert "launch-workers" in before.stderr
+    assert place.suggested("launch-workers") in before.stderr
     assert not folder.exists()
     exported = studies("url", "--export").stdout.splitlines()
     assert exported[0].startswith("export OPTUNA_STORAGE=postgresql://studies@127.0.0.1:")
@@ -400,7 +411,7 @@ def test_the_private_server_is_started_used_and_stopped(
     place.settings.write_text(place.settings.read_text() + 'listen = "0.0.0.0"\n')
     here = studies("url")
     assert here.stdout.startswith("postgresql://studies@127.0.0.1:")
-    assert "'studies stop' and the next start apply it" in caplog.text
+    assert f"'{place.suggested('studies stop')}' and the next start apply it" in caplog.text
     caplog.clear()
     assert studies("stop").stdout == "stopped\n"
     there = studies("url", "--host", "db.lan")

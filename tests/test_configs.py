@@ -355,6 +355,24 @@ def test_each_rollback_restores_what_a_promotion_replaced_back_to_the_first(tmp_
     assert everything(tmp_path) == before
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    root, live = tmp_path / "hyperparams", tmp_path / "live" / "nvda.json"
+    live.parent.mkdir()
+    link = root / "best" / "NVDA.json"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(live)  # which is not there yet
+    folders = ("toto", "best", "optimized_compiled")
+    for mae in (0.0125, 0.0120):
+        history.write(root, "NVDA", payload(mae), folders)
+        assert link.readlink() == live
+        assert live.read_bytes() == (root / "toto" / "NVDA.json").read_bytes()
+    assert not (root / "toto" / "NVDA.json").is_symlink()
+    history.rollback(root, "NVDA")
+    assert link.readlink() == live
+    assert json.loads(live.read_bytes())["validation"]["pct_return_mae"] == 0.0125
+    assert [path.name for path in live.parent.iterdir()] == ["nvda.json"]  # nothing is left beside it
+
+
 def test_rollback_over_a_file_that_was_not_there_removes_it(tmp_path: Path) -> None:
     promote(tmp_path, toto(1))
     promote(tmp_path, kronos(1))

@@ -183,12 +183,13 @@ def test_a_study_without_confirmation_is_kept_with_the_command_that_makes_it(pla
     first = place.invoke(cli.promote, "--json", "--force")
     row = json.loads(first.stdout)[0]
     assert (row["decision"], row["reason"]) == ("kept", "not confirmed")
-    assert row["next"] == "launch-workers --symbols SP500 --models toto"
+    assert row["next"] == place.suggested("launch-workers --symbols SP500 --models toto")
     assert row["next"] in first.stderr
     place.finish(study)
     place.storage.transaction(lambda c: slots.reopen(c, study.study_id, slots.CONFIRMATION, params={}))
     slots.park_study(place.storage, study.study_id, "no memory")
-    assert json.loads(place.invoke(cli.promote, "--json").stdout)[0]["next"] == f"studies confirm {study.name}"
+    confirm = place.suggested(f"studies confirm {study.name}")
+    assert json.loads(place.invoke(cli.promote, "--json").stdout)[0]["next"] == confirm
     assert not (place.folder / "hyperparams").exists()
 
 
@@ -200,7 +201,7 @@ def test_studies_confirm_measures_what_is_in_use_now(place: Place) -> None:
     assert "incumbent" not in place.result(study)["baselines"]
     place.put("best", {"num_samples": 48, "aggregate": "quantile_0.90"})
     stale = json.loads(place.invoke(cli.promote, "--json").stdout)[0]
-    assert (stale["reason"], stale["next"]) == ("stale", f"studies confirm {study.name}")
+    assert (stale["reason"], stale["next"]) == ("stale", place.suggested(f"studies confirm {study.name}"))
     done = place.invoke(cli.studies, "confirm", study.name, "--cpus", "1")
     assert done.exit_code == 0, done.output
     assert place.result(study)["baselines"]["incumbent"]["params"]["num_samples"] == 48

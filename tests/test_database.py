@@ -6,18 +6,24 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
+import places
 import pytest
 from conftest import execute
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import text
+from test_slots import make_study
 
+from launch import cli
 from storage import DatabaseUnavailable, database, embedded, slots, urls
 from storage.progress import worker_seconds
 from storage.retrying import CLAIM_ATTR
+
+Place = places.RunPlace  # of the fixture `place`
 
 
 def crash(folder: Path) -> None:
@@ -203,3 +209,93 @@ def test_a_database_of_before_gets_the_column_it_lacks(database_url: str) -> Non
     storage = database.open_storage(database_url, wait_s=5)
     assert worker_seconds(storage) == {}
     storage.engine.dispose()
+
+
+@pytest.mark.parametrize(("version", "advice"), [("v3.0.0.a", "optuna storage upgrade"), ("v99.0.0.a", "a newer Opt")])
+@pytest.mark.parametrize("has_slots", [True, False])
+def test_tables_of_another_optuna_are_one_line(database_url: str, version: str, advice: str, has_slots: bool) -> None:
+    execute(database_url, f"update alembic_version set version_num = '{version}'")  # noqa: S608 - a constant
+    if not has_slots:
+        execute(database_url, "drop table slots")
+    with pytest.raises(DatabaseUnavailable, match=f"another version of Optuna \\({version}, not v.*{advice}") as caught:
+        database.open_storage(database_url)
+    assert "\n" not in str(caught.value)
+    if not has_slots:
+        execute(database_url, "create table slots (id integer)")  # none was made
+
+
+def test_too_few_connections_are_said_with_the_limit(own_server: embedded.PrivateServer) -> None:
+    embedded.stop(own_server.data_dir)
+    server = embedded.start(own_server.data_dir, max_connections=10)  # three of them are kept for superusers
+    storage = database.open_storage(server.url, wait_s=0.5)
+    storage.transaction(lambda c: c.execute(text("select 1")))
+    assert database.lack_of_connections(storage, 6) is None
+    assert database.lack_of_connections(storage, 7) == (
+        "the database takes 7 connections, of which 1 are in use: too few for 7 workers, which hold one each; start "
+        "fewer workers, raise the server's max_connections, or put PgBouncer before it"
+    )
+    execute(server.url, "create role guest login password 'p' connection limit 0")
+    guest = server.url.replace("studies@", "guest:p@")
+    with pytest.raises(DatabaseUnavailable, match=r"too many connections for role.*; start fewer workers, raise the"):
+        database.open_storage(guest)
+    storage.engine.dispose()
+
+
+def test_a_process_holds_one_connection(database_url: str) -> None:
+    storage = database.open_storage(database_url, wait_s=10)
+    study = optuna.create_study(storage=storage, study_name="s")
+    threads = [threading.Thread(target=lambda: study.tell(study.ask(), 1.0)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    count = text("select count(*) from pg_stat_activity where datname = current_database()")
+    deadline = time.monotonic() + 5  # the server is told of a closed connection, and ends its process a little later
+    while (found := storage.transaction(lambda c: c.execute(count).scalar())) != 1:
+        assert time.monotonic() < deadline, found
+    storage.engine.dispose()
+
+
+@pytest.fixture
+def role(database_server: embedded.PrivateServer) -> Iterator[str]:
+    """A role that owns nothing."""
+    name = f"reader_{os.getpid()}"
+    execute(database_server.url, f"create role {name} login password 'p'")
+    yield name
+    execute(database_server.url, f"drop role {name}")
+
+
+def of_role(url: str, role: str) -> str:
+    return url.replace("studies@", f"{role}:p@")
+
+
+def test_a_role_that_may_not_make_tables_is_told_what_to_grant(
+    database_server: embedded.PrivateServer, role: str
+) -> None:
+    name = f"empty_{os.getpid()}"
+    execute(database_server.url, f"create database {name}")
+    with pytest.raises(
+        DatabaseUnavailable, match=rf"schema public; let .* GRANT USAGE, CREATE ON SCHEMA public TO {role}$"
+    ):
+        database.open_storage(of_role(database_server.url.rsplit("/", 1)[0] + f"/{name}", role))
+    execute(database_server.url, f"drop database {name} with (force)")
+
+
+def test_a_role_that_only_reads_is_one_line(place: places.Place, role: str) -> None:
+    def launched() -> str:
+        ended = place.invoke(cli.launch_workers, "--cpus", "1", "--models", "naive", url=of_role(place.url, role))
+        assert (ended.exit_code, ended.stdout) == (1, "")
+        return ended.stderr.splitlines()[-1]
+
+    execute(place.url, f"grant select on all tables in schema public to {role}")
+    assert f"the role {role} may not write; let it, as the owner: GRANT ALL ON ALL TABLES" in launched()
+    reading = database.open_storage(of_role(place.url, role))
+    with pytest.raises(DatabaseUnavailable, match=r"permission denied for table studies$"):
+        make_study(reading)
+    execute(place.url, f"grant all on all tables in schema public to {role}")
+    execute(place.url, f"alter role {role} set default_transaction_read_only = on")
+    began = time.monotonic()
+    assert f"is read-only for the role {role}" in launched()
+    assert time.monotonic() - began < 10  # before the run there is no failover to wait for
+    reading.engine.dispose()
+    execute(place.url, f"drop owned by {role}")

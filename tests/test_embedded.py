@@ -166,15 +166,15 @@ def test_killed_postmaster_is_replaced_at_once(stopped: Path) -> None:
     assert _query(again, "select n from kept") == [(7,)]
 
 
-def test_only_a_killed_server_is_revived(stopped: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGQUIT, signal.SIGINT])
+def test_a_server_is_revived_unless_it_was_stopped_by_us(stopped: Path, number: signal.Signals) -> None:
     nowhere = stopped.with_name("nowhere")
     assert not embedded.revive(nowhere)
     assert not nowhere.exists()
-    assert not embedded.revive(stopped)
     server = embedded.start(stopped)
     assert not embedded.revive(stopped)
     _query(server, "create table kept as select 7 as n")
-    os.kill(_postmaster(stopped), signal.SIGKILL)
+    os.kill(_postmaster(stopped), number)
     deadline = time.monotonic() + 30
     while not embedded.revive(stopped):  # its children see within a moment that it is gone
         assert time.monotonic() < deadline
@@ -182,8 +182,18 @@ def test_only_a_killed_server_is_revived(stopped: Path) -> None:
     assert embedded.running(stopped) == server
     assert _query(server, "select n from kept") == [(7,)]
     embedded.stop(stopped)
+    assert embedded.was_stopped(stopped)
     assert not embedded.revive(stopped)
     assert embedded.running(stopped) is None
+    embedded.start(stopped)
+    assert not embedded.was_stopped(stopped)
+
+
+def test_a_server_that_ended_and_is_then_stopped_stays_stopped(stopped: Path) -> None:
+    embedded.start(stopped)
+    os.kill(_postmaster(stopped), signal.SIGKILL)
+    embedded.stop(stopped)
+    assert not embedded.revive(stopped)
 
 
 def test_backends_that_survive_their_postmaster_are_waited_for(stopped: Path) -> None:

@@ -54,7 +54,7 @@ OVERRIDDEN = {  # method -> its parameters after `self`
     "PercentilePruner.prune": "study trial",
 }
 CALLED = {  # function -> the parameters that this project passes
-    "RDBStorage.__init__": "url engine_kwargs skip_table_creation",
+    "RDBStorage.__init__": "url engine_kwargs skip_compatibility_check skip_table_creation",
     "RDBStorage.check_trial_is_updatable": "trial_id trial_state",
     "BaseStorage.get_trial_param": "trial_id param_name",
     "BaseStorage.get_trial_user_attrs": "trial_id",
@@ -65,6 +65,9 @@ CALLED = {  # function -> the parameters that this project passes
     "TrialValueModel.value_to_stored_repr": "value",
     "TrialIntermediateValueModel.intermediate_value_to_stored_repr": "value",
     "FrozenTrial.__init__": "trial_id",
+    "RDBStorage.get_all_versions": "",
+    "RDBStorage.get_current_version": "",
+    "RDBStorage.get_head_version": "",
     "wsgi": "storage artifact_store",
     "save_note": "study_or_trial body",
     "save_plotly_graph_object": "study figure graph_object_id",

@@ -14,6 +14,7 @@ import optuna
 import places
 import pytest
 from click.testing import Result
+from conftest import execute
 from evidence_builder import evidence, measured_configuration
 
 from launch import cli
@@ -190,7 +191,7 @@ def test_an_incumbent_of_an_unknown_model_is_replaced_only_by_force(place: Place
     before = path.read_bytes()
     row = place.row()
     assert (row["incumbent_model"], row["decision"], row["reason"]) == ("chronos2", "kept", "not comparable")
-    assert row["next"] == "promote --symbols BTCUSD --force"
+    assert row["next"] == place.suggested("promote --symbols BTCUSD --force")
     assert path.read_bytes() == before
     assert place.row("--force")["decision"] == "promoted"
     assert place.promoted()["metadata"]["previous_model"] == "chronos2"
@@ -211,7 +212,7 @@ def test_an_incumbent_that_changed_since_the_confirmation_is_stale(place: Place)
     place.put({**OLD, "num_samples": 512})
     row = place.row()
     assert (row["decision"], row["reason"], row["improvement"]) == ("kept", "stale", None)
-    assert row["next"] == f"studies confirm BTCUSD/toto@{AS_OF}"
+    assert row["next"] == place.suggested(f"studies confirm BTCUSD/toto@{AS_OF}")
 
 
 def test_nothing_wins_against_an_incumbent_without_error(place: Place) -> None:
@@ -279,6 +280,63 @@ def test_a_copy_made_with_optuna_is_left_out_with_a_line(place: Place, caplog: p
     assert f"GOOG/toto@{AS_OF}: left out" in caplog.text
     alone = place.promote("--symbols", "GOOG")
     assert (alone.exit_code, "GOOG: no study" in alone.stderr) == (1, True)
+
+
+def test_a_symbol_that_fails_keeps_no_other(place: Place) -> None:
+    symbols = ("AAPL", "BTCUSD", "GOOG", "MSFT")
+    for symbol in symbols:
+        place.study([(NEW, measured(0.0095))], symbol=symbol)
+    damaged = place.put(OLD, symbol="BTCUSD")
+    damaged.write_text("{")
+    (place.folder / "hyperparams" / "history").mkdir()
+    (place.folder / "hyperparams" / "history" / "GOOG").touch()  # where its history would be
+    ended = place.promote("--json", "--symbols", ",".join((*symbols, "NONE")))
+    assert ended.exit_code == 1
+    rows = {row["symbol"]: row for row in json.loads(ended.stdout)}
+    assert {symbol: row["decision"] for symbol, row in rows.items()} == {
+        "AAPL": "promoted", "BTCUSD": "failed", "GOOG": "failed", "MSFT": "promoted", "NONE": "failed",
+    }  # fmt: skip
+    for symbol, reason in {"BTCUSD": str(damaged), "GOOG": "history/GOOG", "NONE": "no study"}.items():
+        assert reason in rows[symbol]["reason"]
+        assert rows[symbol]["written"] == []
+        (line,) = [line for line in ended.stderr.splitlines() if line.startswith(f"{symbol}: ")]
+        assert rows[symbol]["reason"] in line
+    # What was written is what is reported.
+    folder = place.folder / "hyperparams"
+    there = {str(path) for path in folder.rglob("*.json") if "history" not in path.parts and path != damaged}
+    assert there == {path for row in rows.values() for path in row["written"]}
+    assert "2 of 5 symbols promoted" in ended.stderr
+    (summary,) = place.summaries()
+    errors = {entry["symbol"]: entry["error"] for entry in summary["results"]}
+    assert errors == {symbol: rows[symbol]["reason"] if symbol in ("BTCUSD", "GOOG") else None for symbol in symbols}
+
+    page = place.invoke(cli.studies, "report", "--output", str(place.folder / "report.html"))
+    assert page.exit_code == 0, page.output
+    assert str(damaged) in (place.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("how", ["privileges", "read-only transactions"])
+def test_a_role_that_only_reads_is_refused_before_a_file_is_written(place: Place, how: str) -> None:
+    place.study([(NEW, measured(0.0095))])
+    role = f"reader_{place.url.rsplit('_', 1)[1]}"
+    address = place.url.rsplit("@", 1)[1]
+    url = f"postgresql://{role}:secret@{address}"
+    execute(
+        place.url,
+        f"create role {role} login password 'secret'",
+        f"grant select on all tables in schema public to {role}",
+        *([f"grant insert, update, delete on all tables in schema public to {role}",
+           f"alter role {role} set default_transaction_read_only = on"] if how != "privileges" else []),
+    )  # fmt: skip
+    try:
+        ended = place.invoke(cli.promote, url=url)
+        assert (ended.exit_code, ended.stdout) == (1, "")
+        (line,) = ended.stderr.splitlines()
+        assert "may only be read" in line
+        assert not (place.folder / "hyperparams").exists()
+        assert place.invoke(cli.promote, "--dry-run", url=url).exit_code == 0
+    finally:
+        execute(place.url, f"drop owned by {role}", f"drop role {role}")
 
 
 def test_promotes_two_dozen_studies_without_torch(place: Place) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,7 +119,7 @@ def test_before_anything_is_confirmed(place: Place, tab: Tab) -> None:
     _, tables = report(place)
     (row,) = table_after(tables, "Decisions")
     assert row["reason"] == "not confirmed"
-    assert row["next step"] == "`launch-workers --symbols SP500 --models toto`"
+    assert row["next step"] == f"`{place.suggested('launch-workers --symbols SP500 --models toto')}`"
     assert f"## {study.name}" in tables
     tab.open((place.folder / "report.html").as_uri(), "not confirmed")
     tab.check()
@@ -142,6 +145,49 @@ def test_errors_are_one_line(place: Place, tmp_path: Path) -> None:
     assert blocked.exit_code == 1
     assert len(blocked.stderr.splitlines()) == 1
     assert "absent/r.html: No such file or directory; name another file with --output" in blocked.stderr
+    for page, reason in (
+        (tmp_path, "directory"),
+        (Path("/proc/r.html"), "No such file"),
+        (Path("/dev/full"), "No space"),
+    ):
+        unwritable = place.invoke(cli.studies, "report", "--output", str(page))
+        assert unwritable.exit_code in (1, 2)
+        assert reason in unwritable.stderr.splitlines()[-1]
+        assert "Traceback" not in unwritable.stderr
     unknown = place.invoke(cli.studies, "report", "--symbols", "NONE")
     assert unknown.exit_code == 1
     assert "NONE: no study" in unknown.stderr
+
+
+def test_a_report_that_finds_no_room_leaves_the_last_one_and_no_other_file(place: Place, tmp_path: Path) -> None:
+    place.open()
+    page = tmp_path / "pages" / "report.html"
+    page.parent.mkdir()
+    page.write_text("the last one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # of a page of five
+    try:
+        failed = place.invoke(cli.studies, "report", "--output", str(page))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed.exit_code == 1
+    assert failed.stderr == f"error: {page}: File too large; name another file with --output or --markdown\n"
+    assert [(path.name, path.read_text()) for path in page.parent.iterdir()] == [("report.html", "the last one")]
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(place: Place, tmp_path: Path) -> None:
+    """As root the device would be gone for every program."""
+    place.open()
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link.html", tmp_path / "target.html"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    written = place.invoke(cli.studies, "report", "--output", str(link), "--markdown", str(pipe))
+    assert written.exit_code == 0, written.output
+    reader.join(10)
+    assert read[0].startswith("# Forecast studies")
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert "<html" in target.read_text()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +23,11 @@ from places import RunPlace as Place
 from places import patch_python
 from processes import wait_until_gone, workers_of
 
+from launch.results import EXIT_PARKED
 from launch.views import listing
-from storage import database, embedded, slots
+from launch.worker import EXIT_INTERRUPTED
+from storage import database, embedded, postgres, slots
+from storage.data_dir import remembered
 from storage.progress import parked_slots, read_confirmations, study_progress
 from studies import study as studying
 
@@ -172,6 +180,44 @@ def test_workers_that_are_killed_are_replaced(place: Place) -> None:
     place.assert_exact(40, "SP500", "NASDAQ")
 
 
+FULL_DISK = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import os
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+"""
+
+
+def test_a_full_disk_under_the_logs_ends_no_run(place: Place) -> None:
+    place.environment |= patch_python(place.folder / "full", FULL_DISK)
+    ended = place.run("launch-workers", "--cpus", "2", "--trials", "6", "--symbols", "SP500")
+    place.assert_exact(6, "SP500")
+    assert "Traceback" not in ended.stderr
+    assert "worker " not in ended.stderr  # none was restarted
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs process namespaces")
+def test_workers_of_equal_host_and_process_id_are_told_apart(place: Place) -> None:
+    place.slow_down(0.5)
+    command = place.command("launch-workers", "--cpus", "1", "--trials", "4", "--symbols", "SP500")
+    # As two pods: each supervisor is process 1 of its namespace.
+    pod = ["unshare", "--pid", "--fork", "--kill-child", *command]
+    pods = [subprocess.Popen(pod, env=place.environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+    place.wait_for("select count(*) from slots where state = 'busy'", 2)
+    names = place.storage.transaction(
+        lambda c: c.exec_driver_sql("select worker from slots where state = 'busy'").scalars().all()
+    )
+    assert len({name.rpartition("-")[0] for name in names}) == 1, names  # HOST:PID
+    assert len(set(names)) == 2
+    workers = workers_of(1)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    assert [pod.wait(timeout=60) for pod in pods] == [0, 0]
+    place.assert_exact(4, "SP500")
+    # The living worker kept its slot.
+    assert [trial.state for trial in place.trials("SP500")].count(TrialState.FAIL) == 1
+
+
 def test_workers_do_not_outlive_a_killed_supervisor(place: Place) -> None:
     place.slow_down(0.05)
     supervisor = place.launch("--trials", "200")
@@ -199,6 +245,9 @@ def test_a_first_signal_lets_the_trials_finish(place: Place) -> None:
         assert {trial.state for trial in place.trials(symbol)} <= {TrialState.COMPLETE, TrialState.PRUNED}
     busy = [study for study, now in study_progress(place.storage).items() if now.done + now.open < now.budget]
     assert busy == []
+    (again,) = [line.partition("go on with: ")[2] for line in said.splitlines() if "go on with: " in line]
+    words = place.command("launch-workers", "--cpus", "2", "--trials", "500")
+    assert shlex.split(again) == [Path(words[0]).name, *words[1:]]
 
 
 def end_by_two_signals(supervisor: subprocess.Popen[str], workers: list[int]) -> None:
@@ -233,21 +282,103 @@ def with_a_server_of_its_own(place: Place, folder: Path) -> Path:
     return folder
 
 
-def test_a_killed_private_server_is_started_again(place: Place, scratch: Path) -> None:
+def logged_trials(place: Place) -> int:
+    """As the workers' logs have it, which can be read without a server."""
+    return "".join(log.read_text() for log in place.folder.glob("logs/*/worker-*.log")).count(" #")
+
+
+def wait_for_logged_trials(place: Place, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while logged_trials(place) < count:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.05)
+
+
+def signal_postmaster(server: Path, number: signal.Signals) -> None:
+    os.kill(int((server / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0]), number)
+
+
+def pg_ctl_stop(server: Path, mode: str) -> None:
+    """Stop the server with Postgres' own command."""
+    place = remembered(server)
+    assert place
+    assert place.binaries
+    command = [place.binaries / "pg_ctl", "stop", "-m", mode]
+    owner = postgres.owner_of(place.cluster)
+    done = postgres.run(command, owner, place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+
+
+def port_of(server: Path) -> int:
+    place = remembered(server)
+    assert place
+    return place.port
+
+
+def progress_on(server: Path) -> list[tuple[str, int]]:
+    """State and finished trials of each study."""
+    running = embedded.start(server)
+    opened = database.open_storage(f"{running.url}?passfile={running.passfile}", wait_s=10)
+    found = [(progress.state, progress.done) for progress in study_progress(opened).values()]
+    opened.engine.dispose()
+    return found
+
+
+def turn_away(listening: socket.socket) -> None:
+    """Close each connection, as a program that is no database would."""
+    with listening, contextlib.suppress(OSError):
+        while True:
+            listening.accept()[0].close()
+
+
+def test_whatever_ends_the_private_server_the_run_starts_it_again(place: Place, scratch: Path) -> None:
     place.slow_down(0.05)
-    server = with_a_server_of_its_own(place, scratch / f"killed-{os.getpid()}")
+    server = with_a_server_of_its_own(place, scratch / f"ended-{os.getpid()}")
     supervisor = place.launch("--trials", "60")
+    ends = [
+        lambda: signal_postmaster(server, signal.SIGKILL),
+        lambda: signal_postmaster(server, signal.SIGQUIT),
+        lambda: pg_ctl_stop(server, "immediate"),
+    ]
     try:
-        deadline = time.monotonic() + 60
-        while "#5 " not in "".join(log.read_text() for log in place.folder.glob("logs/*/worker-*.log")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        os.kill(int((server / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0]), signal.SIGKILL)
+        for end in ends:
+            wait_for_logged_trials(place, logged_trials(place) + 4)
+            end()
+        wait_for_logged_trials(place, logged_trials(place) + 4)
+        port = port_of(server)
+        with embedded._starting(server):  # until then the run cannot start it again
+            pg_ctl_stop(server, "fast")
+            stranger = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=turn_away, args=[stranger], daemon=True).start()
         _, said = supervisor.communicate(timeout=100)
+        stranger.shutdown(socket.SHUT_RDWR)
         assert supervisor.returncode == 0, said
-        assert "the private server was killed; restarted it" in said
-        listed = json.loads(place.run("studies", "list", "--json").stdout)
-        assert {row["state"] for row in listed} == {"finished"}
+        assert said.count("the private server had ended; started it again") == len(ends) + 1
+        assert port_of(server) != port
+        assert progress_on(server) == [("finished", 60)] * 2
+    finally:
+        supervisor.kill()
+        embedded.stop(server)
+
+
+def test_studies_stop_ends_a_run_which_goes_on_later(place: Place, scratch: Path) -> None:
+    server = with_a_server_of_its_own(place, scratch / f"stopped-{os.getpid()}")
+    place.slow_down(0.05)
+    supervisor = place.launch("--trials", "20")
+    try:
+        wait_for_logged_trials(place, 6)
+        workers = workers_of(supervisor.pid)
+        assert place.run("studies", "stop").stdout == "stopped\n"
+        _, said = supervisor.communicate(timeout=20)
+        assert supervisor.returncode == EXIT_INTERRUPTED
+        assert said.splitlines()[-1] == (
+            "'studies stop' stopped the private server, so this run ends; the same command goes on with it"
+        )
+        assert said.count("server") == 1
+        wait_until_gone(workers)
+        assert embedded.running(server) is None
+        place.run("launch-workers", "--cpus", "2", "--trials", "20")
+        assert progress_on(server) == [("finished", 20)] * 2
     finally:
         supervisor.kill()
         embedded.stop(server)
@@ -257,17 +388,14 @@ def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Pa
     server = with_a_server_of_its_own(place, scratch / f"away-{os.getpid()}")
     supervisor = place.launch("--trials", "5000")
     try:
-        deadline = time.monotonic() + 60
-        while len(workers_of(supervisor.pid)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        time.sleep(3)  # into the trials
+        wait_for_logged_trials(place, 2)
         workers = workers_of(supervisor.pid)
-        embedded.stop(server)
-        os.kill(workers[0], signal.SIGKILL)  # what it held can be freed only when the server is back
-        time.sleep(2)
-        assert len(workers_of(supervisor.pid)) == 2  # started again all the same
-        end_by_two_signals(supervisor, workers)
+        with embedded._starting(server):  # so that the run cannot start it again
+            pg_ctl_stop(server, "fast")
+            os.kill(workers[0], signal.SIGKILL)  # what it held can be freed only when the server is back
+            time.sleep(2)
+            assert len(workers_of(supervisor.pid)) == 2  # started again all the same
+            end_by_two_signals(supervisor, workers)
     finally:
         supervisor.kill()
         embedded.stop(server)
@@ -348,10 +476,13 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     patched = patch_python(place.folder / "patched", SHORT_OF_MEMORY)
     environment, place.environment = place.environment, {**place.environment, **patched}
     words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
-    said = place.run(*words, code=1).stderr
+    said = place.run(*words, code=EXIT_PARKED).stderr
     error = "SP500: out of memory on cpu with one window of 256 points, wanting 9.00 GiB more"
     (study,) = studying.list_studies(place.storage)
-    assert said.splitlines()[-1] == f"{study.name}: 1 parked, the first with: {error}"
+    assert said.splitlines()[-2:] == [
+        f"{study.name}: 1 parked, the first with: {error}",
+        "parked work is tried again a day later, or at once with --retry-parked",
+    ]
     sizes = [line for path in place.folder.glob("logs/*/worker-0.log") for line in path.read_text().splitlines()]
     sizes = [int(line.split()[-1]) for line in sizes if line.startswith("prefill of")]
     assert sizes[:7] == [10, 5, 3, 2, 1, 1, 1]
@@ -366,7 +497,9 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     assert f"trial, slot 0: {error}" in place.run("studies", "show", study.name).stdout
 
     place.environment = environment
-    place.run(*words)
+    said = place.run(*words, code=EXIT_PARKED).stderr
+    assert "nothing to do: 1 study finished at the newest bar, 1 but for parked work" in said
+    place.run(*words, "--retry-parked")
     place.assert_exact(8, "SP500")
     assert parked_slots(place.storage, study.study_id) == []
 
@@ -375,13 +508,13 @@ def test_a_study_that_fails_five_times_in_a_row_is_parked(place: Place) -> None:
     text = SETTINGS.replace("[naive]", "[naive]\nseason = 1000")  # more bars than there are
     (place.folder / "studies.toml").write_text(text)
     words = ("launch-workers", "--cpus", "1", "--trials", "8", "--symbols", "SP500")
-    for run in (1, 2):  # the second tries all of it again
-        ended = place.run(*words, code=1)
+    for run, more in enumerate(([], ["--retry-parked"]), start=1):  # the second tries all of it again
+        ended = place.run(*words, *more, code=EXIT_PARKED)
         (study,) = studying.list_studies(place.storage)
         lines = ended.stderr.splitlines()
-        assert lines[-1].startswith(f"{study.name}: 9 parked, the first with: SP500: ")
+        assert lines[-2].startswith(f"{study.name}: 9 parked, the first with: SP500: ")
         assert "Traceback" not in ended.stderr
-        assert len([line for line in lines if "parked" in line]) == 1
+        assert len([line for line in lines if "9 parked" in line]) == 1
         assert [trial.state for trial in place.trials("SP500")] == [TrialState.FAIL] * 5 * run
         first, *others = parked_slots(place.storage, study.study_id)
         assert (first.stage, first.number) == (slots.TRIAL, 0)

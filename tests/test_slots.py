@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from storage import database, slots, study_rows
-from storage.progress import free_counts, parked_slots, stage_results, study_progress
+from storage.progress import first_parked_slots, free_counts, parked_slots, stage_results, study_progress
 from storage.retrying import CLAIM_ATTR, ClaimLost, RetryingStorage
 from storage.slots import BASELINE, CONFIRMATION, TRIAL, Slot
 
@@ -164,8 +164,30 @@ def test_three_failures_park_a_slot_and_a_new_run_tries_again(storage: RetryingS
     (parked,) = parked_slots(storage, study_id)
     assert (parked.stage, parked.number, parked.error) == (TRIAL, 0, "the samples are NaN")
     assert study_progress(storage)[study_id].parked == 1
-    storage.transaction(lambda connection: slots.unpark(connection, study_id))
+    storage.transaction(lambda connection: slots.unpark(connection, study_id, at_once=True))
     assert must_claim(storage, study_id).stage == TRIAL
+
+
+def a_day_passes(storage: RetryingStorage) -> None:
+    aged = "update slots set lease_until = lease_until - interval '86401 seconds'"
+    storage.transaction(lambda connection: connection.exec_driver_sql(aged))
+
+
+def test_parked_work_is_left_alone_for_a_day(storage: RetryingStorage) -> None:
+    study_id = make_study(storage, budget=1)
+    for kill in (False, True):  # by failures and by losses
+        for _ in range(slots.MAX_LOSSES if kill else slots.MAX_FAILURES):
+            slot = must_claim(storage, study_id, worker="w:1")
+            if kill:
+                slots.expire(storage, "w:1")
+                slots.reap(storage, [study_id], lease_s=60)
+            else:
+                slots.fail(storage, slot, "no memory")
+        assert not first_parked_slots(storage)[study_id].due
+        assert storage.transaction(lambda connection: slots.unpark(connection, study_id)) == 0
+        a_day_passes(storage)
+        assert first_parked_slots(storage)[study_id].due
+        assert storage.transaction(lambda connection: slots.unpark(connection, study_id)) == 1
 
 
 def test_a_slot_that_kills_its_workers_is_parked(storage: RetryingStorage) -> None:

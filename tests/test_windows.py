@@ -1,5 +1,6 @@
 """Bar files on disk, good and bad, and the windows cut from them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -11,11 +12,12 @@ import pandas as pd
 import pytest
 
 from forecasters import Bars
+from objectives import bars as bars_module
 from objectives import windows as w
 from objectives.bars import PRICE_NAMES, DataError, bars_fingerprint, bars_until, read_bars, timestamp_text
 from objectives.windows import Contexts, SeedKind, Windows, now, split
 from storage.symbols import SymbolError, check_symbol
-from studies.series import demo_bars, list_symbols
+from studies.series import Series, demo_bars, list_symbols, oddities
 
 HEADER = "timestamp,open,high,low,close,volume"
 
@@ -222,6 +224,75 @@ def test_a_bad_cell_is_named(tmp_path: Path, row: str, message: str) -> None:
     assert "\n" not in text
 
 
+TIMES = [
+    "2024-01-31", "20240131", "2024-01-31 16", "2024-01-31 16:00", "2024-01-31T16:00:59.123456789Z", " 2024-01-31",
+    "2024-01-31 16:00:00 UTC", "2024-01-31 16:00:00-05:00", "2024-01-31 16:00:00-0530", "2024-01-31 16:00:00+14",
+    "2024-01-31 24:00:00", "2024-01-31 23:59:60", "2024-01-31 16:00:00.1234567891", "2024-1-31", "2024-01", "2024",
+    "1677-12-31", "1678-01-01", "2261-12-31", "2262-01-01", "0001-01-01", "9999-12-31", "2024-01-31 1600",
+    "2024-01-31t16:00:00", "2024-01-31 16:00:00z", "2024-01-31T160000", "2024-01-31 16:00:00 +00:00", "2024/01/31", "",
+    "2024-02-29", "2023-02-29", "-2024-01-31", "nat", "2024-031", "2024-W05-3", "2024-01-31  16:00",
+]  # fmt: skip
+NUMBERS = [
+    "1", " 1.5 ", "1e3", "1E+3", "1.", ".5", "+2", "1_000", "0x10", "1e-400", "1e400", "5e-324", "0.1", "-0.0", "nan",
+    "inf", "Infinity", "1,5", "1 5", "$1", "0.30000000000000004", "123456789012345678901234567890", "true", "", "1d",
+    "2.2250738585072011e-308", "9007199254740993", "0.1000000000000000055511151231257827021181583404541015625", "\t7",
+]  # fmt: skip
+FILES = [
+    "timestamp,close\r2024-01-01,1\r2024-01-02,2\r", "timestamp,close\r\n\r\n2024-01-01,1\r\n",
+    "\n\ntimestamp,close\n2024-01-01,1", "timestamp,close\n2024-01-01,1,\n", "timestamp,close\n2024-01-01,1,2\n",
+    "timestamp,close,note\n2024-01-01,1\n", "timestamp,close\n \n2024-01-01,1\n", "timestamp,close\n2024-01-01\n",
+    "\ufefftimestamp,close\n2024-01-01,1\n", "note,timestamp,close\nü,2024-01-01,1\n", "timestamp,close\n\n\n",
+    'a,timestamp,close,b\n"x,2024-01-01,5,y\n', 'a,timestamp,close\n"x\ny",2024-01-01,5\n', "timestamp,close\n,\n",
+    "timestamp,close\n2024-01-01,1\n2024-01-02 00:00:00Z,2\n20240103,3\n", "timestamp,close\n2024-01-01\0,1\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_reading_at_once_gives_what_reading_cell_by_cell_gives(tmp_path: Path, suffix: str) -> None:
+    def read_slowly(path: Path) -> dict[str, np.ndarray] | None:
+        try:
+            return bars_module._read_cell_by_cell(path)
+        except DataError:
+            return None
+
+    tables = [("2020-01-01", "1", time, "2", "3") for time in TIMES]
+    tables += [("2020-01-01", "1", "2020-01-02", price, volume) for price in NUMBERS for volume in ("3", price)]
+    at_once = 0
+    for number, (first, one, second, price, volume) in enumerate(tables):
+        path = tmp_path / f"{number}.{suffix}"
+        if suffix == "csv":
+            write(path, "timestamp,close,volume", f"{first},{one},3", f"{second},{price},{volume}")
+        else:
+            frame = pd.DataFrame({"timestamp": [first, second], "close": [one, price], "volume": ["3", volume]})
+            for column in ("close", "volume"):
+                with contextlib.suppress(ValueError):
+                    frame[column] = frame[column].astype(float)
+            frame.to_parquet(path)
+        at_once += same(bars_module._read_at_once(path), read_slowly(path))
+    assert at_once > 25
+    for number, text in enumerate(FILES if suffix == "csv" else []):
+        (tmp_path / f"F{number}.csv").write_bytes(text.encode())
+        same(bars_module._read_at_once(tmp_path / f"F{number}.csv"), read_slowly(tmp_path / f"F{number}.csv"))
+
+
+def same(at_once: dict[str, np.ndarray] | None, cell_by_cell: dict[str, np.ndarray] | None) -> bool:
+    """Whether a file was read at once; then it has to be read to the same bits."""
+    if at_once is None:
+        return False
+    assert cell_by_cell is not None, at_once
+    assert at_once.keys() == cell_by_cell.keys()
+    for name, column in at_once.items():
+        assert column.dtype == cell_by_cell[name].dtype
+        assert column.tobytes() == cell_by_cell[name].tobytes(), (name, column, cell_by_cell[name])
+    return True
+
+
+def test_a_plain_file_is_read_at_once(demo: Path) -> None:
+    columns = bars_module._read_at_once(demo / "SP500.csv")
+    assert columns is not None
+    assert same(columns, bars_module._read_cell_by_cell(demo / "SP500.csv"))
+
+
 def test_the_row_is_the_line_that_an_editor_shows(tmp_path: Path) -> None:
     path = write(tmp_path / "A.csv", "note,timestamp,close", '"two', 'lines",2024-01-01,1', "x,2024-01-02,0")
     with pytest.raises(DataError, match="row 4, column close"):
@@ -302,24 +373,30 @@ def test_a_folder_of_symbols(demo: Path, tmp_path: Path) -> None:
     write(tmp_path / "RATES.csv", "tenor,rate", "1,2")
     write(tmp_path / "EMPTY.csv")
     write(tmp_path / "HALF.csv", "date,price", "2024-01-01,1")  # a mistake that reading it names
-    (tmp_path / "JUNK.parquet").write_bytes(b"junk")
+    (tmp_path / "JUNK.parquet").write_bytes(b"junk")  # likewise
+    write(tmp_path / "A..B.csv", "date,close", "2024-01-01,1")
+    os.mkfifo(tmp_path / "PIPE.csv")
+    (tmp_path / "DIR.csv").mkdir()
     write(tmp_path / "README.md", "not bars")
     pd.DataFrame({"Close": [1.0]}, index=pd.DatetimeIndex(["2024-01-01"])).to_parquet(tmp_path / "BRK-B.parquet")
-    symbols, skipped = list_symbols(tmp_path)
-    assert list(symbols) == ["BRK-B", "HALF", "NASDAQ", "SP500"]
+    symbols, _, skipped = list_symbols(tmp_path)
+    assert list(symbols) == ["BRK-B", "HALF", "JUNK", "NASDAQ", "SP500"]
     assert symbols["BRK-B"] == tmp_path / "BRK-B.parquet"
     told = dict(line.removeprefix(f"{tmp_path}/").split(" skipped: ") for line in skipped)
-    assert told.keys() == {"data_summary.csv", "RATES.csv", "EMPTY.csv", "JUNK.parquet"}
+    assert told.keys() == {"data_summary.csv", "RATES.csv", "EMPTY.csv", "A..B.csv", "PIPE.csv", "DIR.csv"}
+    assert told["A..B.csv"] == "'A..B' is not a symbol"
+    assert told["PIPE.csv"] == told["DIR.csv"] == "it is no regular file"
     assert told["data_summary.csv"] == "'data_summary' is not a symbol"
     assert told["RATES.csv"] == told["EMPTY.csv"] == "has neither a time nor a close column"
-    assert "Parquet" in told["JUNK.parquet"]
 
 
 def test_a_symbol_in_two_files(demo: Path, tmp_path: Path) -> None:
     shutil.copy(demo / "SP500.csv", tmp_path)
     pd.read_csv(demo / "SP500.csv").to_parquet(tmp_path / "SP500.parquet")
-    with pytest.raises(DataError, match=r"SP500 has two files, .*SP500\.csv and .*SP500\.parquet; keep one"):
-        list_symbols(tmp_path)
+    shutil.copy(demo / "NASDAQ.csv", tmp_path)
+    symbols, refused, _ = list_symbols(tmp_path)
+    assert list(symbols) == ["NASDAQ"]
+    assert re.fullmatch(r"SP500 has two files, .*SP500\.csv and .*SP500\.parquet; keep one", refused["SP500"])
 
 
 def test_a_missing_or_empty_folder_names_the_option(tmp_path: Path) -> None:
@@ -328,6 +405,26 @@ def test_a_missing_or_empty_folder_names_the_option(tmp_path: Path) -> None:
             list_symbols(folder)
         assert "--data-dir" in str(caught.value)
         assert "[data]" in str(caught.value)
+
+
+def test_possible_splits_and_stale_bars_are_said_once() -> None:
+    day = np.datetime64("now").astype("datetime64[D]")
+
+    def series(symbol: str, *closes: float, end: np.datetime64 = day) -> Series:
+        times = (end - np.arange(len(closes))[::-1]).astype("datetime64[ns]")
+        column = np.array(closes)
+        bars = Bars(timestamps=times, open=column, high=column, low=column, close=column, volume=None)
+        return Series(symbol=symbol, path=Path(f"{symbol}.csv"), bars=bars)
+
+    assert oddities([series("A", 10, 12, 3, 2.9), series("B", 5)]) == []
+    old = np.datetime64("2018-12-31")
+    jump, at = "possible split, so check that all bars are adjusted", f"{day - 1}"
+    assert oddities([series("A", 100, 100, 5, 5.1), series("B", 2, 2, end=old), series("C", 1, 30, end=old)]) == [
+        f"{jump}: A at {at} from 100 to 5, C at 2018-12-31 from 1 to 30",
+        "stale bars, which end more than 90 days ago: B at 2018-12-31, C at 2018-12-31",
+    ]
+    (line,) = oddities([series(f"S{number}", 1, end=old) for number in range(500)])
+    assert line.endswith("S9 at 2018-12-31, and 490 more")
 
 
 # --- windows -------------------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
             Column(
-                heading="study", cells=[row.study for row in rows], short_cells=[row.model for row in rows], priority=6
+                heading="study",
+                cells=[row.study or NOTHING for row in rows],
+                short_cells=[row.model or NOTHING for row in rows],
+                priority=6,
             ),
             numbers("incumbent MAE", [percent_error(row.incumbent_mae) for row in rows], 7),
             numbers("best MAE", [percent_error(row.best_mae) for row in rows], 8),

@@ -14,6 +14,7 @@ from typing import Any
 from launch.views.decisions import NEXT
 from launch.views.tables import NOTHING, Column, Table, duration, numbers, percent_error, percent_gain
 from storage import board, slots, study_rows
+from storage.commands import command
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
 from storage.retrying import RetryingStorage
 from studies import evidence
@@ -93,12 +94,12 @@ class StudyFacts:
         """The command that takes the study a step further."""
         study = self.study
         if self.progress.state != "finished" or self.result is None:
-            return f"launch-workers --symbols {study.symbol} --models {study.model}"
+            return command(f"launch-workers --symbols {study.symbol} --models {study.model}")
         if self.decision and NEXT in self.decision:
             return self.decision.rsplit(NEXT, 1)[1]
         if self.decision:
-            return f"launch-workers --symbols {study.symbol}"  # opens a new study where there are newer bars
-        return f"promote --symbols {study.symbol}"
+            return command(f"launch-workers --symbols {study.symbol}")  # opens a new study where there are newer bars
+        return command(f"promote --symbols {study.symbol}")
 
 
 def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decision: str | None = None) -> StudyFacts:

@@ -15,6 +15,7 @@ from launch.views import tables
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
 from launch.views.tables import Column, Table, duration, numbers, percent_error, percent_gain, percent_share
 from storage import slots, study_rows
+from storage.commands import command
 from storage.progress import Progress, first_parked_slots, pick_results, study_progress
 from storage.retrying import RetryingStorage
 from studies import importance
@@ -38,19 +39,19 @@ class StudyRow:
     symbol: str
     model: str
     as_of: str
-    state: str  # "running", "parked", "finished", or NO_WORK
+    state: str  # "running", "parked", "finished", "skipped" or NO_WORK
     done: int
     budget: int
     parked: int
-    parked_reason: str | None  # of the first parked slot
-    incumbent_mae: float | None
-    best_mae: float | None
-    improvement: float | None
-    skill: float | None
-    confirmed_incumbent_mae: float | None
-    confirmed_mae: float | None  # the lowest among the confirmed candidates
-    confirmed_improvement: float | None
-    confirmed_skill: float | None
+    parked_reason: str | None  # of the first parked slot, or why the symbol was skipped
+    incumbent_mae: float | None = None
+    best_mae: float | None = None
+    improvement: float | None = None
+    skill: float | None = None
+    confirmed_incumbent_mae: float | None = None
+    confirmed_mae: float | None = None  # the lowest among the confirmed candidates
+    confirmed_improvement: float | None = None
+    confirmed_skill: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,21 @@ def rows_of(storage: RetryingStorage, studies: Sequence[Study]) -> list[StudyRow
     return found
 
 
+def skipped_row(symbol: str, reason: str) -> StudyRow:
+    """The row of a symbol that was left out of a run, with the reason."""
+    return StudyRow(
+        study=symbol,
+        symbol=symbol,
+        model="",
+        as_of="",
+        state="skipped",
+        done=0,
+        budget=0,
+        parked=0,
+        parked_reason=reason,
+    )
+
+
 def _without_work(study: Study) -> Progress:
     return Progress(study_id=study.study_id, budget=0, done=0, parked=0, open=0)
 
@@ -133,7 +149,8 @@ def table(rows: Sequence[StudyRow]) -> Table:
     def state(row: StudyRow) -> str:
         return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
 
-    short_names = [f"{row.symbol}/{row.model}" for row in rows]
+    reasons = [" ".join((row.parked_reason or "").split()) for row in rows]
+    short_names = [f"{row.symbol}/{row.model}".rstrip("/") for row in rows]
     if len(set(short_names)) < len(rows):  # they do not tell the studies apart
         short_names = []
     return Table(
@@ -148,6 +165,7 @@ def table(rows: Sequence[StudyRow]) -> Table:
             numbers("confirmed MAE", [percent_error(row.confirmed_mae) for row in rows], 1),
             numbers("confirmed improvement", [percent_gain(row.confirmed_improvement) for row in rows], 7),
             numbers("confirmed skill", [percent_gain(row.confirmed_skill) for row in rows], 6),
+            *([Column(heading="reason", cells=reasons, wrap_width=30, code=True)] if any(reasons) else []),
         ]
     )
 
@@ -159,9 +177,9 @@ def print_rows(storage: RetryingStorage, selection: Selection, *, as_json: bool 
     if found or as_json:
         show(found, table, as_json=as_json, plain=plain)
     elif studies:
-        say("no such study; see: studies list")
+        say(f"no such study; see: {command('studies list')}")
     else:
-        say("no studies yet; create some with launch-workers")
+        say(f"no studies yet; create some with: {command('launch-workers')}")
 
 
 # --- one study ------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from launch.views.facts import (
 from launch.views.tables import Column, Table, literal, markdown, percent_error, percent_gain, percent_share
 from storage import DatabaseUnavailable, board
 from storage.board import Image
+from storage.commands import command
 from storage.progress import Progress, study_progress
 from storage.retrying import RetryingStorage, one_line
 from studies.evidence import Part
@@ -264,5 +265,5 @@ def _confirmation(facts: StudyFacts) -> str:
 def _parked(facts: StudyFacts) -> str:
     lines = [f"- {STAGES[item.stage]}, slot {item.number}: {literal(item.error)}" for item in facts.parked]
     if (more := len(lines) - PARKED_SHOWN) > 0:
-        lines[PARKED_SHOWN:] = [f"- and {more} more; see `studies show {facts.study.name}`"]
+        lines[PARKED_SHOWN:] = [f"- and {more} more; see `{command(f'studies show {facts.study.name}')}`"]
     return "\n".join(lines)

@@ -5,7 +5,9 @@ Reads the database and the promoted files; decides nothing and writes no study. 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ from launch.views.tables import (
     percent_share,
 )
 from storage import configs
+from storage.configs import ConfigFileError, Record
 from storage.files import replace_file
 from storage.progress import study_progress
 from storage.retrying import RetryingStorage
@@ -80,7 +83,7 @@ def make(
 ) -> Report:
     """Gather a report on the newest studies; no symbols: every one that has a study.
 
-    Raises NothingToPromote where there is no study, ConfigFileError for an unreadable promoted file.
+    Raises NothingToPromote where there is no study.
     """
     rule = Rule(min_improvement=config.promotion.min_improvement)
     rows = promoting.promote(storage, config, rule, symbols=symbols, models=models, dry_run=True)
@@ -116,7 +119,10 @@ def _decisions(rows: Sequence[SymbolDecision]) -> Table:
 
 def _in_use(config: Config, symbols: Sequence[str]) -> Table | None:
     """The promoted files of `best`, and why they were promoted."""
-    records = {symbol: configs.read(config.hyperparams.dir, "best", symbol) for symbol in symbols}
+    records: dict[str, Record | None] = {}
+    for symbol in symbols:
+        with contextlib.suppress(ConfigFileError):  # it is the reason that the decisions give
+            records[symbol] = configs.read(config.hyperparams.dir, "best", symbol)
     known = {symbol: record for symbol, record in records.items() if record is not None}
     metadata = [record.metadata for record in known.values()]
     if not known:
@@ -174,9 +180,12 @@ def _section(storage: RetryingStorage, facts: StudyFacts) -> Section:
 
 
 def write(path: Path, content: str) -> None:
-    """Replace a file whole. Raises ConfigError."""
+    """Replace a file whole, where a link leads too; a device or a pipe is written to. Raises ConfigError."""
     try:
-        replace_file(path, content)
+        if path.exists() and not path.is_file():
+            path.write_text(content)
+        else:
+            replace_file(Path(os.path.realpath(path)), content)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name another file with --output or --markdown") from None
 

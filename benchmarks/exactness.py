@@ -1,0 +1,123 @@
+"""Whether a search ended exactly with its budget: its database against its plan, its logs and a new measurement."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import text
+
+from launch.worker import RunPlan
+from objectives.bars import read_bars
+from storage import retrying, slots
+from storage.progress import study_progress
+from storage.retrying import RetryingStorage
+from studies import evaluators
+from studies import study as studying
+from studies.series import Series
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+ACKNOWLEDGED = re.compile(r" I (?P<study>\S+) #(?P<number>\d+) (?P<state>complete|pruned) .*?mae=(?P<mae>\S+)")
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What was done and what came of it. `wrong` says in words what should not be; empty: all is as it should."""
+
+    seed: int
+    seconds: float = 0.0
+    dealt: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # kinds of faults that this machine cannot have
+    numbers: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+    def expect(self, name: str, found: int, wanted: int) -> None:
+        self.numbers[name] = found
+        if found != wanted:
+            self.wrong.append(f"{name}: {found} instead of {wanted}")
+
+
+def check(result: Result, storage: RetryingStorage, folder: Path, *, model: str, studies: int, trials: int) -> None:
+    """Fill in the numbers of a run of `studies` with `trials` each, whose logs are in `folder`."""
+    total = studies * trials
+    names = [study.name for study in studying.list_studies(storage)]
+    found = {name: optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False) for name in names}
+    everything = [trial for some in found.values() for trial in some]
+    ended = [trial for trial in everything if trial.state in FINISHED]
+    result.expect("studies", len(names), studies)
+    result.expect("finished trials", len(ended), total)
+    result.expect("RUNNING trials", sum(trial.state == TrialState.RUNNING for trial in everything), 0)
+    result.numbers["failed trials"] = sum(trial.state == TrialState.FAIL for trial in everything)
+
+    said = acknowledged(folder / "logs")
+    result.numbers["acknowledged trials"] = len(said)
+    by_number = {name: {trial.number: trial for trial in some} for name, some in found.items()}
+    result.expect("lost trials", sum(not is_there(line, by_number) for line in said), 0)
+
+    statement = text("select state, claim from slots where stage = :stage")
+    rows = storage.transaction(lambda c: c.execute(statement, {"stage": slots.TRIAL}).all())
+    claims = Counter(trial.system_attrs[retrying.CLAIM_ATTR] for trial in ended)
+    result.expect("slots done", sum(row.state == "done" for row in rows), total)
+    result.expect("slots done twice", len(ended) - len(claims), 0)
+    result.expect("trials without a slot", len(set(claims) - {row.claim for row in rows}), 0)
+    result.expect("parked slots", sum(p.parked for p in study_progress(storage).values()), 0)
+    result.expect("open slots", sum(p.open for p in study_progress(storage).values()), 0)
+
+    compared, other = remeasure(storage, folder, model, found)
+    result.expect("trials measured anew", compared, total)
+    result.expect("trials with another number then", other, 0)
+
+
+def acknowledged(logs: Path) -> list[Mapping[str, str]]:
+    """What the workers said they had finished."""
+    lines = [line for path in sorted(logs.glob("*/worker-*.log")) for line in path.read_text().splitlines()]
+    return [match.groupdict() for line in lines if (match := ACKNOWLEDGED.search(line))]
+
+
+def is_there(line: Mapping[str, str], trials: Mapping[str, Mapping[int, FrozenTrial]]) -> bool:
+    """Whether an acknowledged trial is in the database, in its state and with its value."""
+    trial = trials.get(line["study"], {}).get(int(line["number"]))
+    return trial is not None and (trial.state.name.lower(), f"{trial.value:.6g}") == (line["state"], line["mae"])
+
+
+def remeasure(
+    storage: RetryingStorage, folder: Path, model: str, trials: Mapping[str, list[FrozenTrial]]
+) -> tuple[int, int]:
+    """Measure every finished trial's params here, undisturbed: how many, and how many have another number or report."""
+    import torch
+
+    job = RunPlan.read(sorted((folder / "logs").iterdir())[0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    forecaster = evaluators.load_forecaster(job.config, model, device="cpu")
+    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=2**30)
+    compared = other = 0
+    for study in studying.list_studies(storage):
+        bars, _ = read_bars(Path(job.series[study.symbol]))
+        series = Series(symbol=study.symbol, path=Path(job.series[study.symbol]), bars=bars)
+        run = studying.start(storage, job.config, study, series, evaluator.forecaster.fingerprint)
+        known: dict[str, tuple[float, dict[int, float]]] = {}
+        for trial in trials[study.name]:
+            if trial.state not in FINISHED:
+                continue
+            key = json.dumps(trial.params, sort_keys=True)
+            if key not in known:
+                reports: dict[int, float] = {}
+                params = run.space.complete(trial.params)
+                mae = evaluator.measure(
+                    run.split.validation, params, passes=studying.SEARCH_PASSES, on_rung=reports.__setitem__
+                ).mae
+                known[key] = mae, reports
+            mae, reports = known[key]
+            same = all(reports[step] == value for step, value in trial.intermediate_values.items())
+            last = reports[max(trial.intermediate_values)] if trial.state == TrialState.PRUNED else mae
+            compared += 1
+            other += not (same and trial.value == last)
+    torch.set_num_threads(threads)
+    return compared, other

@@ -1,0 +1,78 @@
+"""What launch-workers does: check the user's input, open the studies, and run workers on the unfinished ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launch import devices, ray_cluster
+from launch.output import counted, say
+from launch.places import check_log_dir, open_storage
+from launch.results import print_results
+from objectives.bars import DataError
+from storage import urls
+from studies import study as studying
+from studies.config import Config
+from studies.evaluators import checkpoint_fingerprint
+from studies.series import oddities, read_series, read_usable_series
+
+
+def search(
+    config: Config,
+    symbols: Sequence[str],
+    gpus: Sequence[int],
+    cpus: int | None,
+    *,
+    ray: str | None,
+    gpus_total: int | None,
+    strict: bool,
+    retry_parked: bool,
+    plain: bool,
+) -> int:
+    """Search until every study is finished. The options are those of the command. Returns the exit status.
+
+    strict: refuse all where one symbol cannot be searched. Raises ExpectedError before anything is written, and
+    ConfigError.
+    """
+    check_log_dir(config)
+    ray_cluster.check_options(ray, gpus=bool(gpus), cpus=cpus, gpus_total=gpus_total)
+    device_slots = ray_cluster.device_slots(gpus_total, cpus) if ray else devices.device_slots(gpus or None, cpus)
+    if strict:
+        series, notes = read_series(config, symbols)
+        skipped: dict[str, str] = {}
+    else:
+        series, skipped, notes = read_usable_series(config, symbols)
+    models = config.search.models
+    checkpoints = {model: checkpoint_fingerprint(config, model) for model in models}
+    cluster = None
+    if ray:
+        cluster = ray_cluster.connect(ray, gpus=gpus_total, cpus=cpus)
+        host = urls.parse_url(config.storage.url).host if config.storage.url else "127.0.0.1"
+        ray_cluster.check_storage(cluster, host)
+    # All of the user's input has been checked; from here on the command writes.
+    for note in notes:
+        say(note)
+    storage = open_storage(config, start=True, write=True)
+    refused = None if strict else skipped
+    opened = studying.open_studies(
+        storage, config, series, models, checkpoints, refused=refused, retry_parked=retry_parked
+    )
+    if not opened:
+        raise DataError(next(iter(skipped.values())))
+    for note in (*oddities(series), *(note for item in opened for note in item.notes)):
+        say(note)
+    if skipped:
+        say(f"{counted(len(skipped), 'symbol')} skipped; the reasons come at the end")
+    shown = [item.study for item in opened]
+    unfinished = [item.study for item in opened if item.state not in ("finished", "parked")]
+    states = ("new", "resumed", "raised", "finished", "parked")
+    counts = {state: sum(item.state == state for item in opened) for state in states}
+    if not unfinished:
+        left = f", {counts['parked']} but for parked work" if counts["parked"] else ""
+        say(f"nothing to do: {counted(len(opened), 'study')} finished at the newest bar{left}")
+        return print_results(storage, shown, skipped, plain=plain)
+    say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
+    from launch.run import run_workers  # here: it imports Plotly, which takes a while
+
+    return run_workers(
+        config, storage, series, unfinished, device_slots, shown=shown, skipped=skipped, cluster=cluster, plain=plain
+    )
