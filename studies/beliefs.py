@@ -16,7 +16,7 @@ import numpy as np
 
 from forecasters.models import MODELS
 from studies.evidence import MeasuredConfiguration
-from studies.pooling import Measured, Pool, SymbolErrors
+from studies.pooling import Improvement, Measured, Pool, SymbolErrors
 from studies.promotion import MIN_WINDOWS, Beliefs
 
 OWN, IN_USE, NO_CHANGE = (
@@ -30,8 +30,9 @@ OWN, IN_USE, NO_CHANGE = (
 class Case:
     """What was measured at one symbol, all on the same windows.
 
-    question: what must be equal for symbols to be pooled, beside the time: horizon, objective, windows.
+    question: what must be equal for symbols to be pooled, beside the time: metric, objective, horizon, windows.
     checkpoints: the fingerprint of each model's weights; gains of other weights are those of another model.
+    candidates: the default configuration of every model among them; the best of a search before the others.
     """
 
     symbol: str
@@ -39,25 +40,52 @@ class Case:
     question: str
     checkpoints: Mapping[str, str]
     candidates: Sequence[MeasuredConfiguration]
-    incumbent: MeasuredConfiguration | None
+    in_use: Sequence[MeasuredConfiguration]
     no_change: MeasuredConfiguration
 
 
-def beliefs_of(cases: Sequence[Case], *, pool: str | Mapping[str, str], pool_days: float) -> list[Beliefs | None]:
-    """What is believed of every case's candidates; None where no other symbol can be pooled with it.
+class SymbolBeliefs:
+    """What is believed of one symbol's configurations."""
+
+    def __init__(self, pool: Pool, symbol: int, case: Case) -> None:
+        self._pool, self._symbol, self._case = pool, symbol, case
+        self._places = {_key(one): place for place, (one, _) in reversed(list(enumerate(_entries(case))))}
+
+    def on(
+        self, candidates: Sequence[MeasuredConfiguration], incumbent: MeasuredConfiguration | None
+    ) -> Beliefs:
+        """What the rule reads to choose among these. None of them has to be among those measured."""
+
+        def over(rival: MeasuredConfiguration | None, candidate: int) -> Improvement | None:
+            new, old = self._place(candidates[candidate]), self._place(rival)
+            return None if new is None or old is None else self._pool.improvement(self._symbol, new, old)
+
+        places = [self._place(one) for one in candidates]
+        return Beliefs(
+            gains=[None if place is None else self._pool.gain(self._symbol, place) for place in places],
+            over_incumbent=partial(over, incumbent),
+            over_no_change=partial(over, self._case.no_change),
+        )
+
+    def _place(self, one: MeasuredConfiguration | None) -> int | None:
+        return None if one is None else self._places.get(_key(one))
+
+
+def beliefs_of(cases: Sequence[Case], *, pool: str | Mapping[str, str], pool_days: float) -> list[SymbolBeliefs | None]:
+    """What is believed at every case's symbol; None where no other symbol can be pooled with it.
 
     pool: "all", "none", or patterns of symbols by the name of their group; symbols that no pattern fits are one more.
     pool_days: that the last bars of pooled symbols may be apart.
     """
-    found: list[Beliefs | None] = [None] * len(cases)
+    found: list[SymbolBeliefs | None] = [None] * len(cases)
     if pool == "none":
         return found
-    places = [place for place, case in enumerate(cases) if _is_usable(case)]
+    places = [place for place, case in enumerate(cases) if can_be_pooled(case)]
     for together in _groups(cases, places, pool, np.timedelta64(round(pool_days * 86_400), "s")):
         if len({cases[place].symbol for place in together}) > 1:
             shared = Pool([_symbol_errors(cases[place]) for place in together])
             for k, place in enumerate(together):
-                found[place] = _beliefs(shared, k, cases[place])
+                found[place] = SymbolBeliefs(shared, k, cases[place])
     return found
 
 
@@ -89,18 +117,19 @@ def _groups(
     return [sorted(group) for group in groups]
 
 
-def _is_usable(case: Case) -> bool:
-    """Whether there is something to pool: enough errors, and a default configuration of every model measured."""
+def can_be_pooled(case: Case) -> bool:
+    """Whether there are enough errors, and the default configuration of every model among them."""
     measured = [one for one in case.candidates if _errors(one)]
     return (
         bool(measured)
-        and all(len(_errors(one)) >= MIN_WINDOWS and _is_positive(_errors(one)) for one in measured)
+        and all(len(_errors(one)) >= MIN_WINDOWS and _has_errors(one) for one in measured)
         and {one.model for one in measured} <= set(_references(case))
     )
 
 
-def _is_positive(errors: Sequence[float]) -> bool:
-    return bool(np.isfinite(errors).all() and np.mean(errors) > 0 and min(errors) >= 0)
+def _has_errors(one: MeasuredConfiguration) -> bool:
+    errors = _errors(one)
+    return bool(errors) and bool(np.isfinite(errors).all()) and min(errors) >= 0 and max(errors) > 0
 
 
 def _references(case: Case) -> dict[str, MeasuredConfiguration]:
@@ -109,19 +138,13 @@ def _references(case: Case) -> dict[str, MeasuredConfiguration]:
     return {model: defaults[model] for model in MODELS if model in defaults}
 
 
-def _pooled(case: Case) -> tuple[list[tuple[MeasuredConfiguration, str]], list[int | None], int | None, int | None]:
-    """What goes into the pool with its kind; the places there of the candidates, the incumbent and "no change"."""
-    entries: list[tuple[MeasuredConfiguration, str]] = []
-
-    def add(one: MeasuredConfiguration | None, kind: str) -> int | None:
-        if one is None or not _errors(one) or not _is_positive(_errors(one)):
-            return None
-        entries.append((one, kind))
-        return len(entries) - 1
-
-    candidates = [add(one, OWN) for one in case.candidates]
-    known = case.incumbent is not None and case.incumbent.model in _references(case)
-    return entries, candidates, add(case.incumbent, IN_USE) if known else None, add(case.no_change, NO_CHANGE)
+def _entries(case: Case) -> list[tuple[MeasuredConfiguration, str]]:
+    """What goes into the pool, with its kind."""
+    known = _references(case)
+    entries = [(one, OWN) for one in case.candidates]
+    entries += [(one, IN_USE) for one in case.in_use if one.model in known]
+    entries += [(case.no_change, NO_CHANGE)]
+    return [(one, kind) for one, kind in entries if _has_errors(one)]
 
 
 def _symbol_errors(case: Case) -> SymbolErrors:
@@ -130,36 +153,26 @@ def _symbol_errors(case: Case) -> SymbolErrors:
 
     references = _references(case)
     first = next(iter(references))
+
+    def measured(one: MeasuredConfiguration, kind: str) -> Measured:
+        if kind == NO_CHANGE:  # is of no model; its gain is taken over the first one's default
+            return Measured(model=key(first), family=NO_CHANGE, kind=NO_CHANGE, errors=np.array(_errors(one)))
+        return Measured(
+            model=key(one.model),
+            family=family(one.model, one.params),
+            kind=kind,
+            errors=np.array(_errors(one)),
+            samples=int(one.params.get(MODELS[one.model].params.num_samples, 0)),
+        )
+
     return SymbolErrors(
         references={key(model): np.array(_errors(one)) for model, one in references.items()},
-        measured=[
-            # "No change" is of no model; its gain is taken over the first one's default.
-            Measured(model=key(first), family=NO_CHANGE, kind=NO_CHANGE, errors=np.array(_errors(one)))
-            if kind == NO_CHANGE
-            else Measured(
-                model=key(one.model),
-                family=family(one.model, one.params),
-                kind=kind,
-                errors=np.array(_errors(one)),
-                samples=int(one.params.get(MODELS[one.model].params.num_samples, 0)),
-            )
-            for one, kind in _pooled(case)[0]
-        ],
+        measured=[measured(one, kind) for one, kind in _entries(case)],
     )
 
 
-def _beliefs(pool: Pool, k: int, case: Case) -> Beliefs:
-    _, candidates, incumbent, no_change = _pooled(case)
-
-    def over(rival: int | None, candidate: int) -> Any:
-        place = candidates[candidate]
-        return None if place is None or rival is None else pool.improvement(k, place, rival)
-
-    return Beliefs(
-        gains=[None if place is None else pool.gain(k, place) for place in candidates],
-        over_incumbent=partial(over, incumbent),
-        over_no_change=partial(over, no_change),
-    )
+def _key(one: MeasuredConfiguration) -> tuple[str, str]:
+    return one.model, json.dumps(dict(one.params), sort_keys=True)
 
 
 def _errors(one: MeasuredConfiguration) -> tuple[float, ...]:

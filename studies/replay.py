@@ -138,8 +138,15 @@ def play(config: Config, plan: ReplayPlan, histories: Sequence[History]) -> list
                 else [None] * len(cases)
             )
             for study, found, case, state, beliefs in zip(studies, asked, cases, states, believed, strict=True):
+                [incumbent] = case.in_use
                 decision = promotion.decide(
-                    case.candidates, case.incumbent, case.no_change, rule, confirmed=True, stale=False, beliefs=beliefs
+                    case.candidates,
+                    incumbent,
+                    case.no_change,
+                    rule,
+                    confirmed=True,
+                    stale=False,
+                    beliefs=beliefs and beliefs.on(case.candidates, incumbent),
                 )
                 before = state.place
                 if decision.promote and decision.candidate is not None:
@@ -219,7 +226,7 @@ class _Study:
             question=self.question,
             checkpoints={history.model: history.checkpoint for history in self.histories},
             candidates=candidates,
-            incumbent=self.measured(state.place),
+            in_use=[self.measured(state.place)],
             no_change=MeasuredConfiguration(
                 model="no change",
                 params={},
