@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import click
 
@@ -115,8 +114,10 @@ def launch_workers(
 @click.option("--require-test", is_flag=True, help="Keep the incumbent if the candidate is worse on the test windows.")
 @click.option("--max-p", type=Fraction(0, 1), metavar="P",
               help="Keep the incumbent if the p-value of the improvement is above P.")  # fmt: skip
-@click.option("--on", "on", type=click.Choice(["confirmation", "validation"]), default="confirmation",
-              show_default=True, help="Windows that decide; MAEs on those of the search are biased.")  # fmt: skip
+@click.option("--require-skill", is_flag=True, help='Promote nothing that does worse than "no change".')
+@click.option("--on", "on", type=click.Choice(["pooled", "confirmation", "validation"]), default="pooled",
+              show_default=True, help="What decides: the evidence of all symbols, or the symbol's own windows of "
+              "confirmation, or those of the search, whose MAEs are biased.")  # fmt: skip
 @click.option("--rollback", metavar="SYMBOL", help="Restore what the last promotion of SYMBOL replaced.")
 @click.option("--dry-run", is_flag=True, help="Show the decisions without writing anything.")
 @json_option
@@ -129,6 +130,7 @@ def promote(
     force: bool,
     require_test: bool,
     max_p: float | None,
+    require_skill: bool,
     on: str,
     rollback: str | None,
     dry_run: bool,
@@ -154,21 +156,13 @@ def promote(
             click.echo("\n".join(decisions.rollback_lines(restored, dry_run=dry_run)))
             decisions.say_rollback(symbol, restored, dry_run=dry_run)
         return
-    if on == "validation":
-        say(
-            "warning: the windows of the search decide; where the incumbent was already the best, that rule promoted "
-            "in 56 % of searches, and 82 % of those promotions made the error larger"
-        )
+    if line := decisions.WARNINGS.get(on):
+        say(f"warning: {line}")
     storage = open_storage(config)
     if not dry_run:
         board.check_writable(storage)
-    rule = promoting.Rule(
-        min_improvement=config.promotion.min_improvement if min_improvement is None else min_improvement,
-        force=force,
-        require_test=require_test,
-        max_p=max_p,
-        on=cast(Any, on),
-    )
+    gates = {"require_test": require_test, "require_skill": require_skill, "max_p": max_p}
+    rule = promoting.rule_of(config, min_improvement, force=force, on=on, **gates)
     symbol_names, model_names = checked_symbols(symbols), checked_models(models, config)
     rows = promoting.promote(storage, config, rule, symbols=symbol_names, models=model_names, dry_run=dry_run)
     show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
@@ -178,6 +172,8 @@ def promote(
     promoted = sum(row.decision == "promoted" for row in rows)
     written = "would be promoted" if dry_run else "promoted"
     say(f"{promoted} of {counted(len(rows), 'symbol')} {written}" if promoted else "nothing to promote")
+    if useless := [row.symbol for row in rows if row.decision == "promoted" and row.worse_than_no_change]:
+        say(f"worse than no change, and {written}: {', '.join(useless)}; --require-skill keeps them from it")
     if not dry_run:
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")

@@ -51,9 +51,7 @@ class SymbolBeliefs:
         self._pool, self._symbol, self._case = pool, symbol, case
         self._places = {_key(one): place for place, (one, _) in reversed(list(enumerate(_entries(case))))}
 
-    def on(
-        self, candidates: Sequence[MeasuredConfiguration], incumbent: MeasuredConfiguration | None
-    ) -> Beliefs:
+    def on(self, candidates: Sequence[MeasuredConfiguration], incumbent: MeasuredConfiguration | None) -> Beliefs:
         """What the rule reads to choose among these. None of them has to be among those measured."""
 
         def over(rival: MeasuredConfiguration | None, candidate: int) -> Improvement | None:

@@ -5,6 +5,7 @@ Everything that decides on a confirmation or shows one reads these. Knows nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
@@ -128,9 +129,36 @@ class StudyEvidence:
             return None
         return relative_gain(incumbent.mae("confirmation"), best.mae("confirmation"))
 
+    @property
+    def no_change_configuration(self) -> MeasuredConfiguration:
+        """The forecast that the price stays, as if it were a configuration."""
+        parts = {part: _measured(one) for part, one in self.no_change.items()}
+        return MeasuredConfiguration(
+            model="no change",
+            params={},
+            validation=parts.get("validation"),
+            confirmation=parts.get("confirmation"),
+            test=parts.get("test"),
+        )
+
     def find(self, params: Mapping[str, Any]) -> MeasuredConfiguration | None:
         """The configuration with these params, where it is among those measured."""
         return next((one for one in (*self.in_use.values(), *self.candidates) if one.params == params), None)
+
+
+def _measured(no_change: NoChange) -> Measurement:
+    return Measurement(
+        mae=no_change.mae,
+        price_mae=math.nan,
+        mae_percent=math.nan,
+        no_change_mae=no_change.mae,
+        skill=0.0,
+        errors=no_change.errors,
+        sampling_error=None,
+        windows=len(no_change.errors),
+        seconds={},
+        latency_s=None,
+    )
 
 
 def lowest(items: Iterable[T], value: Callable[[T], float | None]) -> T | None:

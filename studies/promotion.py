@@ -55,6 +55,11 @@ class Rule:
     max_clipped: float = 1.0
     on: On = "pooled"
 
+    @property
+    def part(self) -> Literal["confirmation", "validation"]:
+        """The windows whose errors it reads."""
+        return "validation" if self.on == "validation" else "confirmation"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Beliefs:

@@ -17,8 +17,9 @@ COMMANDS = {"promote", "studies list", "studies show", "studies verify-compile"}
 
 PROMOTE = {
     "symbol", "study", "model", "incumbent_model", "incumbent_mae", "best_mae", "improvement", "improvement_low",
-    "improvement_high", "p_value", "improvement_validation", "improvement_test", "skill", "test_mae",
-    "incumbent_test_mae", "windows", "decision", "reason", "next", "path", "written", "pairs",
+    "improvement_high", "p_value", "improvement_own", "pooled_symbols", "improvement_validation", "improvement_test",
+    "skill", "worse_than_no_change", "clipped", "test_mae", "incumbent_test_mae", "windows",
+    "decision", "reason", "next", "path", "written", "pairs",
 }  # fmt: skip
 PAIR = {"symbol", "model", "study", "status", "reason", "mae", "validation_mae", "test_mae", "passes"}
 ROLLBACK = {"symbol", "model", "promoted_at", "step", "restored", "removed", "mismatch", "kept", "remaining"}
@@ -104,7 +105,7 @@ def test_keys(place: Place) -> None:
     assert set(confirmation) == CONFIRMATION
     assert set(confirmation["windows"]) == set(confirmation["no_change"]) == WINDOWS
     for one in (*confirmation["candidates"], *confirmation["baselines"].values()):
-        assert set(one) - {"trial"} == {"params", *WINDOWS}
+        assert set(one) - {"trial", "source", "clipped"} == {"params", *WINDOWS}
         assert all(set(one[windows]) == CONFIRMED for windows in WINDOWS)
     assert set(confirmation["forecasts"]) == {"validation", "test"}
 

@@ -293,6 +293,7 @@ def test_a_table_in_markdown_says_the_same() -> None:
 DECIDED = promote.SymbolDecision(
     symbol="BTCUSD", study="BTCUSD/kronos@2026-03-19", model="kronos", incumbent_model="toto", incumbent_mae=0.012345,
     best_mae=0.0119, improvement=0.0361, improvement_low=0.012, improvement_high=0.0843, p_value=0.0213,
+    improvement_own=0.025, pooled_symbols=12,
     improvement_validation=0.05, improvement_test=-0.01, skill=0.0123, test_mae=0.013, incumbent_test_mae=0.0131,
     windows=250, decision="kept", reason="below the threshold", next=None, path=None, written=(), pairs=(),
 )  # fmt: skip
@@ -311,7 +312,7 @@ def test_a_decision_and_its_reason_are_on_one_line_at_any_width(width: int) -> N
         assert "+3.61 %" in line
     if width == 240:
         errors, interval = ("1.2345 %", "1.1900 %", "+3.61 %"), "+1.20 to +8.43 %"
-        numbers = (*errors, interval, "0.021", "+5.00 %", "-1.00 %", "+1.23 %")
+        numbers = (*errors, interval, "0.021", "+2.50 %", "12", "+5.00 %", "-1.00 %", "+1.23 %")
         assert cells == ["BTCUSD", DECIDED.study, *numbers, "kept", "below the threshold"]
 
 

@@ -40,7 +40,7 @@ from studies import importance, promoting
 from studies import study as studying
 from studies.config import Config, ConfigError
 from studies.evidence import params_text
-from studies.promoting import Rule, SymbolDecision
+from studies.promoting import SymbolDecision
 
 EXPLANATIONS = (
     "MAE: mean |forecast - close| in per cent of the last close before the window. Improvement: relative to the "
@@ -85,7 +85,7 @@ def make(
 
     Raises NothingToPromote where there is no study.
     """
-    rule = Rule(min_improvement=config.promotion.min_improvement)
+    rule = promoting.rule_of(config)
     rows = promoting.promote(storage, config, rule, symbols=symbols, models=models, dry_run=True)
     names = {pair.study for row in rows for pair in row.pairs}
     shown = [study for study in studying.list_studies(storage) if study.name in names]

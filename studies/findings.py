@@ -1,0 +1,158 @@
+"""What the confirmations of studies say, by symbol, for those who decide: which numbers are comparable and pooled.
+
+Reads the database; loads no model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from storage.commands import command
+from storage.configs import Record
+from storage.progress import read_confirmations, study_progress
+from storage.retrying import RetryingStorage
+from studies import space
+from studies import study as studying
+from studies.beliefs import Case, SymbolBeliefs, beliefs_of, can_be_pooled
+from studies.config import Config
+from studies.evidence import MeasuredConfiguration, StudyEvidence, from_json
+from studies.space import Space
+from studies.study import Study
+
+log = logging.getLogger(__name__)
+
+SAME = ("metric", "objective", "bars")  # parts of a definition that make two models comparable
+SAME_WINDOWS = ("horizon", "validation", "test", "min_context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A study and what its confirmation measured; None: it has none yet."""
+
+    study: Study
+    space: Space
+    open: bool  # it has budget left
+    evidence: StudyEvidence | None
+
+    @property
+    def candidates(self) -> Sequence[MeasuredConfiguration]:
+        """The best trials, measured; best of the search first."""
+        return self.evidence.candidates if self.evidence else ()
+
+    def params_of(self, record: Record) -> dict[str, Any] | None:
+        """A promoted file's configuration as this study's params; None where it is another model's or unreadable."""
+        if record.model != self.study.model:
+            return None
+        try:
+            return space.from_promoted(record.config, record.metadata, self.space)
+        except ValueError:
+            return None
+
+    def measured(self, record: Record) -> MeasuredConfiguration | None:
+        """How a promoted file's configuration did here."""
+        params = self.params_of(record)
+        return None if params is None or self.evidence is None else self.evidence.find(params)
+
+
+def find(storage: RetryingStorage, symbols: Collection[str] = ()) -> dict[str, list[Finding]]:
+    """The newest study of every symbol, or of these, and model, with its evidence. Raises DatabaseUnavailable."""
+    studies = [study for study in studying.list_studies(storage) if not symbols or study.symbol in symbols]
+    progress = study_progress(storage, [study.study_id for study in studies])
+    newest: dict[tuple[str, str], Study] = {}
+    for study in sorted(studies, key=lambda study: study.as_of):
+        if study.study_id in progress:
+            newest[study.symbol, study.model] = study
+        else:
+            log.warning("%s: left out, as it has no budget; a copy made with Optuna?", study.name)
+    confirmations = read_confirmations(storage, [study.study_id for study in newest.values()])
+    found: dict[str, list[Finding]] = {}
+    for study in newest.values():
+        is_open = progress[study.study_id].open > 0
+        result = None if is_open else confirmations[study.study_id].result
+        found.setdefault(study.symbol, []).append(
+            Finding(
+                study=study,
+                space=Space.from_json(study.model, study.definition["space"]),
+                open=is_open,
+                evidence=from_json(study.model, result) if result else None,
+            )
+        )
+    return found
+
+
+def reference_of(findings: Iterable[Finding]) -> Finding:
+    """That whose windows the others must have to compare: of the newest bars that something is confirmed on."""
+    return max(findings, key=lambda finding: (finding.evidence is not None, finding.study.as_of))
+
+
+def comparable(one: Finding, other: Finding) -> bool:
+    """Whether numbers of two studies are of the same windows and metric."""
+    if one is other:
+        return True
+    if one.evidence is None or other.evidence is None:
+        return False
+    mine, theirs = one.study.definition, other.study.definition
+    return (
+        all(mine[part] == theirs[part] for part in SAME)
+        and all(mine["windows"][part] == theirs["windows"][part] for part in SAME_WINDOWS)
+        and one.evidence.windows == other.evidence.windows
+    )
+
+
+def believe(
+    config: Config, found: Mapping[str, Sequence[Finding]], wanted: Sequence[str], models: Collection[str]
+) -> dict[str, SymbolBeliefs]:
+    """What is believed of these symbols' configurations, given those of all symbols found.
+
+    A symbol that cannot be pooled has no entry, and a line says so.
+    """
+    cases = []
+    for findings in found.values():
+        asked = [one for one in findings if one.study.model in models]
+        if asked and (reference := reference_of(asked)).evidence is not None:
+            cases.append(_case([one for one in findings if comparable(one, reference)]))
+    pool, days = config.promotion.pool, config.promotion.pool_days
+    for name, pattern in {} if isinstance(pool, str) else pool.items():
+        if not any(fnmatchcase(symbol, pattern) for symbol in found):
+            log.warning("[promotion.pool] %s = %r fits no symbol", name, pattern)
+    believed = beliefs_of(cases, pool=pool, pool_days=days)
+    alone = [case for case, beliefs in zip(cases, believed, strict=True) if beliefs is None and case.symbol in wanted]
+    if outdated := sorted(case.symbol for case in alone if not can_be_pooled(case)):
+        again = command(f"studies confirm {found[outdated[0]][0].study.name}")
+        log.warning("%s: confirmed without the default configuration, so not pooled; next: %s", _some(outdated), again)
+    if pool != "none" and (single := sorted(case.symbol for case in alone if can_be_pooled(case))):
+        log.warning(
+            "%s: no other symbol of the same question within %g days to pool with; decided on the own evidence",
+            _some(single),
+            days,
+        )
+    return {case.symbol: beliefs for case, beliefs in zip(cases, believed, strict=True) if beliefs is not None}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _case(findings: Sequence[Finding]) -> Case:
+    """Of one symbol's comparable findings."""
+    first = findings[0]
+    evidence = {one.study.model: one.evidence for one in findings if one.evidence is not None}
+    definition, reference = first.study.definition, next(iter(evidence.values()))
+    same = {part: definition[part] for part in SAME if part != "bars"}
+    windows = {part: definition["windows"][part] for part in SAME_WINDOWS}
+    return Case(
+        symbol=first.study.symbol,
+        as_of=np.datetime64(first.study.as_of.removesuffix("Z")),
+        question=json.dumps([same, windows, reference.windows["confirmation"].count]),
+        checkpoints={one.study.model: one.study.definition["checkpoint"] for one in findings},
+        candidates=[candidate for found in evidence.values() for candidate in found.candidates],
+        in_use=[one for found in evidence.values() for one in found.in_use.values()],
+        no_change=reference.no_change_configuration,
+    )

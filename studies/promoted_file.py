@@ -1,0 +1,108 @@
+"""What is to become of one promoted file, and what it then says.
+
+The keys are those that the predecessor's readers expect; `metadata` says where the numbers come from.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from objectives.metrics import Measurement
+from storage.configs import Record
+from studies import space
+from studies import study as studying
+from studies.config import Config
+from studies.evidence import PARTS, MeasuredConfiguration
+from studies.findings import Finding
+from studies.promotion import Decision, Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is to become of one file."""
+
+    record: Record | None
+    incumbent: MeasuredConfiguration | None  # how the record's configuration did on the same windows
+    decision: Decision
+    finding: Finding  # the study of the chosen candidate, or one that has none
+    candidate: MeasuredConfiguration | None
+
+    @property
+    def worse_than_no_change(self) -> bool | None:
+        """Whether the forecast that the price stays did better on the confirmation windows; None: not measured."""
+        measured = self.candidate.confirmation if self.candidate else None
+        return None if measured is None else measured.skill < 0
+
+
+def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
+    """What a promoted file says: the keys that the predecessor's readers expect, and where the numbers come from."""
+    finding, decision, candidate = verdict.finding, verdict.decision, verdict.candidate
+    study, definition, evidence = finding.study, finding.study.definition, finding.evidence
+    assert evidence is not None
+    assert candidate is not None
+    chosen = candidate.on(rule.part)
+    assert chosen is not None
+    incumbent = verdict.incumbent if decision.improvement is not None else None
+    counts, comparison = definition["windows"], decision.comparison
+    return {
+        "symbol": study.symbol,
+        "model": study.model,
+        "config": space.to_promoted(candidate.params, finding.space, config),
+        **{part: _metrics(measured) for part in PARTS if (measured := candidate.on(part))},
+        "windows": {
+            "val_window": counts["validation"],
+            "confirmation_window": evidence.windows["confirmation"].count,
+            "test_window": counts["test"],
+            "forecast_horizon": counts["horizon"],
+        },
+        "config_path": f"{config.hyperparams.dir.name}/{study.model}/{study.symbol}.json",
+        "metadata": {
+            "source": "forecast-studies",
+            "study": study.name,
+            "trial": candidate.trial,
+            "as_of": study.as_of,
+            "promoted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "objective": definition["objective"],
+            "selection_metric": f"{rule.part}.{definition['metric']}",
+            "selection_value": chosen.mae,
+            "previous_mae": incumbent.mae(rule.part) if incumbent else None,
+            "previous_model": verdict.record.model if verdict.record else None,
+            "previous_config": dict(verdict.record.config) if verdict.record else None,
+            "improvement": decision.improvement,
+            "improvement_own": comparison.improvement_confirmation if incumbent else None,
+            "improvement_interval": comparison.interval,
+            "pooled_symbols": comparison.symbols,
+            "improvement_validation": comparison.improvement_validation,
+            "improvement_test": comparison.improvement_test,
+            "p_value": comparison.p_value,
+            "reason": decision.reason,
+            "skill": chosen.skill,
+            "worse_than_no_change": verdict.worse_than_no_change,
+            "clipped": candidate.clipped,
+            "no_change_mae": evidence.no_change[rule.part].mae,
+            "passes": evidence.passes,
+            "sampling_error": evidence.sampling_error,
+            "fixed": dict(finding.space.fixed),
+            "fingerprint": studying.fingerprint(definition),
+            "checkpoint": definition["checkpoint"],
+            "bars": definition["bars"],
+            "seeds": "symbol, origin, pass",
+            "versions": {name: version(name) for name in ("forecast-studies", "optuna", "torch", "numpy")},
+        },
+    }
+
+
+def _metrics(measured: Measurement) -> dict[str, Any]:
+    # The latency is unknown where the cache answered, and in older results.
+    latency = {} if measured.latency_s is None else {"latency_s": round(measured.latency_s, 6)}
+    return {
+        "price_mae": measured.price_mae,
+        "pct_return_mae": measured.mae,
+        "mae_percent": measured.mae_percent,
+        "skill": measured.skill,
+        **latency,
+        "num_predictions": measured.windows,
+    }
