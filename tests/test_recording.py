@@ -15,7 +15,7 @@ import pytest
 from benchmarks import recording
 
 FOLDER = Path(recording.__file__).parent
-HELPERS = ("plain_kronos", "private", "random_models", "recording")
+HELPERS = ("pgbouncer", "plain_kronos", "private", "random_models", "recording")
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (*HELPERS, "__init__"))
 
 
