@@ -258,7 +258,7 @@ def end_by_two_signals(supervisor: subprocess.Popen[str], workers: list[int]) ->
     supervisor.send_signal(signal.SIGINT)
     began = time.monotonic()
     supervisor.communicate(timeout=60)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # far below the 600 s that the server is waited for
     assert supervisor.returncode == 130
     wait_until_gone(workers, 0.1)
 
