@@ -120,6 +120,7 @@ insert into slots (study_id, stage, number, label, state, result)
     select s, 2, 0, 'confirmation', case when s % 10 > 0 then 'done' else 'free' end,
            case when s % 10 > 0 then cast(:confirmation as jsonb) end
     from generate_series(1, :studies) s;
+analyze;
 """
 
 

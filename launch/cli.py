@@ -228,12 +228,12 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     studies show BTCUSD/toto@2026-03-19
     """
     from launch.views import listing
-    from studies import study as studying
+    from studies import retiring
 
     storage = open_storage(config)
     found = listing.details(storage, name)
     if found is None:
-        retired = studying.retired_names(storage, name)
+        retired = retiring.retired_names(storage, name)
         see = command(f"studies show {retired[-1]}" if retired else "studies list")
         raise ConfigError(f"no study {name!r}; see: {see}")
     if as_json:
@@ -286,10 +286,10 @@ def retire(config: Config, name: str, undo: bool) -> None:
     \b
     studies retire --undo BTCUSD/toto@2026-03-19
     """
-    from studies import study as studying
+    from studies import retiring
 
     try:
-        click.echo((studying.unretire if undo else studying.retire)(open_storage(config), name))
+        click.echo((retiring.unretire if undo else retiring.retire)(open_storage(config), name))
     except KeyError:
         raise ConfigError(f"no study {name!r}; see: {command('studies list')}") from None
 

@@ -96,7 +96,7 @@ def private_server_kept_alive(
         while not ended.wait(CHECK_S):
             try:
                 if embedded.was_stopped(folder):
-                    say("'studies stop' stopped the private server, so this run ends; the same command goes on with it")
+                    say("'studies stop' stopped the private server, so this run ends")
                     on_stop()
                     return
                 if embedded.revive(folder, listen=config.storage.listen):

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from forecasters import ExpectedError, ForecastError, LoadedForecaster
-from launch import devices, streams
+from launch import devices
 from objectives.bars import DataError
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
@@ -321,6 +321,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    streams.flush_output()  # at its own flush Python would end with status 120 where the log's disk is full
-    sys.exit(status)
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Open, resume and retire a study, ask for its confirmation anew; make it ready for a worker.
+"""Open and resume a study, ask for its confirmation anew; make it ready for a worker.
 
 A study is SYMBOL/model@AS_OF in Optuna, with a definition (its user attribute) that says what its numbers mean.
 Knows Optuna and the slots. Knows nothing of processes, devices or commands.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,7 +35,6 @@ METRIC = "pct_return_mae"
 DEFINITION = "definition"  # study user attribute
 NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
 ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
-MAX_NAME = 512  # characters of a study's name in Optuna's table
 CREATED_TOGETHER = 200  # studies made in one transaction; a crash costs no more than these
 SEARCH_PASSES = (0,)  # the seeds of every trial
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
@@ -381,44 +379,6 @@ def _baselines(
         if params not in found.values():
             found[label] = params
     return found, tuple(notes)
-
-
-def retire(storage: RetryingStorage, name: str) -> str:
-    """Set a study aside: it keeps its trials under another name and is not gone on with. Returns that name.
-
-    Raises KeyError where there is no such study, ConfigError where it cannot have another name.
-    """
-    if ASIDE in name:
-        undo = command(f"studies retire --undo {name}")
-        raise ConfigError(f"study {name} is retired already; bring it back with: {undo}")
-    aside = f"{name}{ASIDE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    if len(aside) > MAX_NAME:
-        raise ConfigError(
-            f"{len(name)} characters are too long a name to retire: {aside[:40]}.. would exceed {MAX_NAME}"
-        )
-    if not study_rows.rename_study(storage, name, aside):
-        raise KeyError(name)
-    return aside
-
-
-def retired_names(storage: RetryingStorage, name: str) -> list[str]:
-    """The retired studies of this name, which may be a retired one's, oldest first."""
-    names = [study.name for study in list_studies(storage, retired=True)]
-    return [each for each in names if name in (each, each.partition(ASIDE)[0])]
-
-
-def unretire(storage: RetryingStorage, name: str) -> str:
-    """Bring a retired study back under its own name; of several that had this name the newest. Returns the name.
-
-    Raises KeyError where there is no such study, ConfigError where another study has the name now.
-    """
-    if not (found := retired_names(storage, name)):
-        raise KeyError(name)
-    before = found[-1].partition(ASIDE)[0]
-    if not study_rows.rename_study(storage, found[-1], before):
-        words = f"studies retire {before}"
-        raise ConfigError(f"there is a study {before} already; set it aside first with: {command(words)}")
-    return before
 
 
 # --- running -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from launch import cli
 from storage import slots, study_rows
 from storage.progress import free_counts, stage_results, study_progress
 from studies import config as configuration
+from studies import retiring
 from studies import study as studying
 from studies.evaluators import checkpoint_fingerprint
 from studies.evidence import to_json
@@ -354,7 +355,7 @@ def test_a_list_of_some_studies(place: Place) -> None:
 
 def test_a_copy_made_with_optuna_is_not_gone_on_with(place: Place) -> None:
     study = open_study(place)
-    retired = studying.retire(place.storage, study.name)
+    retired = retiring.retire(place.storage, study.name)
     names = {"from_study_name": retired, "to_study_name": study.name}
     optuna.copy_study(from_storage=place.storage, to_storage=place.storage, **names)
     for result in (place.launch(), place.invoke(cli.studies, "confirm", study.name, "--cpus", "1")):

@@ -258,7 +258,7 @@ def end_by_two_signals(supervisor: subprocess.Popen[str], workers: list[int]) ->
     supervisor.send_signal(signal.SIGINT)
     began = time.monotonic()
     supervisor.communicate(timeout=60)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # and not only when the server is back
     assert supervisor.returncode == 130
     wait_until_gone(workers, 0.1)
 
@@ -371,9 +371,9 @@ def test_studies_stop_ends_a_run_which_goes_on_later(place: Place, scratch: Path
         assert place.run("studies", "stop").stdout == "stopped\n"
         _, said = supervisor.communicate(timeout=20)
         assert supervisor.returncode == EXIT_INTERRUPTED
-        assert said.splitlines()[-1] == (
-            "'studies stop' stopped the private server, so this run ends; the same command goes on with it"
-        )
+        *_, reason, suggestion = said.splitlines()
+        assert reason == "'studies stop' stopped the private server, so this run ends"
+        assert suggestion.startswith("stopped before the end; go on with: launch-workers --cpus 2")
         assert said.count("server") == 1
         wait_until_gone(workers)
         assert embedded.running(server) is None
