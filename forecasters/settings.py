@@ -14,12 +14,13 @@ Rule = Callable[[Any], str | None]  # what is wrong with a value, or None
 CHECKPOINT = "checkpoint"  # an option of the model's loader that may be a local folder
 LOADING = "loading"  # another option of the model's loader; empty text: none
 AGGREGATES = "aggregates"  # names of aggregates, which whoever knows them checks
+PATTERNS = "patterns"  # text, or patterns of symbols by the name of a group
 
 
 def setting(rule: Rule | None = None, *, kind: str = "", one_or_list: bool = False) -> Any:
     """Declare a setting.
 
-    rule: says what is wrong with a value of the right type. kind: CHECKPOINT, LOADING, AGGREGATES or nothing.
+    rule: says what is wrong with a value of the right type. kind: CHECKPOINT, LOADING, AGGREGATES, PATTERNS or nothing.
     one_or_list: a list of one may be written as its only value.
     """
     return field(metadata={"rule": rule, "kind": kind, "one_or_list": one_or_list})

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from forecasters import COMPILE_MODES, DTYPES, ExpectedError
 from forecasters.models import MODELS
-from forecasters.settings import AGGREGATES, CHECKPOINT, at_least, kind_of, one_of, setting
+from forecasters.settings import AGGREGATES, CHECKPOINT, PATTERNS, at_least, kind_of, one_of, setting
 from objectives import aggregation
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
@@ -58,6 +58,12 @@ def _trials(value: int) -> str | None:
 
 def _share(value: float) -> str | None:
     return None if 0 <= value < 1 else "must be a share, from 0 up to but not including 1"
+
+
+def _pool(value: str | Mapping[str, str]) -> str | None:
+    if isinstance(value, str):
+        return one_of("all", "none")(value) and 'must be "all", "none", or a table of patterns: crypto = "*USD"'
+    return None if value and all(value.values()) else "must name at least one group, each with a pattern of symbols"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +129,9 @@ class Hyperparams:
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
     min_improvement: float = setting(_share)
+    max_clipped: float = setting(_share)
+    pool: str | Mapping[str, str] = setting(_pool, kind=PATTERNS)
+    pool_days: float = setting(at_least(0))
     results_dir: Path
 
 
@@ -201,6 +210,10 @@ def _overlay(settings: dict[str, dict[str, Any]], given: Mapping[str, Any], *, s
             where = f"{source}: [{table}] {key}"
             if key not in settings[table]:
                 raise ConfigError(f"{where}: unknown key; the keys are {', '.join(settings[table])}")
+            if kind_of(declared[key]) == PATTERNS:
+                _check_patterns(value, where)
+                settings[table][key] = value
+                continue
             _check_type(hints[key], value, where, list_too=_one_or_list(declared[key]))
             relative_path = hints[key] is Path and value
             local_checkpoint = kind_of(declared[key]) == CHECKPOINT and value.startswith((".", "~"))
@@ -219,6 +232,12 @@ def _check_type(hint: Any, value: Any, where: str, *, list_too: bool) -> None:
     items = value if isinstance(value, list) else [value]
     if isinstance(value, list) != many or any(type(item) not in types for item in items):
         raise ConfigError(f"{where} = {value!r}: expected {'a list of ' if many else ''}{expected}")
+
+
+def _check_patterns(value: Any, where: str) -> None:
+    items = list(value.values()) if isinstance(value, Mapping) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise ConfigError(f"{where} = {value!r}: expected text, or a table of text by the name of a group")
 
 
 def _build(settings: Mapping[str, Mapping[str, Any]], *, source: str) -> Config:
