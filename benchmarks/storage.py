@@ -135,6 +135,9 @@ def our_trial(url: str, name: str) -> tuple[Engine, Callable[[], object]]:
         confirmation=cast(Any, None),
         max_passes=2,
         tolerance=0.001,
+        default={},
+        pool="none",
+        pool_days=0.0,
         optuna_study=optuna.load_study(
             study_name=name,
             storage=storage,

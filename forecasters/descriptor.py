@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
+
 from forecasters import StageParams
 from forecasters.settings import CHECKPOINT, LOADING, kind_of
 
@@ -62,18 +64,25 @@ class Model:
     search: Callable[[Any], SearchedParams]  # from the settings
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     starting_points: Sequence[Mapping[str, Any]]  # configurations known to be sensible, the published default first
+    limits: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # what the settings allow of the published default
     # From the params of `kinds`, in its order, and the searched names.
     to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda params, searched: dict(params)
     implied: Callable[[Mapping[str, Knob]], Mapping[str, Any]] = lambda knobs: {}  # by a promoted file that is silent
     refuses: Callable[[Any, int], str | None] = lambda settings, horizon: None  # what is wrong with a horizon
     exact_horizon: int | None = 0  # steps, at most, that it answers without samples; None: the checkpoint decides
     window_bytes: Callable[[Mapping[str, Any], int], int] | None = None  # of an encoded window; None: weights decide
+    # The share of origins whose last close some params clip, from the closes; None: this model clips nothing.
+    clipped: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float] | None = None
     baseline: bool = False  # something to compare with, searched only where it is asked for by name
 
     @property
     def checkpoint_settings(self) -> tuple[str, ...]:
         """Settings that may name a local folder."""
         return tuple(declared.name for declared in fields(self.settings) if kind_of(declared) == CHECKPOINT)
+
+    def default(self, settings: Any) -> dict[str, Any]:
+        """The published default as far as these settings allow it; its number of samples is left as published."""
+        return {**self.starting_points[0], **self.limits(settings)}
 
     def loading_options(self, settings: Any) -> dict[str, Any]:
         """What `forecasters.load` and `forecasters.inspect` take for these settings."""

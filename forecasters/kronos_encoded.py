@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from forecasters import Bars, ForecastError
+from forecasters.kronos_model import EPSILON
 from forecasters.kronos_network import CALENDAR, LayerCache
 
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")
 CLOSE = COLUMNS.index("close")
-EPSILON = 1e-5  # added to a column's standard deviation, as the published inference does
 MIN_BARS = 2
 TABLE_BYTES = 64 << 20  # of each lazily filled table, per encoded batch
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from forecasters import StageParams
 from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams
 from forecasters.settings import CHECKPOINT, LOADING, at_least, counts, interval, setting
 
 CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
+EPSILON = 1e-5  # added to a column's standard deviation, as the published inference does
 DEAD_TOP_P = 1.0  # what top_p says where top_k decides
 
 
@@ -54,6 +59,25 @@ def _refuses(settings: KronosSettings, horizon: int) -> str | None:
     return "must be below [kronos] network_context and every max_context"
 
 
+def clipped(closes: np.ndarray, origins: Sequence[int], params: Mapping[str, Any]) -> float:
+    """The share of origins whose last close lies further than `clip` standard deviations from its context's mean.
+
+    Such a close is cut off before the network sees it (kronos_encoded.normalised): the network cannot even represent
+    today's price. closes: float64 [T]; the context of an origin is the last `max_context` closes before it.
+    """
+    length, closes = int(params["max_context"]), closes.astype(np.float32)
+    # Origins with a whole context are rows of one view of the closes; the others are contexts of their own.
+    whole = np.array([origin for origin in origins if origin >= length], dtype=int)
+    views = [closes[None, :origin] for origin in origins if origin < length]
+    if len(whole):
+        views.append(np.lib.stride_tricks.sliding_window_view(closes, length)[whole - length])
+    found = 0
+    for rows in views:
+        apart = np.abs(rows[:, -1] - rows.mean(axis=1)) / (rows.std(axis=1) + np.float32(EPSILON))
+        found += int((apart > params["clip"]).sum())
+    return found / len(origins)
+
+
 # The defaults of KronosPredictor and its `predict`, model/kronos.py of github.com/shiyu-coder/Kronos.
 PUBLISHED = {
     "temperature": 1.0, "top_p": 0.9, "top_k": 0, "sample_count": 1, "max_context": 512, "clip": 5.0,
@@ -80,6 +104,8 @@ KRONOS = Model(
     conditions={"top_p": Condition(param="top_k", value=0, otherwise=DEAD_TOP_P)},
     # The second is that repository's backtest on daily bars, finetune/config.py.
     starting_points=(PUBLISHED, {**PUBLISHED, "temperature": 0.6, "sample_count": 5, "max_context": 90}),
+    limits=lambda settings: {"max_context": min(PUBLISHED["max_context"], settings.network_context)},
     refuses=_refuses,
     exact_horizon=1,
+    clipped=clipped,
 )

@@ -52,6 +52,16 @@ def samples_per_batch(num_samples: int) -> int:
     )
 
 
+# The quick start of github.com/DataDog/toto: 4,096 points, 256 samples, their median as the point forecast.
+PUBLISHED = {"context_length": 4096, "num_samples": 256, "aggregate": "median"}
+
+
+def _limits(settings: TotoSettings) -> dict[str, Any]:
+    """The longest context that is not above the published one, or the shortest of those above."""
+    allowed = [length for length in settings.context_length if length <= PUBLISHED["context_length"]]
+    return {"context_length": max(allowed) if allowed else min(settings.context_length)}
+
+
 TOTO = Model(
     name="toto",
     module="forecasters.toto",
@@ -59,8 +69,8 @@ TOTO = Model(
     params=StageParams(encode=("context_length",), draw=("num_samples",), num_samples="num_samples"),
     kinds={"aggregate": "aggregate", "num_samples": "count", "context_length": "count"},
     search=_search,
-    # The quick start of github.com/DataDog/toto: 4,096 points, 256 samples, their median as the point forecast.
-    starting_points=({"context_length": 4096, "num_samples": 256, "aggregate": "median"},),
+    starting_points=(PUBLISHED,),
+    limits=_limits,
     to_promoted=_to_promoted,
     implied=_implied,
     exact_horizon=None,  # up to the first patch, whose length the checkpoint says

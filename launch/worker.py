@@ -5,6 +5,7 @@ The supervisor starts it as `python -m launch.worker RUN_FOLDER NUMBER`, with it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,6 +32,7 @@ from studies import evaluators, working
 from studies import study as studying
 from studies.bars_cache import read_bars_once
 from studies.config import Config
+from studies.measuring import Stopped
 from studies.series import Series
 from studies.study import Study, StudyMismatch, StudyRun
 
@@ -87,12 +89,13 @@ class RunPlan:
 class StopRequest:
     """Handles signals: the first one requests a stop after the current slot, a second one raises Interrupted.
 
+    Where a confirmation computes, which may take long and can be gone on with, the first one raises Stopped.
     SIGHUP means that the supervisor died. It never interrupts, as the kernel sends it for each of the supervisor's
     threads.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self._computing = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
@@ -100,6 +103,20 @@ class StopRequest:
         if self.received and number != signal.SIGHUP:
             raise Interrupted
         self.received = True
+        if self._computing:
+            self._computing = False
+            raise Stopped
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """What a request to stop ends at once, by raising Stopped; one that came before ends it as it begins."""
+        self._computing = True
+        try:
+            if self.received:
+                raise Stopped
+            yield
+        finally:
+            self._computing = False
 
 
 class LeaseKeeper(threading.Thread):
@@ -201,6 +218,7 @@ class Worker:
                 self.evaluators[study.model],
                 attrs=self._trial_attrs(study.model),
                 clock=clock,
+                computing=self.stop_request.computing,
             )
             self.last_finished = slot
         except ForecastError as error:

@@ -19,7 +19,7 @@ import numpy as np
 from forecasters import Encoded, ExactForecaster, Forecaster, ForecastError
 from objectives.aggregation import Draw, parse
 from objectives.exact import exact_points
-from objectives.metrics import Measurement, measurement_of, relative_errors
+from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
 from objectives.windows import Contexts, SeedKind, Windows
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
@@ -52,7 +52,7 @@ class Evaluator:
         self.exact = exact
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
-        self._fresh, self._fresh_s = 0, 0.0  # windows whose bars were encoded, and the seconds to their points
+        self.fresh, self.fresh_s = 0, 0.0  # windows whose bars were encoded so far, and the seconds to their points
         self._cache = _Cache(cache_bytes)
 
     def measure(
@@ -71,19 +71,39 @@ class Evaluator:
         windows, as soon as the batch that reaches it is done; what it raises ends the measurement and passes through.
         Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
         """
-        before, self._fresh, self._fresh_s = dict(self.seconds), 0, 0.0
-        points = np.full((len(passes), len(windows), windows.horizon), np.nan)
+        before, fresh, fresh_s = dict(self.seconds), self.fresh, self.fresh_s
+        by_pass = np.full((len(passes), len(windows)), np.nan)
         order: list[int] = []
-        for indices, answers in self._answers(windows, params, passes, SeedKind.STUDY, self._points(params)):
-            points[:, indices] = answers
+        for indices in self.batches(windows):
+            by_pass[:, indices] = self.batch_errors(windows, params, indices, passes=passes)
             reached = range((len(order) // self.rung + 1) * self.rung, len(windows), self.rung)
             order += indices
             for done in reached:
                 if on_rung is not None and done <= len(order):
-                    on_rung(done, float(relative_errors(windows, points)[:, order[:done]].mean()))
-        seconds = {stage: spent - before[stage] for stage, spent in self.seconds.items()}
-        latency_s = self._fresh_s / self._fresh if self._fresh else None
-        return measurement_of(windows, points, seconds=seconds, latency_s=latency_s)
+                    on_rung(done, float((by_pass / windows.last_closes)[:, order[:done]].mean()))
+        return measurement_of(
+            windows,
+            *over_passes(by_pass),
+            passes=len(passes),
+            seconds={stage: spent - before[stage] for stage, spent in self.seconds.items()},
+            latency_s=(self.fresh_s - fresh_s) / (self.fresh - fresh) if self.fresh > fresh else None,
+        )
+
+    def batches(self, contexts: Contexts) -> list[list[int]]:
+        """The indices of the windows that are always computed together, in the order in which `measure` takes them."""
+        order = [index for chunk in contexts.chunks(self.rung) for index in chunk]
+        return [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+
+    def batch_errors(
+        self, windows: Windows, params: Mapping[str, Any], indices: Sequence[int], *, passes: Sequence[int]
+    ) -> np.ndarray:
+        """Each window's error, price, float64 [R, w], for one of `batches`: what `measure` is made of, bit for bit.
+
+        Raises what `measure` raises.
+        """
+        plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
+        answers = self._answers(windows, indices, plan, passes, SeedKind.STUDY, self._points(params))
+        return price_errors(windows, indices, answers)
 
     def forecast(
         self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
@@ -113,34 +133,38 @@ class Evaluator:
     ) -> np.ndarray:
         """The answers of one pass in the order of the origins, [W, ...]."""
         found: dict[int, np.ndarray] = {}
-        for indices, answers in self._answers(contexts, params, (pass_number,), kind, answer):
+        plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
+        for indices in self.batches(contexts):
+            answers = self._answers(contexts, indices, plan, (pass_number,), kind, answer)
             found.update(zip(indices, answers[0], strict=True))
         return np.stack([found[index] for index in range(len(contexts))])
 
     def _answers(
-        self, contexts: Contexts, params: Mapping[str, Any], passes: Sequence[int], kind: SeedKind, answer: _Answer
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Batch after batch, its indices and its answers of every pass, [R, w, ...]."""
-        plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
-        seeds = [contexts.seeds(pass_number, kind) for pass_number in passes]
-        order = [index for chunk in contexts.chunks(self.rung) for index in chunk]
-        for start in range(0, len(order), self.batch):
-            indices = order[start : start + self.batch]
-            # All passes of a batch before the next: a cache that holds one batch's encoding is enough.
-            answers = []
-            for row_seeds in seeds:
-                asked = _Batch(contexts=contexts, indices=indices, seeds=tuple(row_seeds[index] for index in indices))
-                seconds = dict.fromkeys(STAGES, 0.0)
-                answers.append(answer(asked, plan, seconds))
-                for stage in STAGES:
-                    self.seconds[stage] += seconds[stage]
-                if seconds["encode"]:  # else the cache answered, and what was saved is no latency
-                    self._fresh += len(indices)
-                    self._fresh_s += sum(seconds.values())
-            joined = np.stack(answers)
-            bad = ~np.isfinite(joined).all(axis=(0, *range(2, joined.ndim)))
-            _check(contexts, indices, int(bad.argmax()) if bad.any() else None)
-            yield indices, joined
+        self,
+        contexts: Contexts,
+        indices: Sequence[int],
+        plan: _Plan,
+        passes: Sequence[int],
+        kind: SeedKind,
+        answer: _Answer,
+    ) -> np.ndarray:
+        """The answers of every pass for one batch, [R, w, ...]."""
+        # All passes of a batch before the next: a cache that holds one batch's encoding is enough.
+        answers = []
+        for pass_number in passes:
+            seeds = contexts.seeds(pass_number, kind)
+            asked = _Batch(contexts=contexts, indices=indices, seeds=tuple(seeds[index] for index in indices))
+            seconds = dict.fromkeys(STAGES, 0.0)
+            answers.append(answer(asked, plan, seconds))
+            for stage in STAGES:
+                self.seconds[stage] += seconds[stage]
+            if seconds["encode"]:  # else the cache answered, and what was saved is no latency
+                self.fresh += len(indices)
+                self.fresh_s += sum(seconds.values())
+        joined = np.stack(answers)
+        bad = ~np.isfinite(joined).all(axis=(0, *range(2, joined.ndim)))
+        _check(contexts, indices, int(bad.argmax()) if bad.any() else None)
+        return joined
 
     def _points(self, params: Mapping[str, Any]) -> _Answer:
         """What answers with points, [w, H]. Raises ValueError for an unknown aggregate."""

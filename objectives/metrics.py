@@ -5,7 +5,7 @@ Owns the metrics: the objective, its companions and skill against "no change". K
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,37 @@ def relative_errors(windows: Windows, points: np.ndarray) -> np.ndarray:
     return np.abs(points - windows.actuals).mean(axis=-1) / windows.last_closes
 
 
+def price_errors(windows: Windows, indices: Sequence[int], points: np.ndarray) -> np.ndarray:
+    """Each window's mean |forecast - actual|, price: [R, w] of points [R, w, H] of the windows with these indices."""
+    return np.abs(points - windows.actuals[list(indices)]).mean(axis=-1)
+
+
+def over_passes(by_pass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the variance over R passes of errors [R, w]; the variance is NaN where one pass cannot tell.
+
+    Pass after pass: numpy's own sums of many rows depend on the number of windows, in their last bits.
+    """
+    passes, mean, squares = len(by_pass), np.zeros(by_pass.shape[1]), np.zeros(by_pass.shape[1])
+    for row in by_pass:
+        mean += row
+    mean /= passes
+    for row in by_pass:
+        squares += (row - mean) ** 2
+    return mean, squares / (passes - 1) if passes > 1 else np.full_like(mean, np.nan)
+
+
 def measurement_of(
-    windows: Windows, points: np.ndarray, *, seconds: Mapping[str, float], latency_s: float | None
+    windows: Windows,
+    errors_in_price: np.ndarray,
+    variances: np.ndarray,
+    *,
+    passes: int,
+    seconds: Mapping[str, float],
+    latency_s: float | None,
 ) -> Measurement:
-    """The measurement of point forecasts [R, W, H], price, of R passes; `errors` are means over the passes."""
-    by_pass = relative_errors(windows, points)  # [R, W]
-    errors = by_pass.mean(axis=0)
-    mae = float(errors.mean())
-    price_mae = float(np.abs(points - windows.actuals).mean())
+    """The measurement of what `over_passes` says of every window, float64 [W], in the order of the origins."""
+    errors = errors_in_price / windows.last_closes
+    mae, price_mae = float(errors.mean()), float(errors_in_price.mean())
     no_change_mae = measure_no_change(windows)
     return Measurement(
         mae=mae,
@@ -62,19 +85,17 @@ def measurement_of(
         no_change_mae=no_change_mae,
         skill=1 - mae / no_change_mae if no_change_mae > 0 else 0.0,
         errors=tuple(errors.tolist()),
-        sampling_error=_standard_error(by_pass),
+        sampling_error=standard_error(variances / windows.last_closes**2, passes),
         windows=len(windows),
         seconds={stage: round(spent, 6) for stage, spent in seconds.items()},
         latency_s=latency_s,
     )
 
 
-def _standard_error(by_pass: np.ndarray) -> float | None:
-    """Standard error of the mean over all errors [R, W] that sampling alone causes; None for one pass.
+def standard_error(variances: np.ndarray, passes: int) -> float | None:
+    """Standard error of `mae` that sampling alone causes, from each window's variance between passes [W].
 
-    The windows are given and every pass draws each of them with a seed of its own, so variances of windows add up.
+    None for one pass. The windows are given and every pass draws each of them with a seed of its own, so variances of
+    windows add up.
     """
-    repeats, windows = by_pass.shape
-    if repeats < 2:
-        return None
-    return float(np.sqrt((by_pass.var(axis=0, ddof=1) / repeats).sum()) / windows)
+    return None if passes < 2 else float(np.sqrt((variances / passes).sum()) / len(variances))

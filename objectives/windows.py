@@ -42,6 +42,7 @@ class Contexts:
     origins: tuple[int, ...]  # [W], ascending
     horizon: int  # bars to be forecast, from the origin on
     _digests: dict[tuple[int, ...], str] = field(default_factory=dict, init=False, repr=False)
+    _seeds: dict[tuple[int, SeedKind], tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.origins or self.horizon < 1 or list(self.origins) != sorted(set(self.origins)):
@@ -71,8 +72,13 @@ class Contexts:
     def seeds(self, pass_number: int, kind: SeedKind = SeedKind.STUDY) -> tuple[int, ...]:
         """One seed below 2**64 an origin, from symbol, pass and a time (see `SeedKind`): not from position or trial.
 
-        Raises ValueError for a study's seeds where a target bar has not come yet.
+        Computed once. Raises ValueError for a study's seeds where a target bar has not come yet.
         """
+        if (pass_number, kind) not in self._seeds:
+            self._seeds[pass_number, kind] = self._made_seeds(pass_number, kind)
+        return self._seeds[pass_number, kind]
+
+    def _made_seeds(self, pass_number: int, kind: SeedKind) -> tuple[int, ...]:
         if kind is SeedKind.SERVED:
             prefix, times = "served\n", self.bars.timestamps[np.array(self.origins) - 1]
         elif self.origins[-1] < len(self.bars):

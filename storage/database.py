@@ -39,6 +39,7 @@ create table if not exists slots (
     error text,
     result jsonb,
     seconds jsonb,
+    progress jsonb,
     primary key (study_id, stage, number)
 );
 create index if not exists slots_open on slots (study_id, stage, number) where state in ('free', 'busy');
@@ -46,8 +47,9 @@ create unique index if not exists slots_claim on slots (claim) where claim is no
 """
 
 COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots') and attnum > 0 and not attisdropped"
-# By these our table is known; `seconds` came later.
-OUR_COLUMNS = set(re.findall(r"^    (\w+) (?:integer|text|jsonb|timestamptz)", SLOTS_DDL, re.M)) - {"seconds"}
+LATER = ("seconds", "progress")  # columns that a table made earlier lacks
+# By these our table is known.
+OUR_COLUMNS = set(re.findall(r"^    (\w+) (?:integer|text|jsonb|timestamptz)", SLOTS_DDL, re.M)) - set(LATER)
 
 
 def open_storage(
@@ -90,8 +92,8 @@ def create_schema(url: str) -> None:
     try:
         with engine.begin() as connection:
             columns = _columns_of_slots(connection, parsed)
-            if columns and "seconds" not in columns:  # made before the column was
-                connection.execute(text("alter table slots add column if not exists seconds jsonb"))
+            for column in LATER if columns and not columns.issuperset(LATER) else ():
+                connection.execute(text(f"alter table slots add column if not exists {column} jsonb"))
         if columns:
             return
         while not _made_tables(engine, parsed):

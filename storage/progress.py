@@ -43,6 +43,7 @@ class Busy:
     stage: int
     number: int
     label: str | None
+    share: float | None  # of its work that is done, where that is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ def run_snapshot(
 
 
 SNAPSHOT_BUSY = """
-select worker, study_id, stage, number, label from slots
+select worker, study_id, stage, number, label, cast(progress->>'share' as float) as share from slots
 where study_id = any(:study_ids) and state = 'busy' order by study_id, stage, number
 """
 SNAPSHOT_FINISHED = """

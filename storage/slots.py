@@ -185,7 +185,7 @@ def finish(
     """
     statement = text(
         "update slots set state = 'done', lease_until = null, error = null, result = cast(:result as jsonb), "
-        "seconds = cast(:seconds as jsonb) where claim = :claim and state in ('busy', 'done')"
+        "seconds = cast(:seconds as jsonb), progress = null where claim = :claim and state in ('busy', 'done')"
     )
     values = {
         "claim": slot.claim,
@@ -193,6 +193,23 @@ def finish(
         "seconds": None if seconds is None else json.dumps(seconds),
     }
     return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
+
+
+def keep_progress(storage: RetryingStorage, slot: Slot, progress: Mapping[str, Any]) -> bool:
+    """Keep how far a claimed row's work is, for whoever goes on with it; False where the claim was lost.
+
+    It stays until the row is done, however often it is claimed. Raises DatabaseUnavailable.
+    """
+    statement = text("update slots set progress = cast(:progress as jsonb) where claim = :claim and state = 'busy'")
+    values = {"claim": slot.claim, "progress": json.dumps(progress)}
+    return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
+
+
+def read_progress(storage: RetryingStorage, slot: Slot) -> Mapping[str, Any] | None:
+    """What was kept of a row's work by this claim or an earlier one. Raises DatabaseUnavailable."""
+    statement = text("select progress from slots where study_id = :study_id and stage = :stage and number = :number")
+    values = {"study_id": slot.study_id, "stage": slot.stage, "number": slot.number}
+    return storage.transaction(lambda c: c.execute(statement, values).scalar())
 
 
 def release(storage: RetryingStorage, slot: Slot) -> None:

@@ -1,123 +1,127 @@
-"""Confirm a study that has spent its budget: measure its best trials and what is in use once more, with fresh seeds.
+"""Confirm a study that has spent its budget: measure its candidates and what is in use, with fresh seeds.
 
-The result is typed evidence (evidence.py), which promotions rest on and pages show.
+The result is typed evidence (evidence.py), which promotions rest on and pages show. Which configurations are
+candidates is candidates.py; how they are measured is measuring.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.trial import TrialState
 
-from forecasters import ForecastError
 from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
-from objectives.metrics import Measurement, measure_no_change, no_change_errors
+from objectives.metrics import measure_no_change, no_change_errors
 from objectives.windows import Windows
-from studies import evidence
-from studies.evidence import MeasuredConfiguration, Part, StudyEvidence
+from studies import candidates, evidence
+from studies.candidates import Candidate
+from studies.evidence import MeasuredConfiguration, Part, Source, StudyEvidence
+from studies.measuring import ALONE, FRESH_FROM, Entry, Host, Measuring
 from studies.series import window_span
 from studies.study import SEARCH_PASSES, StudyRun
 
-FRESH_FROM = 1  # first of the passes that a confirmation measures with: seeds that no trial was chosen by
-CANDIDATES = 5  # trials that are confirmed
 BAND = ("quantile_0.10", "quantile_0.90")  # of a forecast that is shown
 
 
-def confirm(run: StudyRun, evaluator: Evaluator, in_use: Mapping[str, Mapping[str, Any]]) -> StudyEvidence:
-    """Measure the best trials and what is in use with fresh seeds, on the confirmation windows and once on test.
+def confirm(
+    run: StudyRun,
+    evaluator: Evaluator,
+    in_use: Mapping[str, Mapping[str, Any]],
+    *,
+    portfolio: Sequence[Mapping[str, Any]] = (),
+    host: Host = ALONE,
+) -> StudyEvidence:
+    """Measure the candidates and what is in use with fresh seeds, on the confirmation windows and once on test.
 
-    in_use: params by label. One that cannot be measured says why in its `error`.
-    Every configuration is measured with the same passes: as many as bring the error that sampling leaves in each MAE
-    below the run's tolerance, two at least and `max_passes` at most; two where every draw runs the network.
-    Raises ForecastError where a trial's configuration cannot be measured.
+    in_use: params by label. portfolio: what other symbols confirmed best, best first.
+    A candidate that is no trial, and what is in use, says in its `error` why it could not be measured. So does a
+    candidate that was dropped, as it could not win any more: never where configurations share their draws.
+    Every configuration is measured with the same passes: as many as bring the error that sampling leaves in the MAE of
+    each trial and of what is in use below the run's tolerance, two at least and `max_passes` at most; two where every
+    draw runs the network.
+    Raises ForecastError where a trial's configuration cannot be measured, and what `host` raises.
     """
-    trials = best_trials(run, CANDIDATES)
-    configurations = [*((number, params) for number, params in trials), *((None, params) for params in in_use.values())]
-    passes = range(FRESH_FROM, FRESH_FROM + (1 if evaluator.exact else 2))
-    confirmed: list[Measurement | str] = []
-    for number, params in configurations:
-        try:
-            confirmed.append(evaluator.measure(run.confirmation, params, passes=passes))
-        except ForecastError as error:
-            if number is not None:
-                raise
-            confirmed.append(str(error))
-    needed = max((_passes_needed(run, one) for one in confirmed if isinstance(one, Measurement)), default=0)
-    if run.confirmation.horizon > evaluator.forecaster.free_draw_horizon:
-        needed = 2  # each further pass runs the network as often as a search of 40 trials does
-    if needed > len(passes):
-        passes = range(FRESH_FROM, FRESH_FROM + needed)
-        confirmed = [
-            one if isinstance(one, str) else evaluator.measure(run.confirmation, params, passes=passes)
-            for (_, params), one in zip(configurations, confirmed, strict=True)
-        ]
+    trials = complete_trials(run)
 
-    def complete(number: int | None, params: Mapping[str, Any], one: Measurement | str) -> MeasuredConfiguration:
-        if isinstance(one, str):
-            return MeasuredConfiguration(model=run.study.model, params=dict(params), error=one)
+    def prepare(portfolio: Sequence[Mapping[str, Any]]) -> tuple[list[Candidate], list[Entry], Measuring]:
+        chosen = candidates.choose(run.space, trials, run.default, portfolio)
+        entries = _entries(run, chosen, in_use)
+        return chosen, entries, Measuring(run, evaluator, entries, host)
+
+    # Others may have confirmed more since an earlier attempt began: what that one chose is gone on with.
+    chosen, entries, measuring = prepare(portfolio if host.kept is None else host.kept["portfolio"])
+    if host.kept is not None and measuring.key != host.kept["key"]:
+        chosen, entries, measuring = prepare(portfolio)
+    host.tell(str(measuring.cost))
+    others = [dict(one.params) for one in chosen if one.source == "portfolio"]
+    measured = measuring.run({"portfolio": others})
+
+    def complete(params: Mapping[str, Any], source: Source, trial: int | None = None) -> MeasuredConfiguration:
+        place = next(place for place, one in enumerate(entries) if one.params == params)
         return MeasuredConfiguration(
             model=run.study.model,
             params=dict(params),
-            trial=number,
-            validation=evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES),
-            confirmation=one,
-            test=evaluator.measure(run.split.test, params, passes=passes),
+            trial=trial,
+            source=source,
+            clipped=run.clipped(params),
+            error=measuring.errors.get(place),
+            **measured[place],
         )
 
-    completed = [complete(number, params, one) for (number, params), one in zip(configurations, confirmed, strict=True)]
-    candidates = completed[: len(trials)]
-    measured_in_use = dict(zip(in_use, completed[len(trials) :], strict=True))
+    completed = [complete(one.params, one.source, one.trial) for one in chosen]
+    measured_in_use = {label: complete(params, "in use") for label, params in in_use.items()}
     shown = {
-        "best": evidence.lowest(candidates, lambda one: one.mae("confirmation")),
+        "best": evidence.lowest(completed, lambda one: one.mae("confirmation")),
         "incumbent": measured_in_use.get(evidence.INCUMBENT),
     }
-    measured = [one for one in confirmed if isinstance(one, Measurement)]
-    parts: dict[Part, Windows] = {
-        "validation": run.split.validation,
-        "confirmation": run.confirmation,
-        "test": run.split.test,
-    }
-    shown_with: dict[Part, int] = {"validation": SEARCH_PASSES[0], "test": FRESH_FROM}
+    shown_with: Mapping[Part, int] = {"validation": SEARCH_PASSES[0], "test": FRESH_FROM}
+    with host.computing():
+        forecasts: dict[Part, evidence.ForecastsShown] = {
+            part: _forecasts(evaluator, measuring.windows[part], shown, number) for part, number in shown_with.items()
+        }
     return StudyEvidence(
-        windows={part: window_span(found) for part, found in parts.items()},
-        passes=len(passes),
-        sampling_error=max(
-            (one.sampling_error / one.mae for one in measured if one.sampling_error and one.mae), default=0.0
-        ),
-        candidates=tuple(candidates),
+        windows={part: window_span(measuring.windows[part]) for part in evidence.PARTS},
+        passes=measuring.passes,
+        sampling_error=measuring.largest_sampling_error,
+        candidates=tuple(completed),
         in_use=measured_in_use,
         no_change={
             part: evidence.NoChange(mae=measure_no_change(found), errors=tuple(no_change_errors(found).tolist()))
-            for part, found in parts.items()
+            for part, found in measuring.windows.items()
         },
-        forecasts={part: _forecasts(evaluator, parts[part], shown, number) for part, number in shown_with.items()},
+        forecasts=forecasts,
     )
 
 
-def best_trials(run: StudyRun, count: int) -> list[tuple[int, dict[str, Any]]]:
-    """Number and params of the complete trials with the smallest MAE, no params twice; of equal ones the first."""
+def _entries(run: StudyRun, chosen: Sequence[Candidate], in_use: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
+    """Everything to measure, each once: the candidates, then what is in use."""
+    racing = not candidates.shared_knobs(run.space)
+    used = list(in_use.values())
+    entries = [
+        Entry(
+            params=one.params,
+            decides=one.source == "trial" or one.params in used,
+            races=racing and one.source != "default" and one.params not in used,
+            required=one.source == "trial" and one.params not in used,
+        )
+        for one in chosen
+    ]
+    for params in used:
+        if params not in [one.params for one in entries]:
+            entries.append(Entry(params=params, decides=True, races=False, required=False))
+    return entries
+
+
+def complete_trials(run: StudyRun) -> list[tuple[int, dict[str, Any]]]:
+    """Number and params of the complete trials, lowest MAE first, no params twice; of equal ones the first."""
     trials = run.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    found: list[tuple[int, dict[str, Any]]] = []
+    found: dict[frozenset[Any], tuple[int, dict[str, Any]]] = {}
     for trial in sorted(trials, key=lambda trial: (trial.value, trial.number)):
         params = run.space.complete(trial.params)
-        if params not in [known for _, known in found]:
-            found.append((trial.number, params))
-        if len(found) == count:
-            break
-    return found
-
-
-def _passes_needed(run: StudyRun, measured: Measurement) -> int:
-    """The standard error falls with the root of the number of passes; this was measured with two, or is exact."""
-    if not measured.sampling_error:
-        return 1
-    allowed = run.tolerance * measured.mae
-    if measured.sampling_error * math.sqrt(2 / run.max_passes) >= allowed:
-        return run.max_passes
-    return max(2, math.ceil(2 * (measured.sampling_error / allowed) ** 2))
+        found.setdefault(frozenset(params.items()), (trial.number, params))
+    return list(found.values())
 
 
 def _forecasts(
@@ -152,8 +156,8 @@ def summary(found: StudyEvidence) -> str:
     """A confirmation in one line of a log."""
     best = found.best
     if best is None or best.confirmation is None or best.test is None:
-        return "no complete trial"
+        return "no candidate could be measured"
     return (
-        f"trial {best.trial}, best of {len(found.candidates)}, mae={best.confirmation.mae:.6g} "
+        f"{found.title(best)}, best of {len(found.candidates)}, mae={best.confirmation.mae:.6g} "
         f"on {best.confirmation.windows} windows, test mae={best.test.mae:.6g}"
     )

@@ -5,10 +5,13 @@ Everything that decides on a confirmation or shows one reads these. Knows nothin
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from objectives.metrics import Measurement
 from storage import slots
@@ -20,7 +23,10 @@ PARTS: tuple[Part, ...] = ("validation", "confirmation", "test")
 Source = Literal["trial", "grid", "default", "portfolio", "in use"]
 INCUMBENT, STORED = "incumbent", "stored"  # labels of what is in use: what `best` names, the model's own file
 
-OPTIONAL = (*PARTS, "trial", "error", "low", "high")  # fields that JSON leaves out where they are empty
+OPTIONAL = (*PARTS, "trial", "clipped", "error", "low", "high")  # fields that JSON leaves out where they are empty
+# What JSON leaves out of a measurement, as the evidence says it elsewhere; of the grid also what nobody looks at.
+IMPLIED, UNSEEN = ("no_change_mae", "windows"), ("seconds", "latency_s")
+ROUNDED = ("price_mae", "mae_percent", "sampling_error")  # to nine digits
 
 T = TypeVar("T")
 
@@ -42,9 +48,7 @@ class MeasuredConfiguration:
     params: Mapping[str, Any]
     trial: int | None = None  # number of the trial that proposed it
     source: Source = "trial"  # why it was measured
-    clipped: float | None = (
-        None  # share of the last CLIP_ORIGINS origins whose last close it clips; None: it clips none
-    )
+    clipped: float | None = None  # share of the last CLIP_ORIGINS origins whose last close it clips; None: clips none
     validation: Measurement | None = None  # on the windows of the search, with the seeds of the search
     confirmation: Measurement | None = None
     test: Measurement | None = None
@@ -88,14 +92,15 @@ class ForecastsShown:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyEvidence:
-    """What the confirmation of a study measured: its best trials and the configurations in use, on equal windows.
+    """What the confirmation of a study measured, all on equal windows: its candidates, and the configurations in use.
 
-    `candidates` are in the order of the search, best first. `in_use` is by label, INCUMBENT or STORED.
+    `candidates` are trials in the order of the search, best first; then those of their grid or of other symbols; then
+    the default. One that was dropped on the way says so in its `error`. `in_use` is by label, INCUMBENT or STORED.
     """
 
     windows: Mapping[Part, WindowSpan]
     passes: int  # draws with fresh seeds that every number but the search's is a mean of
-    sampling_error: float  # largest relative standard error of a confirmed MAE that sampling alone leaves
+    sampling_error: float  # largest relative standard error that sampling alone leaves, of trials and what is in use
     candidates: tuple[MeasuredConfiguration, ...]
     in_use: Mapping[str, MeasuredConfiguration]
     no_change: Mapping[Part, NoChange]
@@ -141,6 +146,14 @@ class StudyEvidence:
             test=parts.get("test"),
         )
 
+    def title(self, one: MeasuredConfiguration) -> str:
+        """How tables and figures name a candidate: "trial 7", "default", "grid 3"."""
+        if one.source == "default" or one.trial is None:
+            alike = [each for each in self.candidates if each.source == one.source and each.trial is None]
+            number = next((n for n, each in enumerate(alike, 1) if each is one), 0)
+            return one.source if one.source == "default" else f"{one.source} {number}"
+        return f"trial {one.trial}"
+
     def find(self, params: Mapping[str, Any]) -> MeasuredConfiguration | None:
         """The configuration with these params, where it is among those measured."""
         return next((one for one in (*self.in_use.values(), *self.candidates) if one.params == params), None)
@@ -180,10 +193,15 @@ def params_text(params: Mapping[str, Any]) -> str:
 # --- JSON ---------------------------------------------------------------------------------------------------
 
 
-def to_json(evidence: StudyEvidence) -> dict[str, Any]:
-    """The evidence as the result of a confirmation slot."""
-    values = asdict(evidence, dict_factory=_written)
+def to_json(evidence: StudyEvidence, *, compact: bool = True) -> dict[str, Any]:
+    """The evidence as the result of a confirmation slot; not compact: with all numbers as people read them."""
+    values = asdict(evidence, dict_factory=_compact if compact else _written)
     values["baselines"] = values.pop("in_use")
+    for one in values["candidates"] if compact else ():
+        if one["source"] == "grid":
+            for part in PARTS:
+                if part in one:
+                    one[part] = {name: value for name, value in one[part].items() if name not in UNSEEN}
     return values
 
 
@@ -192,27 +210,67 @@ def _written(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in fields if name != "model" and not (name in OPTIONAL and value in (None, ()))}
 
 
+def _compact(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The same without what is said elsewhere, errors as `errors_text`, and numbers no longer than they matter."""
+    found = _written(fields)
+    if "skill" in found:
+        found = {name: _rounded(value) if name in ROUNDED else value for name, value in found.items()}
+        found = {name: value for name, value in found.items() if name not in IMPLIED}
+    return {name: errors_text(value) if name == "errors" else value for name, value in found.items()}
+
+
+def errors_text(errors: Sequence[float]) -> str:
+    """Errors as base64 of little-endian float32: a sixth of what they take as JSON's numbers."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes an infinity, which nothing believes
+        return base64.b64encode(np.asarray(errors, dtype="<f4").tobytes()).decode()
+
+
+def _errors(found: str | Sequence[float]) -> tuple[float, ...]:
+    """The inverse of `errors_text`; older results have a list."""
+    return tuple(np.frombuffer(base64.b64decode(found), "<f4").tolist() if isinstance(found, str) else found)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.9g}")
+
+
 def from_json(model: str, values: Mapping[str, Any]) -> StudyEvidence:
     """The inverse of `to_json`; what an older result lacks is left empty."""
+    implied = {
+        part: {"no_change_mae": values["no_change"][part]["mae"], "windows": span["count"], "seconds": {}}
+        for part, span in values["windows"].items()
+    }
     return StudyEvidence(
         windows={part: WindowSpan(**span) for part, span in values["windows"].items()},
         passes=values["passes"],
         sampling_error=values["sampling_error"],
-        candidates=tuple(_configuration(model, one) for one in values["candidates"]),
-        in_use={label: _configuration(model, one) for label, one in values["baselines"].items()},
-        no_change={part: NoChange(**_with_tuples(one)) for part, one in values["no_change"].items()},
+        candidates=tuple(_configuration(model, one, implied) for one in values["candidates"]),
+        in_use={
+            label: _configuration(model, {**one, "source": "in use"}, implied)
+            for label, one in values["baselines"].items()
+        },
+        no_change={
+            part: NoChange(mae=one["mae"], errors=_errors(one.get("errors", ())))
+            for part, one in values["no_change"].items()
+        },
         forecasts={part: _forecasts(one) for part, one in values.get("forecasts", {}).items()},
     )
 
 
-def measurement_json(measured: Measurement, *, errors: bool = True) -> dict[str, Any]:
-    """A measurement as JSON values, with its errors by window unless they are not wanted."""
-    left_out = () if errors else ("errors", "sampling_error", "latency_s")
+def measurement_json(measured: Measurement) -> dict[str, Any]:
+    """A measurement as JSON values, without its errors by window."""
+    left_out = ("errors", "sampling_error", "latency_s")
     return {name: value for name, value in asdict(measured).items() if name not in left_out}
 
 
-def _configuration(model: str, values: Mapping[str, Any]) -> MeasuredConfiguration:
-    parts = {part: Measurement(**_with_tuples(values[part])) for part in PARTS if part in values}
+def _configuration(
+    model: str, values: Mapping[str, Any], implied: Mapping[str, Mapping[str, Any]]
+) -> MeasuredConfiguration:
+    parts = {
+        part: Measurement(**{**implied[part], **values[part], "errors": _errors(values[part].get("errors", ()))})
+        for part in PARTS
+        if part in values
+    }
     return MeasuredConfiguration(**{"model": model, **values, **parts})
 
 
@@ -258,7 +316,10 @@ def read_summaries(storage: RetryingStorage, study_ids: Sequence[int] | None = N
 
 
 # What a confirmation was of: all that opening a study asks of a result.
-MEASURED_PATHS = {"windows": "$.windows.confirmation", "candidates": "$.candidates[*].params"}
+MEASURED_PATHS = {
+    "windows": "$.windows.confirmation",
+    "candidates": "$.candidates[*] ? (exists(@.confirmation)).params",
+}
 
 
 def _summary(values: Mapping[str, Sequence[float]]) -> ConfirmedSummary:

@@ -111,6 +111,21 @@ def most_samples(model: str, config: Config) -> int:
     return max(counts)
 
 
+def default(space: Space, config: Config) -> dict[str, Any]:
+    """The model's published default as these settings can measure it.
+
+    It draws as many samples as a search may, since a count only adds noise; none for an exact objective.
+    """
+    model = MODELS[space.model]
+    params = model.settled({**space.fixed, **model.default(config.models[space.model])})
+    count = model.params.num_samples
+    if count in space.knobs:
+        params[count] = most_samples(space.model, config)
+    else:
+        del params[count]
+    return {name: params[name] for name in model.kinds if name in params}
+
+
 def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space: Space) -> dict[str, Any]:
     """A promoted file's `config` as params of this space's model: whatever it says is what is measured.
 

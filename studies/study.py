@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 
 from forecasters import ExpectedError
+from forecasters.models import MODELS
 from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_text
 from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
@@ -37,6 +38,7 @@ NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?
 ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
 CREATED_TOGETHER = 200  # studies made in one transaction; a crash costs no more than these
 SEARCH_PASSES = (0,)  # the seeds of every trial
+CLIP_ORIGINS = 1000  # the last ones, on which it is counted how often a configuration clips the last close
 SAMPLING_SHARE = 0.1  # of min_improvement: what sampling alone may leave uncertain
 
 
@@ -395,6 +397,20 @@ class StudyRun:
     optuna_study: optuna.Study
     max_passes: int  # of a confirmation
     tolerance: float  # relative standard error of a confirmed MAE that sampling alone may leave
+    default: Mapping[str, Any]  # params of the model's default configuration
+    pool: str | Mapping[str, str]  # which symbols' evidence is pooled
+    pool_days: float
+
+    def clipped(self, params: Mapping[str, Any]) -> float | None:
+        """The share of the last CLIP_ORIGINS origins, or as many as there are, whose last close these params clip.
+
+        No network is run. None for a model that clips nothing.
+        """
+        if (share := MODELS[self.study.model].clipped) is None:
+            return None
+        closes = self.confirmation.bars.close
+        first = self.study.definition["windows"]["min_context"]
+        return round(share(closes, range(max(first, len(closes) - CLIP_ORIGINS), len(closes)), params), 6)
 
 
 def start(storage: RetryingStorage, config: Config, study: Study, series: Series, checkpoint: str) -> StudyRun:
@@ -410,6 +426,9 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
         confirmation=confirmation_windows(config, study.symbol, bars),
         max_passes=config.windows.max_passes,
         tolerance=SAMPLING_SHARE * config.promotion.min_improvement,
+        default=spaces.default(space, config),
+        pool=config.promotion.pool,
+        pool_days=config.promotion.pool_days,
         optuna_study=optuna.load_study(
             study_name=study.name,
             storage=storage,

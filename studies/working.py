@@ -6,8 +6,10 @@ Knows Optuna and the slots. Knows nothing of processes, devices or commands.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +24,19 @@ from storage.retrying import ClaimLost, RetryingStorage
 from storage.slots import Slot
 from studies import confirmation
 from studies.evidence import measurement_json, params_text, to_json
+from studies.measuring import Host, Stopped
+from studies.portfolio import read as read_portfolio
 from studies.study import SEARCH_PASSES, StudyRun
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a claimed slot. `state` is "complete", "pruned", "measured", "confirmed" or "lost"."""
+    """What became of a claimed slot.
+
+    `state` is "complete", "pruned", "measured", "confirmed", "stopped" or "lost".
+    """
 
     state: str
     number: int
@@ -77,10 +86,13 @@ def work(
     *,
     attrs: Mapping[str, str],
     clock: StageClock,
+    computing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Outcome:
     """Do what a claimed slot asks for and finish it.
 
     attrs: user attributes of a new trial, such as its worker and device.
+    computing: a context in which a request to stop raises Stopped. It ends a confirmation, whose slot is free again
+    and keeps how far it is; trials and baselines are finished.
     Raises ForecastError after failing the slot's trial; the slot itself is the caller's to fail.
     """
     if slot.stage == slots.TRIAL:
@@ -88,13 +100,43 @@ def work(
     if slot.stage == slots.BASELINE:
         assert slot.params is not None
         measured = evaluator.measure(run.split.validation, slot.params, passes=SEARCH_PASSES)
-        result = {"params": dict(slot.params), "validation": measurement_json(measured, errors=False)}
+        result = {"params": dict(slot.params), "validation": measurement_json(measured)}
         kept = slots.finish(storage, slot, result=result, seconds=clock.lap())
         text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
         return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
-    evidence = confirmation.confirm(run, evaluator, slot.params or {})
-    kept = slots.finish(storage, slot, result=to_json(evidence), seconds=clock.lap())
-    return Outcome(state="confirmed" if kept else "lost", number=slot.number, text=confirmation.summary(evidence))
+    return _confirm(storage, run, slot, evaluator, clock=clock, computing=computing)
+
+
+def _confirm(
+    storage: RetryingStorage,
+    run: StudyRun,
+    slot: Slot,
+    evaluator: Evaluator,
+    *,
+    clock: StageClock,
+    computing: Callable[[], AbstractContextManager[None]],
+) -> Outcome:
+    def tell(line: str) -> None:
+        log.info("%s confirmation: %s", run.study.name, line)
+
+    def keep(state: Mapping[str, Any]) -> None:
+        if not slots.keep_progress(storage, slot, state):
+            raise ClaimLost
+        left = "" if state["left_s"] is None else f", {state['left_s']:.0f} s left"
+        tell(f"{state['share']:.0%} done{left}")
+
+    kept = slots.read_progress(storage, slot)
+    host = Host(kept=kept, keep=keep, computing=computing, tell=tell)
+    try:
+        portfolio = read_portfolio(storage, run)
+        evidence = confirmation.confirm(run, evaluator, slot.params or {}, portfolio=portfolio, host=host)
+    except Stopped:
+        slots.release(storage, slot)
+        return Outcome(state="stopped", number=slot.number, text="goes on where it was when it is claimed again")
+    except ClaimLost:  # frozen for longer than a lease
+        return Outcome(state="lost", number=slot.number, text="before it was confirmed")
+    finished = slots.finish(storage, slot, result=to_json(evidence), seconds=clock.lap())
+    return Outcome(state="confirmed" if finished else "lost", number=slot.number, text=confirmation.summary(evidence))
 
 
 def _run_trial(
@@ -126,6 +168,8 @@ def _run_trial(
         try:
             with clock.timing("sample"):
                 params = run.space.suggest(trial)
+            if (clipped := run.clipped(params)) is not None:
+                trial.set_user_attr("clipped", clipped)
             storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
             measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=report)
             for name, value in readable(measured).items():

@@ -318,6 +318,9 @@ def run(ours: RetryingStorage) -> StudyRun:
         confirmation=cast(Any, None),
         max_passes=2,
         tolerance=0.001,
+        default={},
+        pool="none",
+        pool_days=0.0,
         optuna_study=optuna.load_study(
             study_name="s",
             storage=ours,

@@ -105,7 +105,7 @@ def test_keys(place: Place) -> None:
     assert set(confirmation) == CONFIRMATION
     assert set(confirmation["windows"]) == set(confirmation["no_change"]) == WINDOWS
     for one in (*confirmation["candidates"], *confirmation["baselines"].values()):
-        assert set(one) - {"trial", "source", "clipped"} == {"params", *WINDOWS}
+        assert set(one) - {"trial"} == {"params", "source", *WINDOWS}
         assert all(set(one[windows]) == CONFIRMED for windows in WINDOWS)
     assert set(confirmation["forecasts"]) == {"validation", "test"}
 

@@ -64,7 +64,7 @@ class StudyFacts:
         found: dict[str, Mapping[str, Any]] = {trial_name(trial.number): trial.params for trial in self.best}
         found |= {label: one["params"] for label, one in self.baselines.items()}
         if self.evidence:
-            found |= {trial_name(one.trial): one.params for one in self.evidence.candidates}
+            found |= {self.evidence.title(one): one.params for one in self.evidence.candidates}
             found |= {label: one.params for label, one in self.evidence.in_use.items()}
         return found
 
@@ -157,7 +157,7 @@ def search_table(facts: StudyFacts) -> Table:
 
 def confirmation_table(found: StudyEvidence) -> Table:
     """What was confirmed, best first, then what is in use; one that could not be measured says why."""
-    named = {trial_name(one.trial): one for one in found.ranked} | dict(found.in_use)
+    named = {found.title(one): one for one in found.ranked} | dict(found.in_use)
     measured = list(named.values())
     said = [params_text(one.params) if one.error is None else one.error for one in measured]
 

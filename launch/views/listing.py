@@ -20,7 +20,7 @@ from storage.progress import Progress, first_parked_slots, pick_results, study_p
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import study as studying
-from studies.evidence import ConfirmedSummary, params_text, read_summaries, relative_gain
+from studies.evidence import ConfirmedSummary, params_text, read_summaries, relative_gain, to_json
 from studies.study import Study
 
 NO_WORK = "no work"  # the state of a study without a budget, such as a copy made with Optuna
@@ -202,7 +202,7 @@ class StudyDetails:
             "trials": dict(facts.states),
             "best": [{"trial": one.number, "mae": one.value, "params": one.params} for one in facts.best],
             "baselines": dict(facts.baselines),
-            "confirmation": facts.result,
+            "confirmation": to_json(facts.evidence, compact=False) if facts.evidence else None,
             "parked": [{"stage": one.stage, "slot": one.number, "error": one.error} for one in facts.parked],
             "seconds": dict(facts.seconds),
             "importances": self.importances,
