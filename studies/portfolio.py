@@ -56,7 +56,7 @@ def best(run: StudyRun, found: Sequence[tuple[Study, StudyEvidence]]) -> list[di
             question="",  # all of them are comparable
             checkpoints={study.model: study.definition["checkpoint"]},
             candidates=evidence.candidates,
-            incumbent=None,
+            in_use=(),
             no_change=MeasuredConfiguration(model="no change", params={}),
         )
         for study, evidence in found
@@ -66,8 +66,9 @@ def best(run: StudyRun, found: Sequence[tuple[Study, StudyEvidence]]) -> list[di
     beliefs = beliefs_of(cases, pool=run.pool, pool_days=run.pool_days)
     for case, believed in zip(cases, beliefs, strict=True):
         reference = next((one.mae("confirmation") for one in case.candidates if one.source == "default"), None)
+        pooled = believed.on(case.candidates, None).gains if believed else ()
         for place, one in enumerate(case.candidates):
-            gain = believed.gains[place] if believed else _gain(reference, one.mae("confirmation"))
+            gain = pooled[place] if pooled else _gain(reference, one.mae("confirmation"))
             if gain is not None and one.source != "default":
                 key = family(one.model, one.params)
                 gains.setdefault(key, []).append(gain)
