@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from launch import learning
 from launch.options import (
     FILE,
     HELP,
@@ -187,12 +188,16 @@ def promote(
     context_settings=HELP,
     sections={
         "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
+        "Learn": ("replay",),
         "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
     },
 )
 @version_option
 def studies() -> None:
     """Look at studies, and manage the server that stores them."""
+
+
+studies.add_command(learning.replay)
 
 
 @studies.command(name="list")

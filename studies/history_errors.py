@@ -10,20 +10,25 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from forecasters.models import MODELS
 from objectives.bars import bars_fingerprint
 from objectives.evaluation import Evaluator
 from objectives.metrics import no_change_errors
 from objectives.windows import Windows
 from storage.files import replace_file
+from studies.candidates import shared_knobs
+from studies.config import Config
 from studies.evidence import Source
 from studies.series import Series
+from studies.space import Space, default, most_samples
+from studies.study import CLIP_ORIGINS
 
 SEARCH, FRESH = (0,), (1, 2)  # passes whose seeds the search and the confirmation measure with
 BLOCK = 120  # origins measured together
@@ -35,7 +40,14 @@ class Candidate:
 
     params: Mapping[str, Any]
     source: Source
-    clipped: np.ndarray | None = None  # [T], whether the last close before each origin is one that it clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Origins that are measured together, and the file that keeps what was measured."""
+
+    windows: Windows
+    path: Path
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,90 +63,117 @@ class History:
     search: np.ndarray  # [C, W], with the seeds of a search
     fresh: np.ndarray  # [C, W], with those of a confirmation
     no_change: np.ndarray  # [W]
+    _clipped: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False)
+
+    def clipped(self, place: int, end: int) -> float | None:
+        """The share of the last CLIP_ORIGINS origins before bar `end` whose last close a candidate clips."""
+        if (share := MODELS[self.model].clipped) is None:
+            return None
+        if (place, end) not in self._clipped:
+            origins = range(max(end - CLIP_ORIGINS, 2), end + 1)
+            closes = self.series.bars.close[:end]
+            self._clipped[place, end] = share(closes, origins, self.candidates[place].params)
+        return self._clipped[place, end]
 
 
-def measure_history(
-    evaluator: Evaluator,
+def candidates_of(config: Config, space: Space, sample: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+    """What a replay tries in place of a sampler: the default, and the grid of what shares its draws, else a sample.
+
+    sample: configurations of the space, taken where nothing shares its draws.
+    """
+    first = default(space, config)
+    [shared] = shared_knobs(space) or [None]
+    if shared is None:
+        count = MODELS[space.model].params.num_samples
+        most = {count: most_samples(space.model, config)} if count in space.knobs else {}
+        others: list[Mapping[str, Any]] = [{**params, **most} for params in sample]
+    else:
+        knob = space.knobs[shared]
+        assert isinstance(knob, tuple)
+        others = [{**first, shared: value} for value in knob]
+    found = [Candidate(params=first, source="default")]
+    return found + [Candidate(params=params, source="grid") for params in others if params != first]
+
+
+def blocks(
+    config: Config,
     series: Series,
     origins: range,
     candidates: Sequence[Candidate],
     *,
-    horizon: int,
-    min_context: int,
+    model: str,
+    checkpoint: str,
     folder: Path,
-    progress: Callable[[int], None] = lambda windows: None,
-) -> History:
-    """Measure every candidate at these origins, block by block; what an earlier call left in `folder` is not repeated.
-
-    progress: called with the number of windows that are done, as they are. Raises ForecastError and OSError.
-    """
-    model = evaluator.forecaster.model
-    found = []
-    for windows in _blocks(series, origins, horizon, min_context):
-        path = folder / f"{_key(evaluator, windows, candidates)}.npz"
-        block = _read(path, len(candidates), len(windows))
-        if block is None:
-            block = np.stack(
-                [
-                    [evaluator.measure(windows, one.params, passes=passes).errors for one in candidates]
-                    for passes in (SEARCH, SEARCH if evaluator.exact else FRESH)
-                ]
-            )
-            _write(path, block)
-        wanted = [place for place, origin in enumerate(windows.origins) if origin in origins]
-        found.append((block[:, :, wanted], no_change_errors(windows)[wanted]))
-        progress(len(wanted))
-    errors = np.concatenate([errors for errors, _ in found], axis=2)
-    return History(
-        symbol=series.symbol,
-        model=model,
-        checkpoint=evaluator.forecaster.fingerprint,
-        series=series,
-        first=origins.start,
-        candidates=candidates,
-        search=errors[0],
-        fresh=errors[1],
-        no_change=np.concatenate([no_change for _, no_change in found]),
-    )
-
-
-def _blocks(series: Series, origins: range, horizon: int, min_context: int) -> Iterator[Windows]:
-    """The blocks that have these origins, whole where the bars allow it."""
+) -> list[Block]:
+    """The blocks that have these origins, whole where the bars allow it. checkpoint: the fingerprint of the weights."""
+    horizon, found = config.windows.horizon, []
     stop = len(series.bars) - horizon + 1
     for start in range(origins.start // BLOCK * BLOCK, origins.stop, BLOCK):
-        asked = range(max(start, min_context), min(start + BLOCK, stop))
+        asked = range(max(start, config.windows.min_context), min(start + BLOCK, stop))
         bars = series.bars.slice(0, min(start + BLOCK + horizon, len(series.bars)))
-        yield Windows(symbol=series.symbol, bars=bars, origins=tuple(asked), horizon=horizon)
+        windows = Windows(symbol=series.symbol, bars=bars, origins=tuple(asked), horizon=horizon)
+        about = {
+            "fingerprint": checkpoint,
+            "bars": bars_fingerprint(bars),
+            "origins": [asked.start, asked.stop],
+            "horizon": horizon,
+            "search": [config.search.rung, config.search.batch_size, config.search.objective],
+            "candidates": [dict(one.params) for one in candidates],
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        found.append(Block(windows=windows, path=folder / f"{series.symbol}-{model}-{asked.start}-{digest[:16]}.npz"))
+    return found
 
 
-def _key(evaluator: Evaluator, windows: Windows, candidates: Sequence[Candidate]) -> str:
-    """What the errors of a block are of."""
-    asked = {
-        "fingerprint": evaluator.forecaster.fingerprint,
-        "bars": bars_fingerprint(windows.bars),
-        "origins": [windows.origins[0], windows.origins[-1]],
-        "symbol": windows.symbol,
-        "horizon": windows.horizon,
-        "batch": [evaluator.rung, evaluator.batch],
-        "exact": evaluator.exact,
-        "candidates": [dict(one.params) for one in candidates],
-    }
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    return f"{windows.symbol}-{evaluator.forecaster.model}-{windows.origins[0]}-{digest[:16]}"
+def measure(evaluator: Evaluator, block: Block, candidates: Sequence[Candidate]) -> None:
+    """Measure every candidate at a block's origins and keep the errors. Raises ForecastError and OSError."""
+    errors = [
+        [evaluator.measure(block.windows, one.params, passes=passes).errors for one in candidates]
+        for passes in (SEARCH, SEARCH if evaluator.exact else FRESH)
+    ]
+    content = io.BytesIO()
+    np.savez_compressed(content, errors=np.array(errors))
+    block.path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(block.path, content.getvalue())
 
 
-def _read(path: Path, candidates: int, windows: int) -> np.ndarray | None:
-    """Errors as `_write` left them, [2, C, W]; None where there are none or they are damaged."""
+def read(block: Block, candidates: Sequence[Candidate]) -> np.ndarray | None:
+    """Errors as `measure` kept them, [2, C, W], of the search and fresh; None where there are none or not whole."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with np.load(block.path, allow_pickle=False) as kept:
             errors = kept["errors"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return errors if errors.shape == (2, candidates, windows) else None
+    return errors if errors.shape == (2, len(candidates), len(block.windows)) else None
 
 
-def _write(path: Path, errors: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.savez_compressed(content, errors=errors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, content.getvalue())
+def join(
+    series: Series,
+    origins: range,
+    candidates: Sequence[Candidate],
+    found: Sequence[Block],
+    *,
+    model: str,
+    checkpoint: str,
+) -> History:
+    """The history of blocks that are measured. Raises LookupError where one is not."""
+    errors, no_change = [], []
+    for block in found:
+        kept = read(block, candidates)
+        if kept is None:
+            raise LookupError(f"{block.path}: not measured")
+        wanted = [place for place, origin in enumerate(block.windows.origins) if origin in origins]
+        errors.append(kept[:, :, wanted])
+        no_change.append(no_change_errors(block.windows)[wanted])
+    search, fresh = np.concatenate(errors, axis=2)
+    return History(
+        symbol=series.symbol,
+        model=model,
+        checkpoint=checkpoint,
+        series=series,
+        first=origins.start,
+        candidates=candidates,
+        search=search,
+        fresh=fresh,
+        no_change=np.concatenate(no_change),
+    )

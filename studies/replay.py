@@ -211,7 +211,7 @@ class _Study:
             model=history.model,
             params=one.params,
             source=one.source,
-            clipped=None if one.clipped is None else float(one.clipped[max(self.end - 1000, 0) : self.end].mean()),
+            clipped=history.clipped(place[1], self.end),
             validation=_measurement(search[self.validation], history.no_change[self.validation]),
             confirmation=_measurement(fresh[self.confirmation], history.no_change[self.confirmation]),
             test=_measurement(fresh[self.test], history.no_change[self.test]),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 import forecasters
 from forecasters import Bars
+from launch import cli
 from objectives.evaluation import Evaluator
-from objectives.windows import recent_origins
+from objectives.windows import Windows, recent_origins
 from studies import config as configuration
 from studies import history_errors, replay
 from studies.history_errors import Candidate, History
@@ -158,16 +160,29 @@ def test_what_was_promoted_is_what_the_next_date_compares_with() -> None:
     assert worse.realised < 0
 
 
-def test_a_configuration_that_clips_is_not_chosen() -> None:
+def test_a_configuration_that_clips_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     series = walk("A")
     plan = planned([series])
     found = history(series, plan, [1.05, 1.0])
-    clips = np.zeros(len(series.bars), dtype=bool)
-    clips[::20] = True
-    clipping = replace(found, candidates=[found.candidates[0], replace(found.candidates[1], clipped=clips)])
     plan = replace(plan, rules={"guarded": Rule(min_improvement=0.01, on="confirmation", max_clipped=0.01)})
-    assert {one.reason for one in replay.play(config(), plan, [clipping])} == {"clips the last close"}
     assert any(one.promoted for one in replay.play(config(), plan, [found]))
+    monkeypatch.setattr(History, "clipped", lambda history, place, end: 0.05 * place)
+    assert {one.reason for one in replay.play(config(), plan, [found])} == {"clips the last close"}
+
+
+def test_what_is_clipped_is_counted_before_the_date() -> None:
+    """A price that leaves the range of its context clips from then on, and not before."""
+    close = np.full(700, 100.0) + np.sin(np.arange(700))
+    close[600:] = 200.0
+    series = walk("A")
+    jump = replace(series, bars=replace(series.bars, close=close))
+    params = {"max_context": 128, "clip": 3.0}
+    one = history(jump, planned([jump]), [1.0], model="kronos")
+    one = replace(one, candidates=[Candidate(params=params, source="default")])
+    assert one.clipped(0, 600) == 0
+    share = one.clipped(0, 610)
+    assert share is not None
+    assert share > 0
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -183,10 +198,13 @@ def candidates() -> list[Candidate]:
     return [Candidate(params={**params, "aggregate": name}, source="grid") for name in ("mean", "median")]
 
 
-def measured(evaluator: Evaluator, origins: range, folder: Path, **options: Any) -> History:
-    return history_errors.measure_history(
-        evaluator, walk("A"), origins, candidates(), horizon=1, min_context=128, folder=folder, **options
-    )
+def measured(evaluator: Evaluator, origins: range, folder: Path) -> History:
+    about: dict[str, Any] = {"model": "naive", "checkpoint": evaluator.forecaster.fingerprint}
+    found = history_errors.blocks(config(), walk("A"), origins, candidates(), folder=folder, **about)
+    for block in found:
+        if history_errors.read(block, candidates()) is None:
+            history_errors.measure(evaluator, block, candidates())
+    return history_errors.join(walk("A"), origins, candidates(), found, **about)
 
 
 def test_errors_are_the_evaluators_and_the_same_for_other_dates(evaluator: Evaluator, tmp_path: Path) -> None:
@@ -203,17 +221,78 @@ def test_errors_are_the_evaluators_and_the_same_for_other_dates(evaluator: Evalu
 def test_what_was_measured_is_not_measured_again(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[int] = []
-    first = measured(evaluator, range(250, 420), tmp_path, progress=done.append)
-    assert sum(done) == 170
+    first = measured(evaluator, range(250, 420), tmp_path)
     files = sorted(tmp_path.iterdir())
     files[0].write_bytes(files[0].read_bytes()[:100])  # cut short, as by a full disk
     asked: list[int] = []
     measure = evaluator.measure
-    monkeypatch.setattr(
-        evaluator, "measure", lambda windows, *a, **k: (asked.append(len(windows)), measure(windows, *a, **k))[1]
-    )
+
+    def counted(windows: Windows, *args: Any, **options: Any) -> Any:
+        asked.append(len(windows))
+        return measure(windows, *args, **options)
+
+    monkeypatch.setattr(evaluator, "measure", counted)
     again = measured(evaluator, range(250, 420), tmp_path)
     np.testing.assert_array_equal(again.fresh, first.fresh)
     assert len(asked) == 4  # two candidates of one block, with two kinds of seeds
-    assert math.isfinite(again.search.sum())
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "bars").mkdir()
+    for seed, symbol in enumerate(("AAA", "BBB")):
+        bars = walk(symbol, 330, seed=seed).bars
+        times = [str(time)[:10] for time in bars.timestamps.astype("datetime64[D]")]
+        rows = [
+            f"{time},{close!r},{close!r},{close!r},{close!r},1"
+            for time, close in zip(times, bars.close.tolist(), strict=True)
+        ]
+        (tmp_path / "bars" / f"{symbol}.csv").write_text("\n".join(["timestamp,open,high,low,close,volume", *rows, ""]))
+    (tmp_path / "studies.toml").write_text(SETTINGS.format(folder=tmp_path))
+    return tmp_path
+
+
+SETTINGS = """
+data.dir = "{folder}/bars"
+promotion.results_dir = "{folder}/results"
+hyperparams.dir = "{folder}/hyperparams"
+search.models = ["naive"]
+[windows]
+confirmation = 60
+[naive]
+season = [1]
+context_length = [64]
+num_samples = [64]
+aggregates = ["mean", "median"]
+"""
+
+
+def invoke(folder: Path, *words: str) -> Result:
+    command = ["replay", "--config", str(folder / "studies.toml"), "--cpus", "1", *words]
+    return CliRunner().invoke(cli.studies, command)
+
+
+def test_a_replay_prints_what_each_rule_did_and_goes_on_where_it_was(folder: Path) -> None:
+    result = invoke(folder, "--dates", "2", "--json", "--report", str(folder / "replay.html"))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [one["rule"] for one in found["rules"]] == ["pooled", "confirmation", "validation"]
+    assert [one["decisions"] for one in found["rules"]] == [4, 4, 4]
+    assert len(found["plays"]) == 12
+    assert "Promotion rules replayed" in (folder / "replay.html").read_text()
+    assert not (folder / "hyperparams").exists()
+    again = invoke(folder, "--dates", "2", "--rule", "pooled", "--json")
+    assert "blocks of windows were measured before" in again.stderr
+    assert json.loads(again.stdout)["plays"] == [one for one in found["plays"] if one["rule"] == "pooled"]
+
+
+def test_too_short_a_history_and_unknown_rules_are_one_line(folder: Path) -> None:
+    short = invoke(folder, "--after", "200")
+    assert short.exit_code == 1
+    assert short.stderr.splitlines()[-1] == "no symbol has the 408 bars that one date of a replay needs; add older bars"
+    unknown = invoke(folder, "--rule", "best")
+    assert unknown.exit_code == 2
+    assert "'best'; the rules are pooled, confirmation, validation" in unknown.stderr

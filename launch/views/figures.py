@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 from launch.output import counted
 from studies.evidence import ForecastSeries, StudyEvidence
 from studies.promoting import SymbolDecision
+from studies.replay import RuleOutcome
 
 # The palette of Okabe and Ito, whose colours the colour-blind can tell apart.
 COLOURS = {"best": "#0072B2", "incumbent": "#D55E00", "actual": "#222222", "no change": "#777777"}
@@ -332,6 +333,30 @@ def improvements(rows: Sequence[SymbolDecision]) -> go.Figure | None:
         showlegend=True,
         xaxis={"title": "improvement, %", "zeroline": True, "zerolinecolor": "#999999"},
         yaxis={"automargin": True, "categoryorder": "array", "categoryarray": [row.symbol for row in known]},
+    )
+
+
+def replay_curves(outcomes: Sequence[RuleOutcome]) -> go.Figure | None:
+    """What each rule had in use was better than the default by, added up over the dates of a replay."""
+    known = [one for one in outcomes if len(one.curve) > 1]
+    if not known:
+        return None
+    traces = [
+        {
+            "x": [date for date, _ in one.curve],
+            "y": (100 * np.cumsum([gain for _, gain in one.curve])).tolist(),
+            "mode": "lines+markers",
+            "name": one.rule,
+            "hovertemplate": "%{x}: %{y:+.2f}",
+        }
+        for one in known
+    ]
+    return _figure(
+        traces,
+        title="What was in use against the model's default",
+        subtitle="improvement of the MAE on the bars after each date, mean over symbols, added up over the dates",
+        showlegend=True,
+        yaxis={"title": "sum of improvements, %", "zeroline": True, "zerolinecolor": "#999999"},
     )
 
 

@@ -195,6 +195,18 @@ def write(path: Path, content: str) -> None:
 
 def html(report: Report) -> str:
     """The page, with Plotly's script in it: about 5 MB."""
+    return page(
+        "report.html.j2",
+        title=report.title,
+        subtitle=report.subtitle,
+        report=report,
+        explanations=EXPLANATIONS,
+        to_be_promoted=decisions.TO_BE_PROMOTED,
+    )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page that opens from disk without a network, of a template beside this module."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -202,14 +214,7 @@ def html(report: Report) -> str:
         trim_blocks=True,
     )
     environment.filters["figure"] = _embedded
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        report=report,
-        explanations=EXPLANATIONS,
-        plotly=Markup(get_plotlyjs()),
-        to_be_promoted=decisions.TO_BE_PROMOTED,
-        nothing=NOTHING,
-    )
+    return environment.get_template(template).render(plotly=Markup(get_plotlyjs()), nothing=NOTHING, **values)
 
 
 def _embedded(figure: go.Figure) -> Markup:

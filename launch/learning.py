@@ -1,0 +1,89 @@
+"""The commands that learn from history and configurations: what `studies --help` lists under "Learn".
+
+Loads neither torch nor Optuna until a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from launch.options import (
+    FILE,
+    HELP,
+    Names,
+    check_devices,
+    checked_models,
+    checked_symbols,
+    flat,
+    gpus_option,
+    json_option,
+    models_option,
+    shared,
+    symbols_option,
+)
+from studies.config import Config
+
+
+@click.command(context_settings=HELP)
+@symbols_option
+@models_option
+@click.option("--from", "since", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE",
+              help="First date; else as many as --dates.")  # fmt: skip
+@click.option("--dates", default=12, show_default=True, type=click.IntRange(1), help="Number of dates.")
+@click.option("--every", default=30, show_default=True, type=click.IntRange(1), help="Bars between two dates.")
+@click.option("--after", default=60, show_default=True, type=click.IntRange(1), help="Bars that judge a decision.")
+@click.option("--rule", "rules", type=Names(), multiple=True, help="pooled, confirmation, validation.  [default: all]")
+@click.option("--sample", default=24, show_default=True, type=click.IntRange(1),
+              help="Configurations of a model that has no grid.")  # fmt: skip
+@gpus_option
+@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@click.option("--report", "report_path", type=FILE, help="HTML file to write curves and promotions to.")
+@json_option
+@shared
+def replay(
+    config: Config,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    since: datetime | None,
+    dates: int,
+    every: int,
+    after: int,
+    rules: Sequence[Sequence[str]],
+    sample: int,
+    gpus: Sequence[Sequence[int]],
+    cpus: int | None,
+    report_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Play search and promotion through your own history: what each rule would have promoted, and what came of it.
+
+    Touches neither studies nor hyperparams. What is measured is kept in results/replay, so that it goes on after an
+    interruption.
+
+    \b
+    studies replay --symbols BTCUSD,AAPL --models toto --report replay.html
+    """
+    from launch import replaying
+
+    check_devices(gpus, cpus)
+    replaying.command(
+        config,
+        replaying.Asked(
+            symbols=checked_symbols(symbols),
+            models=checked_models(models, config),
+            rules=replaying.checked_rules(flat(rules)),
+            since=since,
+            dates=dates,
+            every=every,
+            after=after,
+            sample=sample,
+        ),
+        gpus=flat(gpus),
+        cpus=cpus,
+        report_path=report_path,
+        as_json=as_json,
+    )
