@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from storage import database, slots, study_rows
-from storage.progress import free_counts, parked_slots, stage_results, study_progress
+from storage.progress import free_counts, parked_slots, run_snapshot, stage_results, study_progress
 from storage.retrying import CLAIM_ATTR, ClaimLost, RetryingStorage
 from storage.slots import BASELINE, CONFIRMATION, TRIAL, Slot
 
@@ -100,6 +100,8 @@ def test_progress_is_kept_by_whoever_holds_the_row_until_it_is_done(storage: Ret
     second = must_claim(storage, study_id)
     assert slots.read_progress(storage, second) == {"share": 0.25}
     assert not slots.keep_progress(storage, first, {"share": 0.5})  # it was only frozen, and has lost the row
+    (busy,) = run_snapshot(storage, [study_id], [], stage=TRIAL, label="", path="$").busy
+    assert busy.share == 0.25
     slots.release(storage, second)
     third = must_claim(storage, study_id)
     assert slots.read_progress(storage, third) == {"share": 0.25}
