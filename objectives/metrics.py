@@ -31,6 +31,10 @@ class Measurement:
     )
 
 
+def skill(mae: float, no_change_mae: float) -> float:
+    return 1 - mae / no_change_mae if no_change_mae > 0 else 0.0
+
+
 def measure_no_change(windows: Windows) -> float:
     """The `mae` of predicting that the price stays at the last close."""
     return float(no_change_errors(windows).mean())
@@ -83,7 +87,7 @@ def measurement_of(
         price_mae=price_mae,
         mae_percent=float(100 * price_mae / np.abs(windows.actuals).mean()),
         no_change_mae=no_change_mae,
-        skill=1 - mae / no_change_mae if no_change_mae > 0 else 0.0,
+        skill=skill(mae, no_change_mae),
         errors=tuple(errors.tolist()),
         sampling_error=standard_error(variances / windows.last_closes**2, passes),
         windows=len(windows),

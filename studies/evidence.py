@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from objectives.metrics import Measurement
+from objectives.metrics import Measurement, skill
 from storage import slots
 from storage.progress import pick_results
 from storage.retrying import RetryingStorage
@@ -26,7 +26,7 @@ INCUMBENT, STORED = "incumbent", "stored"  # labels of what is in use: what `bes
 OPTIONAL = (*PARTS, "trial", "clipped", "error", "low", "high")  # fields that JSON leaves out where they are empty
 # What JSON leaves out of a measurement, as the evidence says it elsewhere; of the grid also what nobody looks at.
 IMPLIED, UNSEEN = ("no_change_mae", "windows"), ("seconds", "latency_s")
-ROUNDED = ("price_mae", "mae_percent", "sampling_error")  # to nine digits
+ROUNDED = ("price_mae", "mae_percent", "sampling_error")  # to seven digits
 
 T = TypeVar("T")
 
@@ -197,11 +197,11 @@ def to_json(evidence: StudyEvidence, *, compact: bool = True) -> dict[str, Any]:
     """The evidence as the result of a confirmation slot; not compact: with all numbers as people read them."""
     values = asdict(evidence, dict_factory=_compact if compact else _written)
     values["baselines"] = values.pop("in_use")
-    for one in values["candidates"] if compact else ():
-        if one["source"] == "grid":
-            for part in PARTS:
-                if part in one:
-                    one[part] = {name: value for name, value in one[part].items() if name not in UNSEEN}
+    for one in (*values["candidates"], *values["baselines"].values()) if compact else ():
+        for part in [part for part in PARTS if part in one]:
+            left_out = UNSEEN if one["source"] == "grid" else ()
+            left_out += () if part == "confirmation" else ("skill",)  # lists of studies ask the server for that one
+            one[part] = {name: value for name, value in one[part].items() if name not in left_out}
     return values
 
 
@@ -231,7 +231,7 @@ def _errors(found: str | Sequence[float]) -> tuple[float, ...]:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.9g}")
+    return None if value is None else float(f"{value:.7g}")
 
 
 def from_json(model: str, values: Mapping[str, Any]) -> StudyEvidence:
@@ -266,12 +266,14 @@ def measurement_json(measured: Measurement) -> dict[str, Any]:
 def _configuration(
     model: str, values: Mapping[str, Any], implied: Mapping[str, Mapping[str, Any]]
 ) -> MeasuredConfiguration:
-    parts = {
-        part: Measurement(**{**implied[part], **values[part], "errors": _errors(values[part].get("errors", ()))})
-        for part in PARTS
-        if part in values
-    }
-    return MeasuredConfiguration(**{"model": model, **values, **parts})
+    def measurement(part: Part) -> Measurement:
+        said = {**implied[part], **values[part]}
+        said["errors"] = _errors(said.get("errors", ()))
+        return Measurement(**{"skill": skill(said["mae"], said["no_change_mae"]), **said})
+
+    return MeasuredConfiguration(
+        **{"model": model, **values, **{part: measurement(part) for part in PARTS if part in values}}
+    )
 
 
 def _forecasts(values: Mapping[str, Any]) -> ForecastsShown:

@@ -18,6 +18,7 @@ from studies.evidence import (
     MeasuredConfiguration,
     NoChange,
     Part,
+    Source,
     StudyEvidence,
     WindowSpan,
 )
@@ -33,6 +34,7 @@ def measurement(
     seed: int | None = None,
     wobble: float = 0.0,
     no_change_mae: float = NO_CHANGE_MAE,
+    sampling_error: float = 0.0,
 ) -> Measurement:
     """A measurement with this error: the same on every window or, with a seed, noise with this mean.
 
@@ -51,7 +53,7 @@ def measurement(
         no_change_mae=no_change_mae,
         skill=1 - mae / no_change_mae,
         errors=tuple(errors.tolist()),
-        sampling_error=0.0,
+        sampling_error=sampling_error,
         windows=windows,
         seconds={"encode": 0.1, "draw": 0.2, "aggregate": 0.0},
         latency_s=0.01,
@@ -74,6 +76,8 @@ def measured_configuration(
     params: Mapping[str, Any] | None = None,
     model: str = "toto",
     trial: int | None = None,
+    source: Source = "trial",
+    clipped: float | None = None,
     counts: Mapping[Part, int] = COUNTS,
     **options: Any,
 ) -> MeasuredConfiguration:
@@ -87,7 +91,14 @@ def measured_configuration(
         "test": mae if test is None else test,
     }
     measured: dict[str, Any] = {part: measurement(maes[part], counts[part], **options) for part in PARTS}
-    return MeasuredConfiguration(model=model, params=dict(params or {"num_samples": 64}), trial=trial, **measured)
+    return MeasuredConfiguration(
+        model=model,
+        params=dict(params or {"num_samples": 64}),
+        trial=trial,
+        source=source,
+        clipped=clipped,
+        **measured,
+    )
 
 
 def unmeasured(error: str, *, params: Mapping[str, Any] | None = None, model: str = "toto") -> MeasuredConfiguration:
@@ -138,7 +149,7 @@ def evidence(
         "passes": 2,
         "sampling_error": 0.0005,
         "candidates": candidates,
-        "in_use": {label: one for label, one in labels.items() if one is not None},
+        "in_use": {label: replace(one, source="in use") for label, one in labels.items() if one is not None},
         "no_change": {part: NoChange(mae=no_change_mae, errors=(no_change_mae,) * counts[part]) for part in PARTS},
         "forecasts": shown or {},
     }

@@ -97,6 +97,27 @@ if "launch.worker" in sys.orig_argv:
     Evaluator.measure = slowly
 """
 
+# A worker whose confirmations note what they measured, and sleep for a minute once they have measured this often.
+STUCK_CONFIRMATION = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import json, time
+    from pathlib import Path
+    from objectives.evaluation import Evaluator
+    batch_errors, count = Evaluator.batch_errors, 0
+    def noting(self, windows, params, indices, *, passes):
+        global count
+        if tuple(passes) == (0,):  # a trial, or the windows of the search
+            return batch_errors(self, windows, params, indices, passes=passes)
+        count += 1
+        time.sleep(60 if count > {calls} else 0)
+        found = batch_errors(self, windows, params, indices, passes=passes)
+        with Path({log!r}).open("a") as file:
+            file.write(json.dumps([dict(params), [windows.origins[i] for i in indices], list(passes)]) + "\\n")
+        return found
+    Evaluator.batch_errors = noting
+"""
+
 INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
 
 
@@ -205,6 +226,14 @@ class RunPlace(Place):
     def slow_down(self, seconds: float) -> None:
         """Let every trial last this long."""
         self.environment |= patch_python(self.folder / "slow", SLOW_TRIALS.format(seconds=seconds))
+
+    def get_stuck(self, calls: int) -> Path:
+        """Let confirmations stop getting on after so many measurements, which are noted in the file returned."""
+        folder = self.folder / f"stuck-{calls}"
+        log = self.folder / f"measured-{calls}"
+        code = STUCK_CONFIRMATION.format(calls=calls, log=str(log))
+        self.environment |= patch_python(folder, code)
+        return log
 
     def command(self, *words: str) -> list[str]:
         return [str(BIN / words[0]), *words[1:], "--config", str(self.settings)]

@@ -57,6 +57,23 @@ def test_json_round_trip_keeps_all_but_the_url(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "all"),
+        ("[promotion]\npool = 'none'", "none"),
+        ("[promotion.pool]\ncrypto = '*USD'\nindices = 'SP*'", {"crypto": "*USD", "indices": "SP*"}),
+    ],
+)
+def test_what_is_pooled_is_one_word_or_groups(tmp_path: Path, text: str, expected: object) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    config = configuration.load(path)
+    assert config.promotion.pool == expected
+    assert configuration.from_json(json.loads(json.dumps(configuration.to_json(config)))) == config
+    assert (config.promotion.max_clipped, config.promotion.pool_days) == (0.01, 10.0)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[dat]\ndir = 'x'", ["[dat]", "unknown table"]),
@@ -81,6 +98,13 @@ def test_json_round_trip_keeps_all_but_the_url(tmp_path: Path) -> None:
         ("[kronos]\ntemperature = [0.0, 0.4]", ["[kronos] temperature", "between"]),
         ("[storage]\nlisten = 'db.example'", ["[storage] listen", "IP address"]),
         ("[promotion]\nmin_improvement = -0.1", ["[promotion] min_improvement", "share"]),
+        ("[promotion]\nmax_clipped = 1.5", ["[promotion] max_clipped", "share"]),
+        ("[promotion]\npool = 'some'", ["[promotion] pool", '"all", "none"', "*USD"]),
+        ("[promotion]\npool = 3", ["[promotion] pool", "text"]),
+        ("[promotion.pool]\ncrypto = 3", ["[promotion] pool", "table of text"]),
+        ("[promotion.pool]", ["[promotion] pool", "at least one group"]),
+        ("[promotion.pool]\ncrypto = ''", ["[promotion] pool", "pattern"]),
+        ("[promotion]\npool_days = -1", ["[promotion] pool_days", "at least 0"]),
         ("[workers]\nlease_s = 1", ["[workers] lease_s", "at least 2"]),
         ("[data\n", ["not valid TOML"]),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.trial import TrialState
+from places import FOLDERS
 from places import StudyPlace as Place
 
 from forecasters import ForecastError
@@ -21,9 +23,11 @@ from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from storage import slots
 from storage.progress import worker_seconds
-from studies import confirmation
+from studies import confirmation, evaluators, importance, working
 from studies import study as studying
+from studies.candidates import NEIGHBOURHOOD, distance
 from studies.evidence import from_json
+from studies.measuring import Host
 
 TRIALS = Place.TRIALS
 
@@ -240,3 +244,97 @@ def test_launch_workers_confirms_anew_only_what_is_out_of_date(place: Place) -> 
     place.storage.transaction(lambda c: slots.raise_budget(c, study.study_id, TRIALS + 1))
     place.open()
     assert "incumbent" in place.finish(study)["baselines"]
+
+
+# ---- what is confirmed -----------------------------------------------------------------------------------------------
+
+
+def test_the_whole_grid_and_the_default_are_confirmed(place: Place) -> None:
+    place.put("best", {"num_samples": 48, "aggregate": "quantile_0.90"})
+    study = place.open().study
+    evidence = from_json("toto", place.finish(study))
+    aggregates = place.config().models["toto"].aggregates
+    most = [one.params["aggregate"] for one in evidence.candidates if one.params["num_samples"] == 128]
+    assert sorted(most) == sorted(aggregates)
+    trials = place.trials(study)
+    for one in evidence.candidates:
+        assert one.error is None
+        assert one.clipped is None
+        if one.trial is not None:
+            assert trials[one.trial].params == {name: one.params[name] for name in ("aggregate", "num_samples")}
+    (default,) = (one for one in evidence.candidates if one.source == "default")
+    assert default.params == {"aggregate": "median", "num_samples": 128, "context_length": 256}
+    assert {one.source for one in evidence.candidates} == {"trial", "grid", "default"}
+    assert (evidence.in_use["incumbent"].source, evidence.in_use["incumbent"].params["num_samples"]) == ("in use", 48)
+    found, missing = importance.importances(place.storage, study.name)
+    assert (found, missing) == ({"aggregate": pytest.approx(1), "num_samples": 0.0}, None)
+
+
+def test_the_default_is_confirmed_without_any_trial(place: Place) -> None:
+    run = place.run(place.open().study)
+    evidence = confirmation.confirm(run, place.evaluator(), {})
+    assert [one.source for one in evidence.candidates] == ["default"]
+    assert evidence.candidates[0].confirmation is not None
+    assert confirmation.summary(evidence).startswith("default, best of 1, mae=")
+
+
+KRONOS_SETTINGS = """
+[windows]
+validation = 10
+test = 5
+confirmation = 30
+max_passes = 2
+[search]
+models = ["kronos"]
+[kronos]
+checkpoint = "kronos-tiny"
+max_context = [64, 128]
+sample_count = [8, 16]
+clip = [1.0, 5.0]
+"""
+
+
+def test_what_needs_encodings_of_its_own_is_confirmed_sparingly(place: Place) -> None:
+    place.settings.write_text(FOLDERS + KRONOS_SETTINGS)
+    config = place.config(trials=8, prune_worst=0.0)
+    forecaster = evaluators.load_forecaster(config, "kronos", device="cpu")
+    checkpoint = forecaster.fingerprint
+    in_use = {"temperature": 0.4, "top_p": 1.0, "top_k": 12, "sample_count": 8, "max_context": 64, "clip": 1.0}
+    place.put("best", in_use, model="kronos")
+    (opened,) = studying.open_studies(place.storage, config, [place.series()], ["kronos"], {"kronos": checkpoint})
+    run = studying.start(place.storage, config, opened.study, place.series(), checkpoint)
+    evaluator = evaluators.evaluator_of(config, forecaster, cache_bytes=1 << 28)
+    clock = working.StageClock(place.storage, [evaluator])
+    attrs = {"worker": "host:1", "device": "cpu"}
+    for _ in range(9):  # the baseline and the trials
+        slot = slots.claim(place.storage, run.study.study_id, worker="host:1", lease_s=60)
+        assert slot is not None
+        working.work(place.storage, run, slot, evaluator, attrs=attrs, clock=clock)
+    for trial in place.trials(opened.study).values():
+        params = run.space.complete(trial.params)
+        assert trial.user_attrs["clipped"] == run.clipped(params)
+        assert trial.user_attrs["clipped"] > 0.2 or params["clip"] >= 1.2
+
+    trials = confirmation.complete_trials(run)
+    others = [{**trials[0][1], "sample_count": 12}, {**run.default, "clip": 3.0}]
+    told: list[str] = []
+    host = Host(tell=told.append)
+    evidence = confirmation.confirm(run, evaluator, {"incumbent": in_use}, portfolio=others, host=host)
+    assert [one.params for one in evidence.candidates if one.source == "portfolio"] == others[1:]
+    searched = [one for one in evidence.candidates if one.source == "trial"]
+    assert searched[0].params == trials[0][1]
+    assert len(searched) <= 5
+    assert all(
+        distance(run.space, one.params, other.params) >= NEIGHBOURHOOD
+        for one, other in itertools.combinations(evidence.candidates, 2)
+    )
+    default = evidence.candidates[-1]
+    assert (default.source, default.params["clip"], default.clipped) == ("default", 5.0, run.clipped(run.default))
+    everyone = [*evidence.candidates, *evidence.in_use.values()]
+    assert all(one.clipped == run.clipped(one.params) and one.confirmation is not None for one in everyone)
+    encodings = len({(one.params["max_context"], one.params["clip"]) for one in everyone})
+    configurations = len({json.dumps(one.params, sort_keys=True) for one in everyone})
+    assert told == [
+        f"{configurations} configurations on 45 windows: 45 x {encodings} = {45 * encodings} encodings, "
+        "each drawn from in up to 2 passes"
+    ]

@@ -20,7 +20,7 @@ from test_slots import make_study
 
 from launch import cli
 from storage import DatabaseUnavailable, database, embedded, slots, urls
-from storage.progress import worker_seconds
+from storage.progress import run_snapshot, worker_seconds
 from storage.retrying import CLAIM_ATTR
 
 Place = places.RunPlace  # of the fixture `place`
@@ -204,10 +204,13 @@ def test_a_patient_opener_waits_for_the_server(own_server: embedded.PrivateServe
     storage.engine.dispose()
 
 
-def test_a_database_of_before_gets_the_column_it_lacks(database_url: str) -> None:
-    execute(database_url, "alter table slots drop column seconds")
+@pytest.mark.parametrize("columns", [["progress"], ["progress", "seconds"]])
+def test_a_database_of_before_gets_the_columns_it_lacks(database_url: str, columns: list[str]) -> None:
+    for column in columns:
+        execute(database_url, f"alter table slots drop column {column}")
     storage = database.open_storage(database_url, wait_s=5)
     assert worker_seconds(storage) == {}
+    assert run_snapshot(storage, [1], [], stage=0, label="", path="$").busy == []
     storage.engine.dispose()
 
 

@@ -13,7 +13,7 @@ from places import StudyPlace as Place
 
 from launch import cli, verify
 
-COMMANDS = {"promote", "studies list", "studies show", "studies verify-compile"}
+COMMANDS = {"promote", "studies list", "studies replay", "studies show", "studies verify-compile"}
 
 PROMOTE = {
     "symbol", "study", "model", "incumbent_model", "incumbent_mae", "best_mae", "improvement", "improvement_low",

@@ -147,7 +147,9 @@ def launch(place: Place, *words: str, columns: int = 80, lines: int = 40) -> Ter
 
 
 STUDY = re.compile(r"(NASDAQ|SP500)/naive\S* +(\d+)/(\d+) .*")
-WORKER = re.compile(r"([01])( cpu)? +((NASDAQ|SP500)/naive\S* +)?(trial \d+/\d+|confirmation|waiting|done)\b.*")
+WORKER = re.compile(
+    r"([01])( cpu)? +((NASDAQ|SP500)/naive\S* +)?(trial \d+/\d+|confirmation(?: \d+%)?|waiting|done)\b.*"
+)
 BAR = re.compile(r"[━╸╺]+  (\d+)/(\d+)  .* left")
 
 

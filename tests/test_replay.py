@@ -281,6 +281,14 @@ def test_a_replay_prints_what_each_rule_did_and_goes_on_where_it_was(folder: Pat
     found = json.loads(result.stdout)
     assert [one["rule"] for one in found["rules"]] == ["pooled", "confirmation", "validation"]
     assert [one["decisions"] for one in found["rules"]] == [4, 4, 4]
+    assert set(found["rules"][0]) == {
+        "rule", "decisions", "promoted", "worse", "realised", "a_decision", "a_decision_interval", "over_default",
+        "over_default_interval", "skill", "curve",
+    }  # fmt: skip
+    assert set(found["plays"][0]) == {
+        "date", "symbol", "rule", "promoted", "reason", "model", "params", "improvement", "realised", "over_default",
+        "skill",
+    }  # fmt: skip
     assert len(found["plays"]) == 12
     assert "Promotion rules replayed" in (folder / "replay.html").read_text()
     assert not (folder / "hyperparams").exists()
@@ -292,7 +300,8 @@ def test_a_replay_prints_what_each_rule_did_and_goes_on_where_it_was(folder: Pat
 def test_too_short_a_history_and_unknown_rules_are_one_line(folder: Path) -> None:
     short = invoke(folder, "--after", "200")
     assert short.exit_code == 1
-    assert short.stderr.splitlines()[-1] == "no symbol has the 408 bars that one date of a replay needs; add older bars"
+    needed = "no symbol has the 408 bars that one date of a replay needs; add older bars"
+    assert short.stderr.splitlines()[-1] == f"error: {needed}"
     unknown = invoke(folder, "--rule", "best")
     assert unknown.exit_code == 2
     assert "'best'; the rules are pooled, confirmation, validation" in unknown.stderr

@@ -293,7 +293,7 @@ def importances(shares: Mapping[str, float]) -> go.Figure | None:
     return _figure(
         [bars],
         title="Parameter importance",
-        subtitle="by PED-ANOVA, from the trials of the search",
+        subtitle="of the confirmed grid where there is one, else of the trials (PED-ANOVA)",
         height=130 + 34 * len(names),
         xaxis={"title": "importance, %", "range": [0, 100]},
         yaxis={"automargin": True},

@@ -240,7 +240,7 @@ def render(found: StudyDetails, width: int) -> RenderableType:
     parts += _section("worker time by stage", _seconds(facts.seconds, width))
     shares = found.importances
     importances = Text(found.importances_missing or "") if shares is None else _shares(shares, width)
-    parts += _section("parameter importance (PED-ANOVA)", importances)
+    parts += _section("parameter importance", importances)
     if facts.parked:
         lines = [Text(f"{STAGES[one.stage]}, slot {one.number}: {one.error}") for one in facts.parked]
         parts += _section("parked work", Group(*lines))
