@@ -5,9 +5,10 @@
 Every 30 bars back through history a search is played for every symbol that has the bars for it: it sees the bars up to
 there, splits them as a study does (30 windows of validation before 20 of test, confirmation on the 250 before test),
 picks among 20 aggregates and promotes or not. What it promoted is then judged on the 60 bars after. The default rule
-pools the evidence of all symbols of one date. The forecast is the last 100 returns, each divided by the volatility
-known before it (exponentially weighted, 0.94) and multiplied by the one known now: the same samples for all, so that
-nothing here is sampling noise. Only choosing the least of many numbers is.
+pools the evidence of all symbols of one date; further rules pool without the windows of the search, or only its best.
+The forecast is the last 100 returns, each divided by the volatility known before it (exponentially weighted, 0.94) and
+multiplied by the one known now: the same samples for all, so that nothing here is sampling noise. Only choosing the
+least of many numbers is.
 
 The incumbent, in four worlds. In the first three it is the best already, as well as that can be said:
 - `best elsewhere`: the aggregate with the least error over all of the symbol's windows but those that the search looks
@@ -64,6 +65,7 @@ POOL_DAYS = np.timedelta64(10, "D")  # that the last bars of pooled symbols may 
 RETURNS = 100  # of which the forecast is made; with the volatility's first, the 128 bars that any study has
 DECAY = 0.94  # of the volatility: RiskMetrics' for daily returns (1996)
 GAPS = (0.008, 0.01, 0.02, 0.03, 0.05, 0.10)
+OWN = "own trial"  # kind of a configuration that too few symbols have
 REFERENCE = "mean"  # of pooling: the configuration that every symbol has
 MOST_USELESS, LEAST_FOUND = 0.01, 0.85  # what the default rule is to keep to, where a dozen symbols pool
 
@@ -219,21 +221,15 @@ class Case:
         assert decision.candidate is not None
         return decision, names[decision.candidate]
 
-    def pooled(self, pool: Pool, place: int) -> tuple[Decision, str]:
-        """The default rule: the best of all by the evidence of all symbols."""
-        names = list(self.errors)
-        beliefs = Beliefs(
-            gains=[pool.gain(place, number) for number in range(len(names))],
-            over_incumbent=lambda candidate: pool.improvement(place, candidate, len(names)),
-            over_no_change=lambda candidate: pool.improvement(place, candidate, None),
-        )
-        return self.decide(names, on=self.search.confirmation, beliefs=beliefs)
-
     @property
-    def symbol_errors(self) -> SymbolErrors:
-        """What a pool takes: all aggregates on the confirmation windows, and then the incumbent."""
-        seen = self.search.confirmation
-        measured = [Measured(model="toto", family=name, kind=name, errors=of[seen]) for name, of in self.errors.items()]
+    def top(self) -> list[str]:
+        """The best aggregates of the search, best first."""
+        seen = self.search.validation
+        return sorted(self.errors, key=lambda name: float(self.errors[name][seen].mean()))[:TOP]
+
+    def symbol_errors(self, names: Sequence[str], seen: slice) -> SymbolErrors:
+        """What a pool takes: these aggregates on the windows that are seen, and then the incumbent."""
+        measured = [Measured(model="toto", family=name, kind=OWN, errors=self.errors[name][seen]) for name in names]
         in_use = Measured(model="toto", family=self.label, kind="in use", errors=self.incumbent[seen])
         return SymbolErrors(references={"toto": self.errors[REFERENCE][seen]}, measured=[*measured, in_use])
 
@@ -253,8 +249,7 @@ def best_of_30_and_earlier(case: Case) -> Outcome:
 
 
 def top_five(case: Case) -> Outcome:
-    top = sorted(case.errors, key=lambda name: float(case.errors[name][case.search.validation].mean()))[:TOP]
-    decision, name = case.decide(top, on=case.search.confirmation)
+    decision, name = case.decide(case.top, on=case.search.confirmation)
     return decision.promote, name
 
 
@@ -263,13 +258,35 @@ def all_on_confirmation(case: Case) -> Outcome:
     return decision.promote, name
 
 
+def pooled(cases: Cases, *, top: bool = False, apart: bool = False) -> list[tuple[Decision, str]]:
+    """The best of all, or of the search's best and the default, by the evidence of all symbols.
+
+    apart: without the windows of the search, which are among those of confirmation.
+    """
+    names = [[*case.top, *({REFERENCE} - {*case.top})] if top else list(case.errors) for case in cases]
+    seen = [case.search.earlier if apart else case.search.confirmation for case in cases]
+    pool = Pool([case.symbol_errors(of, where) for case, of, where in zip(cases, names, seen, strict=True)])
+
+    def decide_at(place: int) -> tuple[Decision, str]:
+        count = len(names[place])
+        beliefs = Beliefs(
+            gains=[pool.gain(place, number) for number in range(count)],
+            over_incumbent=lambda candidate: pool.improvement(place, candidate, count),
+            over_no_change=lambda candidate: pool.improvement(place, candidate, None),
+        )
+        return cases[place].decide(names[place], on=seen[place], beliefs=beliefs)
+
+    return [decide_at(place) for place in range(len(cases))]
+
+
 def outcomes(cases: Cases) -> dict[str, list[Outcome]]:
     """What every rule does in the cases of one date."""
     found = {name: [rule(case) for case in cases] for name, rule in ALONE.items()}
-    pool = Pool([case.symbol_errors for case in cases])
-    decided = [case.pooled(pool, place) for place, case in enumerate(cases)]
+    decided = pooled(cases)
     for name, holds in GATES.items():
         found[name] = [(decision.promote and holds(decision.comparison), chosen) for decision, chosen in decided]
+    for name, how in POOLED.items():
+        found[name] = [(decision.promote, chosen) for decision, chosen in pooled(cases, **how)]
     return found
 
 
@@ -285,6 +302,11 @@ GATES: dict[str, Callable[[Comparison], bool]] = {
     "default, --require-test": lambda found: (found.improvement_test or 0.0) >= 0,
     "default, --max-p 0.05": lambda found: (found.p_value or 0.0) <= 0.05,
     "default, interval above 0": lambda found: (found.interval or (0.0,))[0] > 0,
+}
+POOLED: dict[str, dict[str, bool]] = {
+    "pooled, without the windows of the search": {"apart": True},
+    "best of the top five and the default, pooled": {"top": True},
+    "the same, without the windows of the search": {"top": True, "apart": True},
 }
 
 

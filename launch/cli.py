@@ -236,7 +236,7 @@ def show_command(config: Config, name: str, as_json: bool) -> None:
     from studies import retiring
 
     storage = open_storage(config)
-    found = listing.details(storage, name)
+    found = listing.details(storage, name, config.hyperparams.dir)
     if found is None:
         retired = retiring.retired_names(storage, name)
         see = command(f"studies show {retired[-1]}" if retired else "studies list")

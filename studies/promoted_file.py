@@ -1,11 +1,13 @@
-"""What is to become of one promoted file, and what it then says.
+"""What is to become of one promoted file, what it then says, and what one says of how it came about.
 
 The keys are those that the predecessor's readers expect; `metadata` says where the numbers come from.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -35,6 +37,68 @@ class Verdict:
         """Whether the forecast that the price stays did better on the confirmation windows; None: not measured."""
         measured = self.candidate.confirmation if self.candidate else None
         return None if measured is None else measured.skill < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InUse:
+    """The decision that put a configuration in use, as its file says it; None: the file does not say.
+
+    Improvements, over what was in use before, and skills are fractions. The names are those of a decision made now.
+    """
+
+    study: str | None
+    trial: int | None
+    promoted_at: str | None
+    reason: str | None
+    improvement: float | None
+    improvement_low: float | None  # its 95 % interval; of a first promotion that over "no change"
+    improvement_high: float | None
+    p_value: float | None
+    improvement_own: float | None
+    pooled_symbols: int | None
+    improvement_validation: float | None
+    improvement_test: float | None
+    skill: float | None
+    worse_than_no_change: bool
+    previous_model: str | None
+    previous_config: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, record: Record) -> InUse:
+        """Read what `payload` writes. Files of others, and what people changed in one, may say anything."""
+        said = record.metadata
+        interval = said.get("improvement_interval")
+        low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
+        if _number(low) is None or _number(high) is None:
+            low = high = None
+        trial, symbols, before = said.get("trial"), said.get("pooled_symbols"), said.get("previous_config")
+        return cls(
+            study=_text(said.get("study")),
+            trial=trial if isinstance(trial, int) else None,
+            promoted_at=_text(said.get("promoted_at")),
+            reason=_text(said.get("reason")),
+            improvement=_number(said.get("improvement")),
+            improvement_low=_number(low),
+            improvement_high=_number(high),
+            p_value=_number(said.get("p_value")),
+            improvement_own=_number(said.get("improvement_own")),
+            pooled_symbols=symbols if isinstance(symbols, int) else None,
+            improvement_validation=_number(said.get("improvement_validation")),
+            improvement_test=_number(said.get("improvement_test")),
+            skill=_number(said.get("skill")),
+            worse_than_no_change=said.get("worse_than_no_change") is True,
+            previous_model=_text(said.get("previous_model")),
+            previous_config=before if isinstance(before, dict) else None,
+        )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _number(value: object) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
 
 
 def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:

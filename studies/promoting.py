@@ -20,7 +20,7 @@ from studies.beliefs import SymbolBeliefs
 from studies.config import Config
 from studies.evidence import MeasuredConfiguration
 from studies.findings import Finding
-from studies.promoted_file import Verdict
+from studies.promoted_file import InUse, Verdict
 from studies.promotion import Rule
 from studies.study import Study
 
@@ -67,6 +67,7 @@ class SymbolDecision:
     test_mae: float | None = None
     incumbent_test_mae: float | None = None
     windows: int | None = None  # that the decision rests on
+    in_use: InUse | None = None  # what the file that was found says of the decision that made it
     decision: str  # "promoted", "kept", or "failed" with an error as the reason
     reason: str
     next: str | None = None  # the command that would change a "kept" of this reason
@@ -244,6 +245,7 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         test_mae=candidate.mae("test") if candidate else None,
         incumbent_test_mae=known.mae("test") if known else None,
         windows=best.windows if best else None,
+        in_use=InUse.of(record) if record else None,
         decision="failed" if error else "promoted" if decision.promote else "kept",
         reason=error or decision.reason,
         next=None if error else _next(verdict),

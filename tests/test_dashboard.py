@@ -196,6 +196,14 @@ def test_a_decision_stays_while_its_confirmation_does(place: Place, folder: Path
     notes.update(place.storage, folder, [study])  # as a later run does
     assert attributes(place, study)["decision"] == decision
     assert "`launch-workers --symbols SP500`" in note_of(place, study)
+    assert place.invoke(cli.promote).exit_code == 0  # a second time: what put it in use stays to be seen
+    said = attributes(place, study)["decision"]
+    assert "unchanged since 20" in said
+    assert f"improved (improvement {100 * row['improvement']:+.2f} %, 95 % interval" in said
+    assert f"skill {100 * row['skill']:+.2f} %" in said
+    assert said in note_of(place, study)
+    shown = " ".join(place.invoke(cli.studies, "show", study.name).stdout.split())
+    assert f"in use promoted on 20{said.split('promoted on 20')[1]}" in shown
     place.storage.transaction(
         lambda c: slots.reopen(c, study.study_id, slots.CONFIRMATION, params={"incumbent": row_params(place, study)})
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -14,14 +16,16 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from launch.views import decisions, listing, tables
+from launch.views.facts import confirmation_table
 from launch.views.listing import StudyRow
 from launch.views.tables import Column, Table, terminal
-from storage import database, slots, study_rows
+from storage import configs, database, slots, study_rows
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import promoting as promote
 from studies import study as studying
 from studies.evidence import MeasuredConfiguration, params_text, to_json
+from studies.promoted_file import InUse
 
 DEFINITION = {
     "no_change_mae": 0.0125,
@@ -39,8 +43,18 @@ def storage(database_url: str) -> Iterator[RetryingStorage]:
     storage.engine.dispose()
 
 
-def make(storage: RetryingStorage, name: str = NAME, *, trials: int = 0, baseline: float | None = None) -> int:
-    """A study with so many complete trials, their values rising from 0.010, and a measured incumbent."""
+def make(
+    storage: RetryingStorage,
+    name: str = NAME,
+    *,
+    trials: int = 0,
+    baseline: float | None = None,
+    clipped: float | None = None,
+) -> int:
+    """A study with so many complete trials, their values rising from 0.010, and a measured incumbent.
+
+    clipped: the share that every trial says it clips.
+    """
 
     def fill(connection: Any, study_id: int) -> None:
         slots.add(connection, study_id, slots.BASELINE, 0, label="incumbent", params={"aggregate": "mean"})
@@ -59,7 +73,13 @@ def make(storage: RetryingStorage, name: str = NAME, *, trials: int = 0, baselin
     for number in range(trials):
         params = {"num_samples": [64, 128, 256][number % 3], "temperature": 0.06 + 0.3 * number / trials}
         study.add_trial(
-            create_trial(state=TrialState.COMPLETE, value=0.01 + number * 1e-5, params=params, distributions=knobs)
+            create_trial(
+                state=TrialState.COMPLETE,
+                value=0.01 + number * 1e-5,
+                params=params,
+                distributions=knobs,
+                user_attrs={} if clipped is None else {"clipped": clipped},
+            )
         )
         slots.finish(storage, claim(storage, study_id), seconds={"encode": 3.0, "idle": 1.0})
     return study_id
@@ -139,7 +159,7 @@ def test_a_copy_made_with_optuna_has_no_work(storage: RetryingStorage) -> None:
     (row, other) = listing.rows(storage)
     assert (row.study, row.state, row.done, row.budget, row.best_mae) == (copy, "no work", 0, 0, 0.01)
     assert other.state == "running"
-    details = listing.details(storage, copy)
+    details = listing.details(storage, copy, Path("absent"))
     assert details is not None
     assert details.to_json()["trials"] == {"complete": 2}
     assert "no work" in shown(storage, name=copy)
@@ -168,7 +188,7 @@ def test_parked_slots_and_their_reasons(storage: RetryingStorage) -> None:
     assert (row.state, row.parked) == ("parked", 2)
     assert row.parked_reason == "BTCUSD: samples are not finite [/bold]"
     assert (row.best_mae, row.incumbent_mae, row.improvement, row.skill) == (None, None, None, None)
-    details = listing.details(storage, NAME)
+    details = listing.details(storage, NAME, Path("absent"))
     assert details is not None
     printed = details.to_json()
     assert [(one["stage"], one["slot"], one["error"]) for one in printed["parked"]] == [
@@ -182,7 +202,7 @@ def test_parked_slots_and_their_reasons(storage: RetryingStorage) -> None:
 
 
 def shown(storage: RetryingStorage, width: int = 80, *, name: str = NAME) -> str:
-    details = listing.details(storage, name)
+    details = listing.details(storage, name, Path("absent"))
     assert details is not None
     json.dumps(details.to_json())
     console = Console(width=width, color_system=None)
@@ -217,7 +237,7 @@ def test_too_few_trials_have_no_importances(storage: RetryingStorage) -> None:
 
 
 def test_a_name_that_is_none(storage: RetryingStorage) -> None:
-    assert listing.details(storage, NAME) is None
+    assert listing.details(storage, NAME, Path("absent")) is None
 
 
 def row(number: int, **changes: Any) -> StudyRow:
@@ -246,11 +266,22 @@ def test_no_line_is_wider_than_the_terminal_and_every_study_is_there(width: int)
         assert "running (3 parked)" in lines[-1]
     if width == 240:
         (line,) = head
-        searched = ["incumbent MAE", "search best", "search improvement", "search skill"]
-        confirmed = ["confirmed MAE", "confirmed improvement", "confirmed skill"]
+        searched = ["search incumbent", "search best", "search improvement", "search skill"]
+        confirmed = ["confirmed incumbent", "confirmed best", "confirmed improvement", "confirmed skill"]
         assert re.split("  +", line.strip()) == ["study", "state", "trials", *searched, *confirmed]
     if width == 80:
         assert len(head) == 2  # "confirmed" above "improvement"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 240])
+def test_the_best_of_a_search_stands_beside_its_own_skill_alone(width: int) -> None:
+    shown = terminal(listing.table([row(number) for number in range(3)]), width)
+    headings = [str(column.header).replace("\n", " ").strip() for column in shown.columns]
+    groups = [heading.split()[0] for heading in headings if heading not in ("study", "state", "trials")]
+    assert groups == sorted(groups, reverse=True)  # those of the search, then the confirmed ones
+    assert set(groups) <= {"search", "confirmed"}
+    assert {"confirmed improvement", "confirmed skill"} <= set(headings)
+    assert ("search best" in headings) == ("search skill" in headings) == (width >= 100)
 
 
 def test_studies_that_differ_in_their_last_bar_keep_their_names() -> None:
@@ -299,6 +330,53 @@ DECIDED = promote.SymbolDecision(
 )  # fmt: skip
 
 
+IN_USE = InUse(
+    study="BTCUSD/kronos@2026-03-02", trial=7, promoted_at="2026-03-02T10:11:12Z", reason="first", improvement=0.02,
+    improvement_low=-0.0012, improvement_high=0.0401, p_value=0.03, improvement_own=0.0299, pooled_symbols=11,
+    improvement_validation=0.1, improvement_test=0.0077, skill=-0.02, worse_than_no_change=True, previous_model="toto",
+    previous_config={"aggregate": "mean"},
+)  # fmt: skip
+UNCHANGED = replace(
+    DECIDED, reason="unchanged", in_use=IN_USE, improvement=None, improvement_low=None, improvement_high=None,
+    p_value=None, improvement_own=None, pooled_symbols=1, improvement_validation=None, improvement_test=None,
+    worse_than_no_change=True,
+)  # fmt: skip
+
+
+def test_an_unchanged_configuration_shows_the_evidence_that_put_it_in_use() -> None:
+    (cells,) = decisions.table([UNCHANGED]).rows
+    evidence = ("+2.00 %", "-0.12 to +4.01 %", "0.030", "+2.99 %", "11", "+10.00 %", "+0.77 %")
+    assert cells[4:11] == evidence
+    assert cells[-3:] == ("+1.23 %", "kept", "unchanged since 2026-03-02; worse than no change")
+    assert decisions.in_use_text(IN_USE) == (
+        "promoted on 2026-03-02 from BTCUSD/kronos@2026-03-02, trial 7: first; worse than no change (improvement "
+        "+2.00 %, 95 % interval -0.12 to +4.01 %, pooled over 11 symbols, +2.99 % on its own, skill -2.00 %); before "
+        "it toto with aggregate=mean"
+    )
+    (cells,) = decisions.table([replace(UNCHANGED, in_use=None)]).rows
+    assert cells[-1] == "unchanged; worse than no change"
+
+
+@pytest.mark.parametrize("content", [{}, {"improvement": True, "improvement_interval": ["a", 1], "study": 3}])
+def test_a_promoted_file_that_says_nothing_readable_is_no_error(content: dict[str, Any]) -> None:
+    record = configs.parse(
+        Path("f"), "best", "BTCUSD", json.dumps({"model": "m", "config": {}, "metadata": content}).encode()
+    )
+    found = InUse.of(record)
+    assert {value for name, value in vars(found).items() if name != "worse_than_no_change"} == {None}
+    assert decisions.in_use_text(found) == ""
+
+
+def test_the_share_of_clipped_closes_is_a_column_where_it_is_known(storage: RetryingStorage) -> None:
+    study_id = make(storage, trials=3, baseline=0.0111, clipped=0.1234)
+    clips = replace(measured_configuration(0.012, validation=0.01, test=0.013, trial=0), clipped=0.0567)
+    slots.finish(storage, claim(storage, study_id), result=to_json(evidence(clips, incumbent=INCUMBENT)))
+    text = shown(storage)
+    assert re.search(r"trial 0 +1.0000 % +\+11.50 % +\+20.00 % +12.3 %", text)
+    assert re.search(r"trial 0 +1.2000 % +\+4.00 % +\+4.00 % +5.7 %", text)
+    assert "clipped" not in [column.heading for column in confirmation_table(evidence(INCUMBENT)).columns]
+
+
 @pytest.mark.parametrize("width", [40, 80, 120, 240])
 def test_a_decision_and_its_reason_are_on_one_line_at_any_width(width: int) -> None:
     console = Console(width=width, color_system=None)
@@ -309,7 +387,9 @@ def test_a_decision_and_its_reason_are_on_one_line_at_any_width(width: int) -> N
     cells = re.split("  +", line.strip())
     assert (cells[0], *cells[-2:]) == ("BTCUSD", "kept", "below the threshold")
     if width >= 80:
-        assert "+3.61 %" in line
+        assert {"+1.20 to +8.43 %", "+1.23 %"} <= {*cells}  # interval and skill
+    if width >= 120:
+        assert {"+3.61 %", "+2.50 %", "12"} <= {*cells}
     if width == 240:
         errors, interval = ("1.2345 %", "1.1900 %", "+3.61 %"), "+1.20 to +8.43 %"
         numbers = (*errors, interval, "0.021", "+2.50 %", "12", "+5.00 %", "-1.00 %", "+1.23 %")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -461,6 +467,52 @@ def test_groups_are_pooled_apart_and_a_pattern_that_fits_nothing_is_told(
     assert "none = '*USD' fits no symbol" in caplog.text
     pooled = {row["symbol"]: row["pooled_symbols"] for row in json.loads(result.stdout)}
     assert pooled == {"AAA": 2, "AAB": 2, "BBB": 3, "CCC": 3, "DDD": 3}
+
+
+def on_a_terminal(place: Place, *words: str, columns: int) -> list[str]:
+    """The lines that a command writes to a terminal so wide."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    ended = subprocess.run(
+        [str(places.BIN / words[0]), *words[1:], "--config", str(place.settings), "--storage", place.url],
+        env=environment | {"TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(theirs)
+    assert ended.returncode == 0, ended.stderr
+    text = os.read(ours, 1 << 16).decode()  # a screen has room in the terminal's buffer
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+
+
+def test_decisions_on_a_terminal_of_80_columns_keep_skill_and_interval(place: Place) -> None:
+    metadata = {"promoted_at": "2026-03-02T10:11:12Z", "improvement": -0.0123, "improvement_interval": [-1.513, 0.0401]}
+    worlds = {"BTCUSD": (1.4, None, None), "ETHUSD": (1, OLD, None), "UNIUSD": (1.2, NEW, None), "SPY": (1, OLD, 0.5)}
+    for number, (symbol, (scale, used, clipped)) in enumerate(worlds.items()):
+        new = measured(0.0095 * scale, wobble=0.3, seed=10 + 2 * number)
+        old = measured(0.01 * scale, wobble=0.3, seed=11 + 2 * number)
+        configurations = [(NEW, replace(new, clipped=clipped)), (OLD, replace(old, source="default"))]
+        place.study(configurations, symbol=symbol, baselines={"incumbent": (used, old)} if used else None)
+        place.study([(KRONOS, replace(measured(0.1), source="default"))], symbol=symbol, model="kronos")
+        if used:
+            place.put(used, symbol=symbol, metadata=metadata)
+    for first in ("first", "unchanged"):  # before the promotion and after it
+        head, *lines = on_a_terminal(place, "promote", "--dry-run", columns=80)
+        assert head.split()[0] == "symbol"
+        assert max(map(len, (head, *lines))) <= 80
+        for line in lines:
+            assert re.search(r" [+-]\d+\.\d+ to [+-]\d+\.\d+ %  +[+-]\d+\.\d\d %  ", line), line
+        reasons = {line.split()[0]: line.rstrip().split("  ")[-1].strip() for line in lines}
+        assert list(reasons) == sorted(worlds)
+        assert reasons["BTCUSD"] == f"{first}; worse than no change"
+        assert reasons["SPY"] == "clips the last close"
+        assert re.fullmatch(r"unchanged( since 2026-03-02)?; worse than no change", reasons["UNIUSD"])
+        assert place.promote().exit_code == 0
 
 
 def test_a_first_promotion_that_is_worse_than_no_change_says_so(place: Place) -> None:

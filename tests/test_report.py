@@ -65,8 +65,12 @@ def test_tables_say_what_promote_says_and_what_was_measured(place: Place, study:
     _, tables = report(place)
     (used,) = [one for one in table_after(tables, "Configuration in use") if one["symbol"] == "SP500"]
     assert used["study"] == f"{study.name}, trial {row_trial(place)}"
-    assert used["reason"].startswith(f"improved, improvement {100 * row['improvement']:+.2f} %")
-    assert table_after(tables, "Decisions")[0]["reason"] == "unchanged"
+    evidence = {"improvement": decided["improvement"], "95 % interval": interval, "skill": decided["skill"]}
+    assert {name: used[name] for name in evidence} == evidence
+    assert (used["reason"], used["before it"]) == ("improved", "`toto num_samples=48 aggregate=quantile_0.90`")
+    (decided,) = table_after(tables, "Decisions")
+    assert decided["reason"] == f"unchanged since {used['promoted at'][:10]}"
+    assert {name: decided[name] for name in evidence} == evidence
 
     path = place.promoted_file("SP500")
     content = json.loads(path.read_text())
@@ -74,7 +78,8 @@ def test_tables_say_what_promote_says_and_what_was_measured(place: Place, study:
     path.write_text(json.dumps(content))
     _, tables = report(place)
     (used,) = [one for one in table_after(tables, "Configuration in use") if one["symbol"] == "SP500"]
-    assert used["reason"] == f"improved, improvement {100 * row['improvement']:+.2f} %"
+    assert (used["reason"], used["improvement"]) == ("improved", evidence["improvement"])
+    assert used["95 % interval"] == "-"
 
 
 def row_trial(place: Place) -> int:

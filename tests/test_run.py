@@ -490,7 +490,7 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     states = [trial.state for trial in place.trials("SP500")]
     assert states[:3] == [TrialState.FAIL] * 3
     assert len(states) == 3 + 7
-    shown = listing.details(place.storage, study.name)
+    shown = listing.details(place.storage, study.name, place.folder / "hyperparams")
     assert shown is not None
     assert shown.to_json()["parked"] == [{"stage": slots.TRIAL, "slot": 0, "error": error}]
     assert (shown.row.done, shown.row.budget) == (7, 8)

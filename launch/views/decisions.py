@@ -6,8 +6,19 @@ import time
 from collections.abc import Sequence
 
 from launch.output import say
-from launch.views.tables import NOTHING, Column, Table, p_value, percent_error, percent_gain, percent_interval
+from launch.views.tables import (
+    NOTHING,
+    Column,
+    Table,
+    p_value,
+    percent_error,
+    percent_gain,
+    percent_interval,
+    percent_share,
+)
 from storage.history import Restored
+from studies.evidence import params_text
+from studies.promoted_file import InUse
 from studies.promoting import SymbolDecision
 
 TO_BE_PROMOTED = "to be promoted"
@@ -21,14 +32,18 @@ NEXT = "; next: "  # what leads to another decision, behind the decision in a no
 
 
 def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
-    """One row a symbol; a narrow terminal leaves evidence out, never a decision or its reason."""
+    """One row a symbol; a narrow terminal leaves evidence out, skill and interval last, never a decision or its reason.
 
-    def numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
+    Where a configuration is unchanged, its improvement is that of the decision that put it in use.
+    """
+
+    def numbers(heading: str, cells: Sequence[str], priority: int, short_cells: Sequence[str] = ()) -> Column:
         known = any(cell != NOTHING for cell in cells)
-        return Column(heading=heading, cells=cells, right=known, priority=priority)
+        return Column(heading=heading, cells=cells, short_cells=short_cells, right=known, priority=priority)
 
-    decisions = [TO_BE_PROMOTED if dry_run and row.decision == "promoted" else row.decision for row in rows]
-    intervals = [percent_interval(row.improvement_low, row.improvement_high) for row in rows]
+    decided = ["promote" if dry_run and row.decision == "promoted" else row.decision for row in rows]
+    found = [_evidence(row) for row in rows]
+    ends = [(one.improvement_low, one.improvement_high) for one in found]
     return Table(
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
@@ -40,26 +55,59 @@ def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
             ),
             numbers("incumbent MAE", [percent_error(row.incumbent_mae) for row in rows], 4),
             numbers("best MAE", [percent_error(row.best_mae) for row in rows], 5),
-            numbers("improvement", [percent_gain(row.improvement) for row in rows], 9),
-            numbers("95 % interval", intervals, 7),
-            numbers("p", [p_value(row.p_value) for row in rows], 1),
-            numbers("own improvement", [percent_gain(row.improvement_own) for row in rows], 3),
-            numbers("symbols pooled", [_pooled(row.pooled_symbols) for row in rows], 2),
-            numbers("search improvement", [percent_gain(row.improvement_validation) for row in rows], 0),
-            numbers("test improvement", [percent_gain(row.improvement_test) for row in rows], 1),
-            numbers("skill", [percent_gain(row.skill) for row in rows], 8),
-            Column(heading="decision", cells=decisions, priority=11),
-            Column(heading="reason", cells=[reason_text(row) for row in rows], priority=10),
+            numbers("improvement", [percent_gain(one.improvement) for one in found], 9),
+            numbers(
+                "95 % interval",
+                [percent_interval(*each) for each in ends],
+                10,
+                [percent_interval(*each, digits=1) for each in ends],
+            ),
+            numbers("p", [p_value(one.p_value) for one in found], 1),
+            numbers("own improvement", [percent_gain(one.improvement_own) for one in found], 8),
+            numbers("symbols pooled", [_pooled(one.pooled_symbols) for one in found], 7),
+            numbers("search improvement", [percent_gain(one.improvement_validation) for one in found], 2),
+            numbers("test improvement", [percent_gain(one.improvement_test) for one in found], 3),
+            numbers("skill", [percent_gain(row.skill) for row in rows], 11),
+            Column(
+                heading="decision",
+                cells=[TO_BE_PROMOTED if one == "promote" else one for one in decided],
+                short_cells=decided,
+                priority=13,
+            ),
+            Column(
+                heading="reason",
+                cells=[reason_text(row) for row in rows],
+                short_cells=[reason_text(row, dated=False) for row in rows],
+                priority=12,
+            ),
         ],
         keep_empty=True,
     )
 
 
-def reason_text(row: SymbolDecision) -> str:
-    """The reason, and that what is promoted does worse than the forecast that the price stays."""
-    return (
-        f"{row.reason}; worse than no change" if row.decision == "promoted" and row.worse_than_no_change else row.reason
-    )
+def _evidence(row: SymbolDecision) -> SymbolDecision | InUse:
+    return row.in_use if row.reason == "unchanged" and row.in_use else row
+
+
+def reason_text(row: SymbolDecision, *, dated: bool = True) -> str:
+    """The reason, and that what is now in use does worse than the forecast that the price stays.
+
+    dated: with the day since which a configuration is unchanged.
+    """
+    reason, unchanged = row.reason, row.reason == "unchanged"
+    if dated and unchanged and row.in_use and row.in_use.promoted_at:
+        reason += f" since {row.in_use.promoted_at[:10]}"
+    used = unchanged or row.decision == "promoted"
+    return _with_skill(reason, worse=bool(used and row.worse_than_no_change))
+
+
+def in_use_reason(found: InUse) -> str:
+    """Why a configuration was put in use, "-" where its file does not say."""
+    return _with_skill(found.reason or NOTHING, worse=found.worse_than_no_change)
+
+
+def _with_skill(reason: str, *, worse: bool) -> str:
+    return f"{reason}; worse than no change" if worse else reason
 
 
 def _pooled(symbols: int | None) -> str:
@@ -74,6 +122,8 @@ def by_study(rows: Sequence[SymbolDecision]) -> dict[str, str]:
         for pair in row.pairs:
             if pair.study == row.study:
                 text = f"{row.decision} on {day}: {reason_text(row)}{evidence_text(row)}"
+                if row.decision == "kept" and row.in_use and (said := in_use_text(row.in_use)):
+                    text += f"; in use: {said}"
                 found[pair.study] = text + (f"{NEXT}{row.next}" if row.next else "")
             else:
                 verdict = "promoted to the model's own file" if pair.status == "success" else "not chosen"
@@ -81,16 +131,33 @@ def by_study(rows: Sequence[SymbolDecision]) -> dict[str, str]:
     return found
 
 
-def evidence_text(row: SymbolDecision) -> str:
-    """The numbers behind a decision, in brackets; nothing where there is no incumbent to compare with."""
-    if row.improvement is None:
-        return ""
-    parts = [f"improvement {percent_gain(row.improvement)}"]
+def evidence_text(row: SymbolDecision | InUse) -> str:
+    """The numbers behind a decision, in brackets; those that are known."""
+    parts = [f"improvement {percent_gain(row.improvement)}"] if row.improvement is not None else []
     if row.improvement_low is not None:
-        parts.append(f"95 % interval {percent_interval(row.improvement_low, row.improvement_high)}")
-    if row.pooled_symbols and row.pooled_symbols > 1:
-        parts.append(f"pooled over {row.pooled_symbols} symbols, {percent_gain(row.improvement_own)} on its own")
-    return f" ({', '.join(parts)})"
+        over = "" if parts else 'improvement over "no change": '
+        parts.append(f"{over}95 % interval {percent_interval(row.improvement_low, row.improvement_high)}")
+    if parts and row.pooled_symbols and row.pooled_symbols > 1:
+        parts.append(f"pooled over {row.pooled_symbols} symbols")
+    if row.improvement_own is not None and row.improvement is not None:
+        parts.append(f"{percent_gain(row.improvement_own)} on its own")
+    if row.skill is not None:
+        parts.append(f"skill {percent_gain(row.skill)}")
+    if isinstance(row, SymbolDecision) and row.clipped:
+        parts.append(f"clips the last close at {percent_share(row.clipped)} of origins")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def in_use_text(found: InUse) -> str:
+    """The decision that put a configuration in use; "" where its file does not say."""
+    if not found.promoted_at:
+        return ""
+    trial = "" if found.trial is None else f", trial {found.trial}"
+    text = f"promoted on {found.promoted_at[:10]} from {found.study or NOTHING}{trial}"
+    text += f": {in_use_reason(found)}{evidence_text(found)}"
+    if found.previous_config:
+        text += f"; before it {found.previous_model} with {params_text(found.previous_config)}"
+    return text
 
 
 def rollback_lines(restored: Restored, *, dry_run: bool) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.views.decisions import NEXT
-from launch.views.tables import NOTHING, Column, Table, duration, numbers, percent_error, percent_gain
+from launch.views.tables import NOTHING, Column, Table, duration, numbers, percent_error, percent_gain, percent_share
 from storage import board, slots, study_rows
 from storage.commands import command
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
@@ -23,6 +23,7 @@ from studies.study import Study
 
 BEST_SHOWN = 5  # trials
 DECISION, CONFIRMATION = "decision", "confirmation"  # user attributes of a study that are read again
+CLIPPED = "clipped"  # user attribute of a trial: the share of the last origins whose last close it clips
 UNDECIDED = "none yet"
 STAGES = {slots.BASELINE: "configuration in use", slots.TRIAL: "trial", slots.CONFIRMATION: "confirmation"}
 
@@ -142,12 +143,14 @@ def search_table(facts: StudyFacts) -> Table:
     gains = [percent_gain(None if name in in_use else relative_gain(incumbent, mae)) for name, mae in maes.items()]
     skills = [percent_gain(relative_gain(no_change, mae)) for mae in maes.values()]
     configurations = facts.configurations
+    clipped = {trial_name(trial.number): trial.user_attrs.get(CLIPPED) for trial in facts.best}
     return Table(
         columns=[
             Column(heading="", cells=[*maes, "no change"]),
-            numbers("MAE", [percent_error(mae) for mae in (*maes.values(), no_change)], 3),
-            numbers("improvement", [*gains, NOTHING], 2),
-            numbers("skill", [*skills, NOTHING], 1),
+            numbers("MAE", [percent_error(mae) for mae in (*maes.values(), no_change)], 4),
+            numbers("improvement", [*gains, NOTHING], 3),
+            numbers("skill", [*skills, NOTHING], 2),
+            *_clipped([*(clipped.get(name) for name in maes), None]),
             Column(
                 heading="configuration", cells=[*(params_text(configurations[n]) for n in maes), NOTHING], code=True
             ),
@@ -178,15 +181,22 @@ def confirmation_table(found: StudyEvidence) -> Table:
     return Table(
         columns=[
             Column(heading="", cells=[*named, "no change"]),
-            maes("confirmation", "MAE", 6),
-            gains("confirmation", "improvement", 5),
-            skills("confirmation", "skill", 4),
+            maes("confirmation", "MAE", 7),
+            gains("confirmation", "own improvement", 6),
+            skills("confirmation", "skill", 5),
+            *_clipped([*(one.clipped for one in measured), None], 4),
             maes("test", "test MAE", 3),
             gains("test", "test improvement", 2),
             skills("test", "test skill", 1),
             Column(heading="configuration", cells=[*said, NOTHING], code=True),
         ]
     )
+
+
+def _clipped(shares: Sequence[float | None], priority: int = 1) -> list[Column]:
+    """At which share of origins a configuration clips the last close; no column where none is known to."""
+    cells = [NOTHING if share is None else percent_share(share) for share in shares]
+    return [numbers("clipped", cells, priority)] if any(share is not None for share in shares) else []
 
 
 def trial_name(number: int | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import rich.table
@@ -12,15 +14,18 @@ from rich.text import Text
 
 from launch.output import counted, say, show
 from launch.views import tables
+from launch.views.decisions import in_use_text
 from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
 from launch.views.tables import Column, Table, duration, numbers, percent_error, percent_gain, percent_share
-from storage import slots, study_rows
+from storage import configs, slots, study_rows
 from storage.commands import command
+from storage.configs import ConfigFileError
 from storage.progress import Progress, first_parked_slots, pick_results, study_progress
 from storage.retrying import RetryingStorage
 from studies import importance
 from studies import study as studying
 from studies.evidence import ConfirmedSummary, params_text, read_summaries, relative_gain, to_json
+from studies.promoted_file import InUse
 from studies.study import Study
 
 NO_WORK = "no work"  # the state of a study without a budget, such as a copy made with Optuna
@@ -144,7 +149,10 @@ def _without_work(study: Study) -> Progress:
 
 
 def table(rows: Sequence[StudyRow]) -> Table:
-    """One row a study. Every heading says on which windows; confirmed numbers matter most, as the search flatters."""
+    """One row a study. Every heading says on which windows; confirmed numbers matter most, as the search flatters.
+
+    Where there is no room, the best of a search goes together with its skill: it stands beside no other.
+    """
 
     def state(row: StudyRow) -> str:
         return f"{row.state} ({row.parked} parked)" if row.parked and row.state != "parked" else row.state
@@ -158,11 +166,12 @@ def table(rows: Sequence[StudyRow]) -> Table:
             Column(heading="study", cells=[row.study for row in rows], short_cells=short_names),
             Column(heading="state", cells=[state(row) for row in rows], priority=9),
             numbers("trials", [f"{row.done}/{row.budget}" for row in rows], 8),
-            numbers("incumbent MAE", [percent_error(row.incumbent_mae) for row in rows], 2),
-            numbers("search best", [percent_error(row.best_mae) for row in rows], 5),
-            numbers("search improvement", [percent_gain(row.improvement) for row in rows], 4),
-            numbers("search skill", [percent_gain(row.skill) for row in rows], 3),
-            numbers("confirmed MAE", [percent_error(row.confirmed_mae) for row in rows], 1),
+            numbers("search incumbent", [percent_error(row.incumbent_mae) for row in rows], 1),
+            numbers("search best", [percent_error(row.best_mae) for row in rows], 4),
+            numbers("search improvement", [percent_gain(row.improvement) for row in rows], 3),
+            numbers("search skill", [percent_gain(row.skill) for row in rows], 4),
+            numbers("confirmed incumbent", [percent_error(row.confirmed_incumbent_mae) for row in rows], 2),
+            numbers("confirmed best", [percent_error(row.confirmed_mae) for row in rows], 5),
             numbers("confirmed improvement", [percent_gain(row.confirmed_improvement) for row in rows], 7),
             numbers("confirmed skill", [percent_gain(row.confirmed_skill) for row in rows], 6),
             *([Column(heading="reason", cells=reasons, wrap_width=30, code=True)] if any(reasons) else []),
@@ -193,6 +202,7 @@ class StudyDetails:
     facts: StudyFacts
     importances: Mapping[str, float] | None  # shares of 1 by parameter
     importances_missing: str | None  # why there are none
+    in_use: InUse | None  # what the symbol's file in `best` says of the decision that made it
 
     def to_json(self) -> dict[str, Any]:
         """The details as JSON values; the confirmation is printed as it is stored."""
@@ -203,6 +213,8 @@ class StudyDetails:
             "best": [{"trial": one.number, "mae": one.value, "params": one.params} for one in facts.best],
             "baselines": dict(facts.baselines),
             "confirmation": to_json(facts.evidence, compact=False) if facts.evidence else None,
+            "decision": facts.decision,
+            "in_use": asdict(self.in_use) if self.in_use else None,
             "parked": [{"stage": one.stage, "slot": one.number, "error": one.error} for one in facts.parked],
             "seconds": dict(facts.seconds),
             "importances": self.importances,
@@ -211,8 +223,11 @@ class StudyDetails:
         }
 
 
-def details(storage: RetryingStorage, name: str) -> StudyDetails | None:
-    """Everything about the study of this name, retired or not; None where there is none. Raises DatabaseUnavailable."""
+def details(storage: RetryingStorage, name: str, hyperparams: Path) -> StudyDetails | None:
+    """Everything about the study of this name, retired or not; None where there is none.
+
+    hyperparams: the folder of the promoted files. Raises DatabaseUnavailable.
+    """
     studies = studying.list_studies(storage, retired=studying.ASIDE in name)
     study = next((study for study in studies if study.name == name), None)
     if study is None:
@@ -221,7 +236,16 @@ def details(storage: RetryingStorage, name: str) -> StudyDetails | None:
     importances, missing = importance.importances(storage, name)
     progress = study_progress(storage, [study.study_id]).get(study.study_id, _without_work(study))
     facts = gather(storage, study, progress)
-    return StudyDetails(row=row, facts=facts, importances=importances, importances_missing=missing)
+    record = None
+    with contextlib.suppress(ConfigFileError):  # promote says what is wrong with the file
+        record = configs.read(hyperparams, "best", study.symbol)
+    return StudyDetails(
+        row=row,
+        facts=facts,
+        importances=importances,
+        importances_missing=missing,
+        in_use=InUse.of(record) if record else None,
+    )
 
 
 def render(found: StudyDetails, width: int) -> RenderableType:
@@ -236,6 +260,10 @@ def render(found: StudyDetails, width: int) -> RenderableType:
         count, test = confirmed.windows["confirmation"].count, confirmed.windows["test"].count
         heading = f"confirmation: {count} windows, {test} test windows, {counted(confirmed.passes, 'pass')}"
         parts += _section(heading, _without_configurations(confirmation_table(confirmed), width))
+    if facts.decision:
+        parts += _section("decision", Text(facts.decision))
+    if found.in_use and (said := in_use_text(found.in_use)):
+        parts += _section("in use", Text(said))
     parts += _section("configurations", _configurations(facts))
     parts += _section("worker time by stage", _seconds(facts.seconds, width))
     shares = found.importances

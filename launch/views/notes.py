@@ -185,7 +185,7 @@ def _attributes(facts: StudyFacts) -> dict[str, str | None]:
     if facts.evidence and best and best.confirmation:
         confirmed = f"skill {percent_gain(best.confirmation.skill)}"
         if (improvement := facts.evidence.improvement) is not None:
-            confirmed += f", improvement {percent_gain(improvement)}"
+            confirmed += f", own improvement {percent_gain(improvement)}"
     # The page has five rows, of which the definition takes the first.
     return {
         "progress": facts.progress_text,
@@ -210,7 +210,7 @@ def note(facts: StudyFacts, image: Image | None = None) -> str:
         "## Confirmation",
         _confirmation(facts),
         "## Decision",
-        facts.decision or ("None yet." if facts.evidence else "The confirmation comes first."),
+        _decision(facts),
         "## Next step",
         f"`{facts.next_command}`",
     ]
@@ -260,6 +260,12 @@ def _confirmation(facts: StudyFacts) -> str:
     if found.sampling_error:
         told += f"; sampling leaves a relative standard error of {percent_share(found.sampling_error, 2)}"
     return f"{told}.\n\n" + markdown(confirmation_table(found), spaced=True)
+
+
+def _decision(facts: StudyFacts) -> str:
+    if facts.decision:
+        return facts.decision.replace("<", "&lt;")  # what a promoted file says is in it
+    return "None yet." if facts.evidence else "The confirmation comes first."
 
 
 def _parked(facts: StudyFacts) -> str:

@@ -9,10 +9,9 @@ import contextlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import plotly.graph_objects as go
@@ -27,6 +26,7 @@ from launch.views.tables import (
     Column,
     Table,
     duration,
+    numbers,
     percent_gain,
     percent_interval,
     percent_share,
@@ -40,12 +40,15 @@ from studies import importance, promoting
 from studies import study as studying
 from studies.config import Config, ConfigError
 from studies.evidence import params_text
+from studies.promoted_file import InUse
 from studies.promoting import SymbolDecision
 
 EXPLANATIONS = (
     "MAE: mean |forecast - close| in per cent of the last close before the window. Improvement: relative to the "
-    "incumbent, the configuration in use, on the same windows. p: probability of so large an improvement by chance, "
-    "if neither configuration were better.",
+    "incumbent, the configuration in use, on the same windows, given what the configurations gain at the pooled "
+    "symbols; own improvement: at this symbol alone. p: chance that the improvement is not above 0. Of a first "
+    'promotion, interval and p are those of the improvement over "no change"; of an unchanged configuration, all are '
+    "those of the decision that put it in use.",
     "Skill: 1 - MAE / MAE of predicting no change; below zero the forecast is worse than that. Decisions rest on the "
     "confirmation windows, measured with fresh seeds. On the search windows the best trial looks better than it is, "
     "as it was selected there. Test windows never select.",
@@ -124,10 +127,14 @@ def _in_use(config: Config, symbols: Sequence[str]) -> Table | None:
         with contextlib.suppress(ConfigFileError):  # it is the reason that the decisions give
             records[symbol] = configs.read(config.hyperparams.dir, "best", symbol)
     known = {symbol: record for symbol, record in records.items() if record is not None}
-    metadata = [record.metadata for record in known.values()]
     if not known:
         return None
-    trials = [f", trial {one['trial']}" if "trial" in one else "" for one in metadata]
+    found = [InUse.of(record) for record in known.values()]
+    trials = ["" if one.trial is None else f", trial {one.trial}" for one in found]
+    pooled = [str(one.pooled_symbols) if one.pooled_symbols else NOTHING for one in found]
+    before = [
+        f"{one.previous_model} {params_text(one.previous_config)}" if one.previous_config else "" for one in found
+    ]
     return Table(
         columns=[
             Column(heading="symbol", cells=list(known)),
@@ -135,22 +142,18 @@ def _in_use(config: Config, symbols: Sequence[str]) -> Table | None:
             Column(heading="configuration", cells=[params_text(one.config) for one in known.values()], code=True),
             Column(
                 heading="study",
-                cells=[f"{one.get('study', NOTHING)}{trial}" for one, trial in zip(metadata, trials, strict=True)],
+                cells=[f"{one.study or NOTHING}{trial}" for one, trial in zip(found, trials, strict=True)],
             ),
-            Column(heading="promoted at", cells=[str(one.get("promoted_at", NOTHING)) for one in metadata]),
-            Column(heading="reason", cells=[_reason(one) for one in metadata]),
+            Column(heading="promoted at", cells=[one.promoted_at or NOTHING for one in found]),
+            Column(heading="reason", cells=[decisions.in_use_reason(one) for one in found]),
+            numbers("improvement", [percent_gain(one.improvement) for one in found]),
+            numbers("95 % interval", [percent_interval(one.improvement_low, one.improvement_high) for one in found]),
+            numbers("own improvement", [percent_gain(one.improvement_own) for one in found]),
+            numbers("symbols pooled", pooled),
+            numbers("skill", [percent_gain(one.skill) for one in found]),
+            Column(heading="before it", cells=[one or NOTHING for one in before], code=True),
         ]
     )
-
-
-def _reason(metadata: Mapping[str, Any]) -> str:
-    gain, interval = metadata.get("improvement"), metadata.get("improvement_interval")
-    reason = str(metadata.get("reason", NOTHING))
-    if isinstance(gain, float):
-        reason += f", improvement {percent_gain(gain)}"
-    if isinstance(interval, list) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval):
-        reason += f" ({percent_interval(*interval)})"
-    return reason
 
 
 def _parked(found: Sequence[StudyFacts]) -> Table | None:

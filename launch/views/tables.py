@@ -23,9 +23,10 @@ NO_BREAK = "\u00a0"  # a space that no line is broken at
 class Column:
     """One column of cells, all of them text.
 
-    short_cells: what the cells say instead where not all columns have room. right: flush right, as numbers are.
-    priority: of the columns that have no room on a terminal, the lowest is left out first. wrap_width: how narrow the
-    cells may be wrapped; 0: they may not. code: somebody else's words or parameters, to be shown as they are.
+    short_cells: what the cells say instead where they have no room. right: flush right, as numbers are. priority: of
+    the columns that have no room on a terminal, the lowest is left out first, equal ones above 0 together. wrap_width:
+    how narrow the cells may be wrapped; 0: they may not. code: somebody else's words or parameters, to be shown as they
+    are.
     """
 
     heading: str
@@ -56,9 +57,9 @@ class Column:
         lines = textwrap.wrap(self.heading, max(longest_word, *map(cell_len, self.cells), 1))
         return replace(self, heading="\n".join(lines))
 
-    def with_short_cells(self) -> Column:
-        """The same with the short form of its cells, where it has one."""
-        return replace(self, cells=self.short_cells) if self.short_cells else self
+    def with_other_cells(self) -> Column:
+        """The same with the short form of its cells, where it has one, and from that with the long form again."""
+        return replace(self, cells=self.short_cells, short_cells=self.cells) if self.short_cells else self
 
 
 def numbers(heading: str, cells: Sequence[str], priority: int = 0) -> Column:
@@ -84,16 +85,15 @@ def terminal(table: Table, width: int) -> rich.table.Table:
     """The table in lines of at most `width` cells.
 
     What does not fit is narrowed in this order: empty columns go, headings take several lines, cells their short form,
-    and then the columns of the lowest priority go.
+    and then the columns of the lowest priority go. Of the others, those that now have room say the long form again.
     """
     columns = list(table.columns)
     if not table.keep_empty or _needed(columns) > width:
         columns = [columns[0], *(column for column in columns[1:] if not column.is_empty)]
-    for narrower in (Column.with_stacked_heading, Column.with_short_cells):
-        if _needed(columns) > width:
-            columns = [narrower(column) for column in columns]
-    while len(columns) > 1 and _needed(columns) > width:
-        columns.remove(min(reversed(columns[1:]), key=lambda column: column.priority))
+    if _needed(columns) > width:
+        columns = [column.with_stacked_heading() for column in columns]
+    if _needed(columns) > width:
+        columns = _shortened(columns, width)
     first, others = columns[0], columns[1:]
     room = max(1, width - sum(GAP + column.min_width for column in others))
     spare = max(0, room - first.width)
@@ -110,6 +110,19 @@ def terminal(table: Table, width: int) -> rich.table.Table:
     for cells in zip(*(column.cells for column in columns), strict=True):
         shown.add_row(*map(Text, cells))
     return shown
+
+
+def _shortened(columns: Sequence[Column], width: int) -> list[Column]:
+    kept = [column.with_other_cells() for column in columns]
+    while len(kept) > 1 and _needed(kept) > width:
+        last = min(reversed(kept[1:]), key=lambda column: column.priority)
+        gone = [column for column in kept[1:] if column is last or column.priority == last.priority > 0]
+        kept = [column for column in kept if column not in gone]
+    for column in sorted(kept, key=lambda column: -column.priority):
+        longer = [one.with_other_cells() if one is column else one for one in kept]
+        if _needed(longer) <= width:
+            kept = longer
+    return kept
 
 
 def _needed(columns: Sequence[Column]) -> int:
@@ -164,9 +177,9 @@ def percent_share(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def percent_interval(low: float | None, high: float | None) -> str:
+def percent_interval(low: float | None, high: float | None, digits: int = 2) -> str:
     """An interval of relative improvements: "+1.20 to +8.43 %"."""
-    return NOTHING if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f} %"
+    return NOTHING if low is None or high is None else f"{100 * low:+.{digits}f} to {100 * high:+.{digits}f} %"
 
 
 def p_value(value: float | None) -> str:
