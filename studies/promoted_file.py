@@ -97,8 +97,9 @@ def _text(value: object) -> str | None:
 
 
 def _number(value: object) -> float | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def error_by_window(found: StudyEvidence | None) -> go.Figure | None:
     recent = f"recent mean ({RECENT} windows)"
     traces = []
     for name, values in errors.items():
-        shared = {"x0": 1, "name": f"trial {best.trial}" if name == "best" else name, "legendgroup": name}
+        shared = {"x0": 1, "name": found.title(best) if name == "best" else name, "legendgroup": name}
         traces += [
             {**shared, "y": _small(values), "mode": "markers", "showlegend": False,
              "marker": {"size": 4, "color": COLOURS[name], "opacity": 0.35},
@@ -148,7 +148,7 @@ def forecast_chart(found: StudyEvidence | None) -> ForecastChart | None:
                 )
             )
         if "best" in shown.series:
-            labels["best"] = f"trial {shown.series['best'].trial}"
+            labels["best"] = found.title(found.best) if found.best else "best"
         times += shown.times
     return ForecastChart(times=times, segments=segments, test_from=test_from, labels=labels)
 
