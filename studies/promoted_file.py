@@ -97,8 +97,7 @@ def _text(value: object) -> str | None:
 
 
 def _number(value: object) -> float | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
