@@ -303,7 +303,7 @@ def importances(shares: Mapping[str, float]) -> go.Figure | None:
 
 
 def improvements(rows: Sequence[SymbolDecision]) -> go.Figure | None:
-    """The confirmed improvement of every symbol with its 95 % interval."""
+    """The improvement that decides at every symbol, with its 95 % interval."""
     known = [row for row in rows if row.improvement is not None][::-1]
     if not known:
         return None
@@ -328,7 +328,7 @@ def improvements(rows: Sequence[SymbolDecision]) -> go.Figure | None:
     return _figure(
         traces,
         title="Confirmed improvement over the incumbent",
-        subtitle="with its 95 % interval, on the confirmation windows",
+        subtitle="as the evidence of all pooled symbols has it, with its 95 % interval",
         height=180 + 26 * len(known),
         showlegend=True,
         xaxis={"title": "improvement, %", "zeroline": True, "zerolinecolor": "#999999"},
