@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from launch.output import say
+from launch.output import counted, say
 from launch.views.tables import NOTHING, Column, Table, p_value, percent_error, percent_gain, percent_interval
 from storage.history import Restored
 from studies.promoting import SymbolDecision
@@ -91,6 +91,25 @@ def evidence_text(row: SymbolDecision) -> str:
     if row.pooled_symbols and row.pooled_symbols > 1:
         parts.append(f"pooled over {row.pooled_symbols} symbols, {percent_gain(row.improvement_own)} on its own")
     return f" ({', '.join(parts)})"
+
+
+def not_believed(rows: Sequence[SymbolDecision], min_improvement: float) -> str | None:
+    """Why the most promising search of those that changed nothing was not believed; None where none promised enough."""
+    kept = [row for row in rows if row.decision == "kept" and row.reason in ("not better", "unchanged")]
+    promised = [(row.improvement_search, row) for row in kept if (row.improvement_search or 0) > min_improvement]
+    if not promised:
+        return None
+    found, row = max(promised, key=lambda one: one[0])
+    pooled = f", pooled over {row.pooled_symbols} symbols" if (row.pooled_symbols or 1) > 1 else ""
+    known = f"gains {percent_gain(row.improvement)} there" if row.improvement is not None else "is the one in use"
+    interval = percent_interval(row.improvement_low, row.improvement_high)
+    others = f"; so it is with {counted(len(promised) - 1, 'more symbol')}" if len(promised) > 1 else ""
+    return (
+        f"{row.symbol} is kept although its search promised {percent_gain(found)}: the lowest of many errors on few "
+        f"windows flatters; on {row.windows} windows{pooled}, the best {known}"
+        + (f" (95 % interval {interval})" if interval != NOTHING and row.improvement is not None else "")
+        + others
+    )
 
 
 def rollback_lines(restored: Restored, *, dry_run: bool) -> list[str]:
