@@ -356,7 +356,7 @@ def save(network: KronosNetwork, tokenizer: KronosTokenizer, folder: Path) -> No
 
 
 def bars_of(table: pd.DataFrame) -> Bars:
-    columns = {name: table.get(name, table["close"]).to_numpy(np.float64) for name in COLUMNS[:VOLUME]}
+    columns = {name: table[name if name in table else "close"].to_numpy(np.float64) for name in COLUMNS[:VOLUME]}
     volume = table["volume"].to_numpy(np.float64) if "volume" in table else None
     return Bars(timestamps=table.index.to_numpy().astype("datetime64[ns]"), volume=volume, **columns)
 

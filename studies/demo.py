@@ -15,13 +15,17 @@ from storage.files import replace_file
 INDICES = ("SP500", "NASDAQ")  # those with open, high, low and volume, and of the same days
 SYMBOLS = (*INDICES, "WTI", "VIX")
 
-WEAK = "deliberately weak: the mean of the lower three quarters of few samples; a search is to replace it"
-SENSIBLE = "the published default, with fewer samples; a search is to leave it alone"
-# Toto's configurations in use: what each file's `config` says, and why.
-IN_USE: Mapping[str, tuple[Mapping[str, Any], str]] = {
-    "SP500": ({"aggregate": "lower_trimmed_mean_25", "num_samples": 64, "samples_per_batch": 64}, WEAK),
-    "NASDAQ": ({"aggregate": "median", "num_samples": 256, "samples_per_batch": 128}, SENSIBLE),
-}
+# What a file's `config` says, and why it is there.
+WEAK = (
+    {"aggregate": "lower_trimmed_mean_25", "num_samples": 64, "samples_per_batch": 64},
+    "deliberately weak: the mean of the lower three quarters of few samples; a search is to replace it",
+)
+SENSIBLE = (
+    {"aggregate": "median", "num_samples": 256, "samples_per_batch": 128},
+    "the published default; a search is to leave it alone",
+)
+# Toto's configurations in use; VIX has none, so that it shows a first promotion.
+IN_USE: Mapping[str, tuple[Mapping[str, Any], str]] = {"SP500": WEAK, "NASDAQ": SENSIBLE, "WTI": SENSIBLE}
 
 
 def demo_bars(folder: Path | str, symbols: Sequence[str] = SYMBOLS) -> tuple[Path, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,28 @@ def test_nothing_is_in_use_unless_asked_for(tmp_path: Path) -> None:
     folders = ["--data-dir", str(tmp_path / "bars"), "--hyperparams-dir", str(tmp_path / "best")]
     assert CliRunner().invoke(cli.studies, ["demo-data", *folders]).exit_code == 0
     assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_installation_says_what_it_is_doing(tmp_path: Path) -> None:
+    """With a Python that makes an environment whose pip only notes what it is asked for."""
+    root = Path(__file__).parents[1]
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path)
+    python = tmp_path / "python"
+    noting = "printf '#!/bin/sh\\necho \"$@\" >>asked\\n' >.venv/bin/pip"
+    python.write_text(f"#!/bin/sh\nmkdir -p .venv/bin\n{noting}\nchmod +x .venv/bin/pip\n")
+    python.chmod(0o755)
+    ended = subprocess.run(
+        ["make", "PYTHON=./python", ".venv/installed"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines() == [
+        "making a virtual environment in .venv",
+        "installing torch, which is most of the download",
+        "installing the other packages and this one",
+    ]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line.split("-c constraints.txt ")[1] for line in asked] == ["torch", "-e .[dev]"]
 
 
 def test_training_sees_no_bar_after_2016() -> None:

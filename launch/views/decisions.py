@@ -96,7 +96,9 @@ def evidence_text(row: SymbolDecision) -> str:
 def not_believed(rows: Sequence[SymbolDecision], min_improvement: float) -> str | None:
     """Why the most promising search of those that changed nothing was not believed; None where none promised enough."""
     kept = [row for row in rows if row.decision == "kept" and row.reason in ("not better", "unchanged")]
-    promised = [(row.improvement_search, row) for row in kept if (row.improvement_search or 0) > min_improvement]
+    promised = [
+        (found, row) for row in kept if (found := row.improvement_search) is not None and found > min_improvement
+    ]
     if not promised:
         return None
     found, row = max(promised, key=lambda one: one[0])
