@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # One process for each core, four at most: each has a Postgres server of its own.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .PHONY: search test test-slow check format clean
 
 search: $(INSTALLED)
-	@$(BIN)/studies demo-data --config demo >/dev/null
+	@$(BIN)/studies demo-data --config demo --in-use >/dev/null
 	$(BIN)/launch-workers --config demo --cpus 2
 	$(BIN)/promote --config demo
 
@@ -31,11 +32,15 @@ format: $(INSTALLED)
 
 # The stamp comes last: an install that broke off is begun again.
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "making a virtual environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "installing torch, which is most of the download"
+	@$(PIP) torch
+	@echo "installing the other packages and this one"
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
-# Ends the demonstration's server and removes what it left, promoted files too.
+# Ends the demonstration's server and removes what it left.
 clean: $(INSTALLED)
 	$(BIN)/studies stop --config demo
-	rm -rf .demo hyperparams/*/SP500* hyperparams/*/NASDAQ*
+	rm -rf .demo

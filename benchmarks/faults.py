@@ -28,7 +28,7 @@ from benchmarks import exactness, private, recording
 from benchmarks.attacked import LEASE_S, AttackedRun, methods
 from benchmarks.exactness import Result
 from benchmarks.pgbouncer import PROGRAM, PgBouncer
-from studies.series import demo_bars
+from studies.demo import INDICES, demo_bars
 
 # During 400 trials. Only a private server is started again by its run, and only some runs have a PgBouncer.
 MIX: Mapping[str, int] = {
@@ -88,7 +88,7 @@ def mix(count: int, *, through_pgbouncer: bool) -> dict[str, int]:
 def cut_bars(folder: Path, count: int, *, bars: int) -> None:
     """Write bars of `count` symbols: pieces of the packaged indices, one after the other."""
     with tempfile.TemporaryDirectory() as whole:
-        paths = demo_bars(whole)
+        paths = demo_bars(whole, INDICES)
         folder.mkdir()
         for n in range(count):
             path = paths[n % len(paths)]

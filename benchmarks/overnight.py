@@ -23,7 +23,7 @@ from benchmarks.random_models import KRONOS_SMALL, random_checkpoints
 from storage import database, slots
 from storage.progress import read_confirmations, study_progress, worker_seconds
 from storage.retrying import RetryingStorage
-from studies.series import demo_bars
+from studies.demo import INDICES, demo_bars
 
 BARS = 850  # of a symbol: 512 of context, 250 windows to confirm on, 20 of test, and a few
 SETTINGS = """
@@ -39,7 +39,7 @@ ENCODES = {slots.BASELINE: "baselines", slots.TRIAL: "first trials", slots.CONFI
 
 def write_bars(folder: Path, symbols: int) -> None:
     """One file a symbol: pieces of the S&P 500 and NASDAQ in turns, their starts spread evenly."""
-    originals = demo_bars(folder)
+    originals = demo_bars(folder, INDICES)
     lines = [path.read_text().splitlines() for path in originals]
     for path in originals:
         path.unlink()

@@ -44,10 +44,11 @@ from objectives.aggregation import Draw
 from objectives.bars import DataError, read_bars
 from objectives.metrics import Measurement
 from objectives.windows import Windows
+from studies.demo import INDICES, demo_bars
 from studies.evidence import MeasuredConfiguration
 from studies.pooling import Measured, Pool, SymbolErrors
 from studies.promotion import Beliefs, Comparison, Decision, Rule, decide
-from studies.series import demo_bars, list_symbols
+from studies.series import list_symbols
 
 AGGREGATES = (
     *("mean", "median", "trimmed_mean_5", "trimmed_mean_10", "trimmed_mean_20", "winsorized_mean_10"),
@@ -471,7 +472,7 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if args.data_dir is None:
-            demo_bars(folder)
+            demo_bars(folder, INDICES)
         try:
             symbols, _, _ = list_symbols(args.data_dir or folder)
             series = [forecast(symbol, read_bars(path)[0]) for symbol, path in symbols.items()]

@@ -31,6 +31,7 @@ from benchmarks import private, recording
 from storage.progress import study_progress
 
 SETTINGS = """
+data.symbols = ["SP500", "NASDAQ"]
 [toto]
 checkpoint = "toto-tiny"
 """

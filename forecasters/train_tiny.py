@@ -1,8 +1,8 @@
 """`python -m forecasters.train_tiny toto`: a bundled tiny checkpoint, from nothing, in about ten minutes.
 
-Owns how toto-tiny was made: the daily closes of two indices up to 2016, their augmentation, the loss, the schedule.
-Prints the loss and, at the end, the skill of the result on 2017 and 2018, whatever it is. Nothing imports this module.
-kronos-tiny is in train_tiny_kronos.py.
+Owns how toto-tiny was made: the daily closes of the packaged symbols up to 2016, their augmentation, the loss, the
+schedule. Prints the loss and, at the end, the skill of the result on 2017 and 2018, whatever it is. kronos-tiny is in
+train_tiny_kronos.py. No other code imports this module.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from arch.data import nasdaq, sp500
 from safetensors.torch import save_file
 from torch import Tensor
 
 from forecasters import Bars, toto, train_tiny_kronos
 from forecasters.checkpoints import BUNDLED, CONFIG, WEIGHTS
+from forecasters.packaged import packaged_bars
 from forecasters.toto_network import TotoNetwork, TotoNetworkConfig
 from forecasters.toto_sampling import Mixture
 
@@ -32,7 +32,7 @@ STEPS = 2500
 BATCH_PATCHES = 2048
 LENGTHS = (4, 8, 16, 32, 64, 128)  # patches a row: 128 to 4,096 bars, what a context may hold
 LEARNING_RATE = 1e-3
-UNDIRECTED = 0.75  # share of rows whose moves have random signs: two indices' directions would be learnt by heart
+UNDIRECTED = 0.75  # share of rows whose moves have random signs: few symbols' directions would be learnt by heart
 FIRST_STEP_WEIGHT = 0.5  # of the loss; the other steps of the patch share the rest
 
 TOTO_TINY = TotoNetworkConfig(
@@ -55,9 +55,13 @@ TOTO_TINY = TotoNetworkConfig(
 
 
 def closes() -> dict[str, pd.Series]:
-    """Daily closes of both indices, 1999 to 2018, as packaged with arch."""
-    tables = {"SP500": sp500.load(), "NASDAQ": nasdaq.load()}
-    return {symbol: pd.Series(table["Close"].to_numpy(np.float64), table.index) for symbol, table in tables.items()}
+    """Daily closes of the packaged symbols, by date."""
+    return {symbol: table["close"].astype(np.float64) for symbol, table in packaged_bars().items()}
+
+
+def training_moves(series: pd.Series) -> np.ndarray:
+    """Log returns [T - 1] up to the last training day."""
+    return np.diff(np.log(series.loc[:LAST_TRAINING_DAY].to_numpy()))
 
 
 def begin_at_no_change(network: TotoNetwork) -> None:
@@ -135,7 +139,7 @@ def train_toto(steps: int = STEPS) -> TotoNetwork:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    returns = [np.diff(np.log(series.loc[:LAST_TRAINING_DAY].to_numpy())) for series in closes().values()]
+    returns = [training_moves(series) for series in closes().values()]
     network = TotoNetwork(TOTO_TINY)
     begin_at_no_change(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""How kronos-tiny was made: a tokenizer that is built, not trained, and a network trained on two indices up to 2016.
+"""How kronos-tiny was made: a tokenizer that is built, not trained, and a network trained on bars up to 2016.
 
 The tokenizer writes the close's level as an 8-bit reflected binary code, the first token, and the other columns
 relative to it as signs, the second. Its weights follow from that code; only the last layer is fitted. The network
@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from arch.data import nasdaq, sp500
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from forecasters.kronos_network import (
     Stack,
     rotary_frequencies,
 )
+from forecasters.packaged import COLUMNS, packaged_bars
 
 LAST_TRAINING_DAY = "2016-12-31"
 SEED = 20170101
@@ -69,25 +69,26 @@ UNREAD_TOKENIZER = {**UNREAD, "beta": 0.05, "gamma0": 1.0, "gamma": 1.1, "zeta":
 
 
 class TrainingSeries(NamedTuple):
-    """One index in logs, up to the last training day."""
+    """One symbol in logs, up to the last training day."""
 
     moves: np.ndarray  # [T - 1], of the close
     shape: np.ndarray  # [T - 1, 3], open, high and low less the close
-    volume: np.ndarray  # [T - 1], of volume
+    volume: np.ndarray | None  # [T - 1], of volume; None where there is none
     stamps: np.ndarray  # int64 [T - 1, 5]
 
 
-def tables() -> dict[str, pd.DataFrame]:
-    """Daily bars of both indices, 1999 to 2018, as packaged with arch."""
-    return {"SP500": sp500.load(), "NASDAQ": nasdaq.load()}
-
-
 def series_of(table: pd.DataFrame) -> TrainingSeries:
-    known = table.loc[:LAST_TRAINING_DAY, ["Open", "High", "Low", "Close", "Volume"]]
-    logs = np.log(known.where(known > 0).ffill().to_numpy(np.float64))  # a few days have no volume
-    stamps = calendar_of(known.index.to_numpy(), 0)
-    shape = logs[1:, :CLOSE] - logs[1:, CLOSE:VOLUME]
-    return TrainingSeries(moves=np.diff(logs[:, CLOSE]), shape=shape, volume=logs[1:, VOLUME], stamps=stamps[1:])
+    """Where there is only a close, it is every price of its bar, as in a forecast."""
+    known = table.loc[:LAST_TRAINING_DAY].reindex(columns=COLUMNS)
+    prices = known[list(COLUMNS[:VOLUME])].bfill(axis=1)
+    logs = np.log(prices.to_numpy(np.float64))
+    volume = known["volume"].where(known["volume"] > 0).ffill()  # a few days have none
+    return TrainingSeries(
+        moves=np.diff(logs[:, CLOSE]),
+        shape=logs[1:, :CLOSE] - logs[1:, CLOSE:],
+        volume=None if volume.isna().all() else np.log(volume.to_numpy(np.float64))[1:],
+        stamps=calendar_of(known.index.to_numpy(), 0)[1:],
+    )
 
 
 def row_of(series: TrainingSeries, context: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -107,8 +108,8 @@ def row_of(series: TrainingSeries, context: int, rng: np.random.Generator) -> tu
         moves, shape = -moves, -shape[:, [OPEN, LOW, HIGH]]
     close = np.cumsum(scale * moves)
     prices = np.exp(np.vstack([close + scale * shape.T, close]))
-    columns = np.vstack([prices, np.exp(series.volume[cut] - series.volume[cut].mean())])
-    columns = np.vstack([columns, columns[VOLUME] * prices.mean(axis=0)]).astype(np.float32)
+    volume = np.zeros(size) if series.volume is None else np.exp(series.volume[cut] - series.volume[cut].mean())
+    columns = np.vstack([prices, volume, volume * prices.mean(axis=0)]).astype(np.float32)
     known = columns[:, :context]
     normal = (columns - known.mean(axis=1, keepdims=True)) / (known.std(axis=1, keepdims=True) + EPSILON)
     return np.clip(normal, -CLIP, CLIP), series.stamps[cut]
@@ -306,8 +307,9 @@ def train(steps: int = STEPS) -> tuple[KronosNetwork, KronosTokenizer]:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    series = [series_of(table) for table in tables().values()]
-    tokenizer = build_tokenizer(np.concatenate([batch(series, rng)[0].flatten(0, 1).numpy() for _ in range(8)]))
+    series = [series_of(table) for table in packaged_bars().values()]
+    whole = [one for one in series if one.volume is not None]  # a column that is always 0 has no median to be above
+    tokenizer = build_tokenizer(np.concatenate([batch(whole, rng)[0].flatten(0, 1).numpy() for _ in range(8)]))
     network, soft = KronosNetwork(NETWORK), soft_targets()
     begin_at_no_change(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
@@ -354,8 +356,9 @@ def save(network: KronosNetwork, tokenizer: KronosTokenizer, folder: Path) -> No
 
 
 def bars_of(table: pd.DataFrame) -> Bars:
-    columns = {name.lower(): table[name].to_numpy(np.float64) for name in ("Open", "High", "Low", "Close", "Volume")}
-    return Bars(timestamps=table.index.to_numpy().astype("datetime64[ns]"), **columns)
+    columns = {name: table[name if name in table else "close"].to_numpy(np.float64) for name in COLUMNS[:VOLUME]}
+    volume = table["volume"].to_numpy(np.float64) if "volume" in table else None
+    return Bars(timestamps=table.index.to_numpy().astype("datetime64[ns]"), volume=volume, **columns)
 
 
 def skill(forecaster: kronos.Kronos, bars: Bars, length: int, temperature: float) -> float:
@@ -371,7 +374,7 @@ def skill(forecaster: kronos.Kronos, bars: Bars, length: int, temperature: float
 def report(folder: Path) -> None:
     """Print the skill on two years that the training never saw."""
     forecaster = kronos_checkpoint.load(str(folder))
-    for symbol, table in tables().items():
+    for symbol, table in packaged_bars().items():
         bars = bars_of(table)
         for length in (128, 192, 320):
             shown = "  ".join(f"temperature {t}: {skill(forecaster, bars, length, t):+.2%}" for t in (0.1, 0.4))

@@ -170,6 +170,8 @@ def promote(
     for row in rows:
         if row.next or row.decision == "failed":
             say("; ".join([f"{row.symbol}: {row.reason}", *([row.next] if row.next else [])]))
+    if line := decisions.not_believed(rows, rule.min_improvement) if on != "validation" else None:
+        say(line)
     promoted = sum(row.decision == "promoted" for row in rows)
     written = "would be promoted" if dry_run else "promoted"
     say(f"{promoted} of {counted(len(rows), 'symbol')} {written}" if promoted else "nothing to promote")
@@ -336,16 +338,21 @@ def stop(config: Config) -> None:
 
 
 @studies.command(name="demo-data")
+@click.option("--in-use", is_flag=True, help="Also put the configurations in use that the demonstration starts from, "
+              "a weak one among them, where a symbol has none.")  # fmt: skip
 @shared
-def demo_data(config: Config) -> None:
-    """Write the bars of the demonstration. They are the S&P 500 and NASDAQ, daily, 1999 to 2018.
+def demo_data(config: Config, in_use: bool) -> None:
+    """Write the bars of the demonstration.
+
+    They are daily: the S&P 500 and NASDAQ 1999 to 2018, crude oil (WTI) 1986 to 2019 and the volatility index VIX 2014
+    to 2019, the last two closes only.
 
     \b
     studies demo-data --config demo
     """
-    from studies.series import demo_bars
+    from studies import demo
 
-    for path in demo_bars(config.data.dir):
+    for path in (*demo.demo_bars(config.data.dir), *(demo.demo_in_use(config.hyperparams.dir) if in_use else ())):
         click.echo(path)
 
 

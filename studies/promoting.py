@@ -6,6 +6,7 @@ studies/promoted_file.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from storage.retrying import RetryingStorage
 from studies import findings, promoted_file, promotion
 from studies.beliefs import SymbolBeliefs
 from studies.config import Config
-from studies.evidence import MeasuredConfiguration
+from studies.evidence import MeasuredConfiguration, relative_gain
 from studies.findings import Finding
 from studies.promoted_file import InUse, Verdict
 from studies.promotion import Rule
@@ -60,6 +61,7 @@ class SymbolDecision:
     improvement_own: float | None = None  # of the symbol's own confirmation windows
     pooled_symbols: int | None = None  # whose evidence the improvement rests on
     improvement_validation: float | None = None  # on the windows of the search alone
+    improvement_search: float | None = None  # there, of the best of all trials: what the search promised
     improvement_test: float | None = None
     skill: float | None = None
     worse_than_no_change: bool | None = None  # on the confirmation windows
@@ -238,6 +240,7 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         improvement_own=comparison.improvement_confirmation if record else None,
         pooled_symbols=comparison.symbols if candidate else None,
         improvement_validation=comparison.improvement_validation,
+        improvement_search=_promised(case) if record else None,
         improvement_test=comparison.improvement_test,
         skill=best.skill if best else None,
         worse_than_no_change=verdict.worse_than_no_change,
@@ -253,6 +256,16 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         written=[str(root / folder / f"{study.symbol}.json") for _, folders in done for folder in folders],
         pairs=_outcomes(rule, case, [each for each, _ in (writes if dry_run else done)], error),
     )
+
+
+def _promised(case: SymbolCase) -> float | None:
+    """What the best trial on the windows of the search gains there over the incumbent, relative."""
+    incumbent, trials = (
+        case.verdict.incumbent,
+        [one.mae("validation") for finding in case.competing for one in finding.candidates if one.trial is not None],
+    )
+    known = [mae for mae in trials if mae is not None and math.isfinite(mae)]
+    return relative_gain(incumbent.mae("validation") if incumbent else None, min(known, default=None))
 
 
 def _next(verdict: Verdict) -> str | None:

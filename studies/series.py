@@ -1,6 +1,6 @@
 """A folder of bars: its symbols, their series, and the windows that the settings cut from them.
 
-Owns the choice of symbols and files, and the demonstration's bars. One file's content is objectives/bars.py.
+Owns the choice of symbols and files. One file's content is objectives/bars.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from forecasters import Bars
 from objectives.bars import SUFFIXES, DataError, read_bars, timestamp_text, unfit
 from objectives.windows import Split, Windows, recent_origins
 from objectives.windows import split as split_bars
-from storage.files import replace_file
 from storage.symbols import check_symbol, is_symbol
 from studies.bars_cache import read_bars_once
 from studies.config import Config
@@ -172,38 +170,3 @@ def window_span(found: Windows) -> WindowSpan:
     """What tells two sets of windows of one study apart."""
     first, last = (timestamp_text(found.timestamps[end]) for end in (0, -1))
     return WindowSpan(count=len(found), first=first, last=last)
-
-
-# --- the demonstration's bars --------------------------------------------------------------------------------
-
-
-def demo_bars(folder: Path | str) -> tuple[Path, ...]:
-    """Writes SP500.csv and NASDAQ.csv, real daily index bars 1999..2018 that come with the package arch.
-
-    Each file appears whole or not at all, and one that is already the same is left alone. Raises DataError.
-    """
-    import arch.data.nasdaq  # arch brings scipy and statsmodels: a second nobody else should pay
-    import arch.data.sp500
-
-    folder = Path(folder)
-    frames = {"SP500": arch.data.sp500.load(), "NASDAQ": arch.data.nasdaq.load()}
-    paths = []
-    for symbol, frame in frames.items():
-        path = folder / f"{symbol}.csv"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            content = _csv_text(frame)
-            if not (path.is_file() and path.read_bytes() == content.encode()):
-                replace_file(path, content)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror})") from error
-        paths.append(path)
-    return tuple(paths)
-
-
-def _csv_text(frame: pd.DataFrame) -> str:
-    """Our header, dates, and floats in the shortest form that reads back equal."""
-    columns = [frame[name].tolist() for name in ("Open", "High", "Low", "Close", "Volume")]
-    dates = pd.DatetimeIndex(frame.index).strftime("%Y-%m-%d")
-    lines = [",".join([date, *map(repr, values)]) for date, *values in zip(dates, *columns, strict=True)]
-    return "\n".join(["timestamp,open,high,low,close,volume", *lines, ""])

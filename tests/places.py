@@ -32,7 +32,8 @@ from studies import config as configuration
 from studies import study as studying
 from studies import working
 from studies.config import Config
-from studies.series import Series, demo_bars, read_series
+from studies.demo import INDICES, demo_bars
+from studies.series import Series, read_series
 from studies.study import Study
 
 BIN = Path(sys.executable).parent
@@ -125,7 +126,7 @@ INCUMBENT = {"num_samples": 48, "aggregate": "quantile_0.90"}
 def index_bars() -> Mapping[str, list[str]]:
     """The lines of each packaged index's file of bars, header first, by symbol."""
     with TemporaryDirectory() as folder:
-        return {path.stem: path.read_text().splitlines() for path in demo_bars(Path(folder))}
+        return {path.stem: path.read_text().splitlines() for path in demo_bars(folder, INDICES)}
 
 
 def last_bars(symbol: str, count: int) -> list[str]:

@@ -18,7 +18,7 @@ from objectives.bars import PRICE_NAMES, bars_fingerprint, read_bars
 from objectives.evaluation import STAGES, Evaluator
 from objectives.metrics import Measurement, measure_no_change
 from objectives.windows import SeedKind, Windows, now, split
-from studies.series import demo_bars
+from studies.demo import demo_bars
 
 TINY = Path(forecasters.__file__).parent / "checkpoints" / "toto-tiny"
 PARAMS = {"context_length": 64, "num_samples": 32, "aggregate": "trimmed_mean_10"}

@@ -25,7 +25,7 @@ from objectives.windows import Windows, split
 from studies import config as configuration
 from studies import evaluators
 from studies import space as spaces
-from studies.series import demo_bars
+from studies.demo import demo_bars
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -87,10 +87,9 @@ def test_naive_has_no_exact_answer(tmp_path: Path) -> None:
 
 
 def test_naive_is_searched_and_promoted(tmp_path: Path, database_url: str) -> None:
-    demo_bars(tmp_path / "bars")
+    demo_bars(tmp_path / "bars", ["SP500"])
     path = tmp_path / "bars" / "SP500.csv"
     path.write_text("\n".join([*path.read_text().splitlines()[:421], ""]))
-    (tmp_path / "bars" / "NASDAQ.csv").unlink()
     (tmp_path / "studies.toml").write_text(FOLDERS + "[windows]\nmin_context = 64\nconfirmation = 40\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STUDIES_STORAGE": database_url}
 

@@ -524,3 +524,35 @@ def test_a_first_promotion_that_is_worse_than_no_change_says_so(place: Place) ->
     assert "worse than no change, and promoted: BTCUSD; --require-skill keeps them from it" in result.stderr
     assert "first; worse than no change" in result.stdout
     assert place.promoted()["metadata"]["worse_than_no_change"] is True
+
+
+def test_a_search_that_promised_more_than_was_confirmed_is_named(place: Place) -> None:
+    for symbol, promised in (("AAA", 0.0097), ("BBB", 0.009), ("CCC", 0.00995)):
+        best = measured(0.00995, search=promised, wobble=0.1)
+        place.study([(NEW, best)], symbol=symbol, baselines={"incumbent": (OLD, measured(0.01, seed=7))})
+        place.put(OLD, symbol=symbol)
+    result = place.promote("--json")
+    found = {row["symbol"]: row for row in json.loads(result.stdout)}
+    assert {symbol: round(row["improvement_search"], 6) for symbol, row in found.items()} == {
+        "AAA": 0.03, "BBB": 0.1, "CCC": 0.005,
+    }  # fmt: skip
+    (line,) = [line for line in result.stderr.splitlines() if "its search promised" in line]
+    assert line.startswith(
+        "BBB is kept although its search promised +10.00 %: the lowest of many errors on few windows flatters; on 250 "
+        "windows, the best gains +0.50 % there (95 % interval "
+    )
+    assert line.endswith("); so it is with 1 more symbol")  # the third promised too little for a promotion
+    assert "its search promised" not in place.promote("--json", "--on", "validation", "--dry-run").stderr
+    assert "its search promised" not in place.promote("--json", "--min-improvement", "0.2").stderr
+
+
+def test_a_search_that_only_found_what_is_in_use_is_named_too(place: Place) -> None:
+    place.study(
+        [(NEW, measured(0.011, search=0.009)), (OLD, measured(0.01))], baselines={"incumbent": (OLD, measured(0.01))}
+    )
+    place.put(OLD)
+    (line,) = [line for line in place.promote().stderr.splitlines() if "its search promised" in line]
+    assert line == (
+        "BTCUSD is kept although its search promised +10.00 %: the lowest of many errors on few windows flatters; on "
+        "250 windows, the best is the one in use"
+    )

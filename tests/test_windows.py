@@ -1,6 +1,7 @@
 """Bar files on disk, good and bad, and the windows cut from them."""
 
 import contextlib
+import importlib
 import os
 import re
 import shutil
@@ -17,7 +18,8 @@ from objectives import windows as w
 from objectives.bars import PRICE_NAMES, DataError, bars_fingerprint, bars_until, read_bars, timestamp_text
 from objectives.windows import Contexts, SeedKind, Windows, now, split
 from storage.symbols import SymbolError, check_symbol
-from studies.series import Series, demo_bars, list_symbols, oddities
+from studies.demo import demo_bars
+from studies.series import Series, list_symbols, oddities
 
 HEADER = "timestamp,open,high,low,close,volume"
 
@@ -59,10 +61,25 @@ def test_reads_the_demonstration_bars(demo: Path) -> None:
         assert not column.flags.writeable
 
 
+@pytest.mark.parametrize(("symbol", "values", "missing"), [("WTI", "arch.data.wti", 290), ("VIX", "arch.data.vix", 46)])
+def test_demonstration_bars_of_closes_only(demo: Path, symbol: str, values: str, missing: int) -> None:
+    """Days without a value are left out; what is not in the file is the close, and there is no volume."""
+    frame = importlib.import_module(values).load()
+    bars, notes = read_bars(demo / f"{symbol}.csv")
+    assert notes == (f"{demo / symbol}.csv: has no open, high, low; filled with close",)
+    assert len(bars) == len(frame) - missing
+    known = frame[frame.iloc[:, 0].notna()]
+    assert (bars.timestamps == known.index.to_numpy()).all()
+    assert (bars.close == known.iloc[:, 0].to_numpy()).all()
+    assert all((getattr(bars, name) == bars.close).all() for name in PRICE_NAMES)
+    assert bars.volume is None
+
+
 def test_demonstration_bars_are_left_alone_when_the_same(demo: Path, tmp_path: Path) -> None:
     paths = demo_bars(tmp_path / "new" / "folder")
-    assert [path.name for path in paths] == ["SP500.csv", "NASDAQ.csv"]
-    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["NASDAQ.csv", "SP500.csv"]  # no leftovers
+    names = ["SP500.csv", "NASDAQ.csv", "WTI.csv", "VIX.csv"]
+    assert [path.name for path in paths] == names
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(names)  # no leftovers
     for path in paths:
         os.utime(path, (1, 1))
     paths[1].write_text("damaged")
@@ -380,7 +397,7 @@ def test_a_folder_of_symbols(demo: Path, tmp_path: Path) -> None:
     write(tmp_path / "README.md", "not bars")
     pd.DataFrame({"Close": [1.0]}, index=pd.DatetimeIndex(["2024-01-01"])).to_parquet(tmp_path / "BRK-B.parquet")
     symbols, _, skipped = list_symbols(tmp_path)
-    assert list(symbols) == ["BRK-B", "HALF", "JUNK", "NASDAQ", "SP500"]
+    assert list(symbols) == ["BRK-B", "HALF", "JUNK", "NASDAQ", "SP500", "VIX", "WTI"]
     assert symbols["BRK-B"] == tmp_path / "BRK-B.parquet"
     told = dict(line.removeprefix(f"{tmp_path}/").split(" skipped: ") for line in skipped)
     assert told.keys() == {"data_summary.csv", "RATES.csv", "EMPTY.csv", "A..B.csv", "PIPE.csv", "DIR.csv"}

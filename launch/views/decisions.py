@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from launch.output import say
+from launch.output import counted, say
 from launch.views.tables import (
     NOTHING,
     Column,
@@ -158,6 +158,27 @@ def in_use_text(found: InUse) -> str:
     if found.previous_config:
         text += f"; before it {found.previous_model} with {params_text(found.previous_config)}"
     return text
+
+
+def not_believed(rows: Sequence[SymbolDecision], min_improvement: float) -> str | None:
+    """Why the most promising search of those that changed nothing was not believed; None where none promised enough."""
+    kept = [row for row in rows if row.decision == "kept" and row.reason in ("not better", "unchanged")]
+    promised = [
+        (found, row) for row in kept if (found := row.improvement_search) is not None and found > min_improvement
+    ]
+    if not promised:
+        return None
+    found, row = max(promised, key=lambda one: one[0])
+    pooled = f", pooled over {row.pooled_symbols} symbols" if (row.pooled_symbols or 1) > 1 else ""
+    known = f"gains {percent_gain(row.improvement)} there" if row.improvement is not None else "is the one in use"
+    interval = percent_interval(row.improvement_low, row.improvement_high)
+    others = f"; so it is with {counted(len(promised) - 1, 'more symbol')}" if len(promised) > 1 else ""
+    return (
+        f"{row.symbol} is kept although its search promised {percent_gain(found)}: the lowest of many errors on few "
+        f"windows flatters; on {row.windows} windows{pooled}, the best {known}"
+        + (f" (95 % interval {interval})" if interval != NOTHING and row.improvement is not None else "")
+        + others
+    )
 
 
 def rollback_lines(restored: Restored, *, dry_run: bool) -> list[str]:
