@@ -24,7 +24,7 @@ from studies.promoting import SymbolDecision
 TO_BE_PROMOTED = "to be promoted"
 WARNINGS = {  # of benchmarks/promotion_rules.py, on the bars of twelve symbols and on the packaged ones
     "confirmation": "the symbol's own windows decide; where the incumbent was already the best, that rule promoted in "
-    "0 to 12 % of searches, and the pooled one in 0 to 4 %",
+    "0 to 12 % of searches, and the pooled one in 0 to 6 %",
     "validation": "the windows of the search decide; where the incumbent was already the best, that rule promoted in "
     "56 % of searches, and 76 % of those promotions made the error larger",
 }
