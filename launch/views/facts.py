@@ -158,9 +158,13 @@ def search_table(facts: StudyFacts) -> Table:
     )
 
 
+CONFIRMED_SHOWN = 10  # configurations: a whole grid has dozens
+
+
 def confirmation_table(found: StudyEvidence) -> Table:
-    """What was confirmed, best first, then what is in use; one that could not be measured says why."""
-    named = {found.title(one): one for one in found.ranked} | dict(found.in_use)
+    """The best of what was confirmed and the default, then what is in use; what was not measured says why."""
+    shown = [one for place, one in enumerate(found.ranked) if place < CONFIRMED_SHOWN or one.source == "default"]
+    named = {found.title(one): one for one in shown} | dict(found.in_use)
     measured = list(named.values())
     said = [params_text(one.params) if one.error is None else one.error for one in measured]
 
