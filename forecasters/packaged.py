@@ -19,6 +19,6 @@ def packaged_bars() -> dict[str, pd.DataFrame]:
     indices = {"SP500": sp500.load(), "NASDAQ": nasdaq.load()}
     closes = {"WTI": wti.load(), "VIX": vix.load()}
     return {
-        **{symbol: pd.DataFrame(table.rename(columns=str.lower)[list(COLUMNS)]) for symbol, table in indices.items()},
-        **{symbol: pd.DataFrame(table.set_axis(["close"], axis=1).dropna()) for symbol, table in closes.items()},
+        **{symbol: table.rename(columns=str.lower).filter(items=COLUMNS) for symbol, table in indices.items()},
+        **{symbol: table.set_axis(["close"], axis=1).dropna() for symbol, table in closes.items()},
     }

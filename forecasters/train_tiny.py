@@ -56,7 +56,7 @@ TOTO_TINY = TotoNetworkConfig(
 
 def closes() -> dict[str, pd.Series]:
     """Daily closes of the packaged symbols, by date."""
-    return {symbol: pd.Series(table["close"]).astype(np.float64) for symbol, table in packaged_bars().items()}
+    return {symbol: pd.Series(table["close"], dtype=np.float64) for symbol, table in packaged_bars().items()}
 
 
 def training_moves(series: pd.Series) -> np.ndarray:

@@ -541,7 +541,7 @@ def test_a_search_that_promised_more_than_was_confirmed_is_named(place: Place) -
         "BBB is kept although its search promised +10.00 %: the lowest of many errors on few windows flatters; on 250 "
         "windows, the best gains +0.50 % there (95 % interval "
     )
-    assert line.endswith("); so it is with 1 more symbol")  # the third promised too little for a promotion
+    assert line.endswith("), and +1.00 % is asked for; so it is with 1 more symbol")  # the third promised too little
     assert "its search promised" not in place.promote("--json", "--on", "validation", "--dry-run").stderr
     assert "its search promised" not in place.promote("--json", "--min-improvement", "0.2").stderr
 

@@ -177,6 +177,7 @@ def not_believed(rows: Sequence[SymbolDecision], min_improvement: float) -> str 
         f"{row.symbol} is kept although its search promised {percent_gain(found)}: the lowest of many errors on few "
         f"windows flatters; on {row.windows} windows{pooled}, the best {known}"
         + (f" (95 % interval {interval})" if interval != NOTHING and row.improvement is not None else "")
+        + (f", and {percent_gain(min_improvement)} is asked for" if row.improvement is not None else "")
         + others
     )
 
