@@ -24,7 +24,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event, text
+from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 
@@ -44,7 +44,7 @@ TRANSACTION_SETTINGS = (
     f"set local idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'; "
 )
 DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
-CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
+CLAIM_ATTR = trials.CLAIM_ATTR
 
 # SQLSTATEs, or the classes that they begin with, that are waited for, each with its reason.
 TRANSIENT_STATES = {
@@ -181,7 +181,9 @@ class RetryingStorage(RDBStorage):
                 trial_id = self._trial_of_claim(study_id, claim)
                 if trial_id is not None:  # the broken attempt had been committed
                     return _found(self._trial_transaction(lambda c: trials.read_one(c, trial_id)))
-            made = self._trial_transaction(lambda c: trials.create(c, study_id, template_trial, claim=claim))
+            made = self._trial_transaction(
+                lambda c: trials.create(c, study_id, template_trial, claim=claim, again=bool(attempt))
+            )
             if made is None and claim is not None:
                 self.get_study_name_from_id(study_id)  # raises KeyError where there is no study
                 raise ClaimLost(claim)
@@ -192,11 +194,7 @@ class RetryingStorage(RDBStorage):
     def _trial_of_claim(self, study_id: int, claim: str) -> int | None:
         with self.engine.connect() as connection:
             return connection.execute(
-                text(
-                    "select t.trial_id from trials t join trial_system_attributes a using (trial_id) "
-                    "where t.study_id = :study_id and a.key = :key and a.value_json = :claim"
-                ),
-                {"study_id": study_id, "key": CLAIM_ATTR, "claim": json.dumps(claim)},
+                trials.OF_CLAIM, {"study_id": study_id, "key": CLAIM_ATTR, "claim": json.dumps(claim)}
             ).scalar()
 
     def defer_writes(self, trial_id: int) -> None:

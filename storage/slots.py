@@ -192,7 +192,15 @@ def finish(
         "result": None if result is None else json.dumps(result),
         "seconds": None if seconds is None else json.dumps(seconds),
     }
-    return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
+
+    def end(connection: Connection) -> bool:
+        held = connection.execute(statement, values).rowcount == 1
+        if held and slot.stage == TRIAL:
+            # A trial whose making was repeated after a cut connection may be there twice; one of them has ended.
+            _fail_orphans(connection, slot.study_id, slot.claim)
+        return held
+
+    return storage.transaction(end)
 
 
 def keep_progress(storage: RetryingStorage, slot: Slot, progress: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import text
 from sqlalchemy.engine import Connection, Row
 
+CLAIM_ATTR = "claim"  # trial system attribute: which claim of a slot made this trial
 SPECIAL = {"INF_POS": float("inf"), "INF_NEG": float("-inf"), "NAN": float("nan")}  # have no number beside them
 
 # A trial has a handful of distributions, the same ones all study long: reading them anew was half of a read.
@@ -107,6 +108,10 @@ LOCK_CLAIM = text(
     "select study_id from studies join slots using (study_id) "
     "where study_id = :study_id and claim = :claim and slots.state = 'busy' for update"
 )
+OF_CLAIM = text(
+    "select t.trial_id from trials t join trial_system_attributes a using (trial_id) "
+    "where t.study_id = :study_id and a.key = :key and a.value_json = :claim"
+)
 CREATE = text(
     "\n".join(
         (
@@ -168,11 +173,17 @@ ANY_DISTRIBUTION = text(
 
 
 def create(
-    connection: Connection, study_id: int, template: FrozenTrial | None, *, claim: str | None = None
+    connection: Connection,
+    study_id: int,
+    template: FrozenTrial | None,
+    *,
+    claim: str | None = None,
+    again: bool = False,
 ) -> FrozenTrial | None:
     """Make a trial like the template (none: a running one without contents). None: there is no such study.
 
     claim: make it only while this claim of a slot is held; None is then returned also where it is lost.
+    again: an earlier attempt broke off; where that was committed meanwhile, its trial is returned.
     Two statements: the second must see what was committed while the first waited for the lock.
     """
     lock, values = LOCK_STUDY, {"study_id": study_id}
@@ -180,6 +191,10 @@ def create(
         lock, values = LOCK_CLAIM, {"study_id": study_id, "claim": claim}
     if connection.execute(lock, values).first() is None:
         return None
+    if again and claim is not None:
+        made = connection.execute(OF_CLAIM, {**values, "key": CLAIM_ATTR, "claim": json.dumps(claim)}).scalar()
+        if made is not None:
+            return read_one(connection, made)
     trial = copy.deepcopy(template) if template else create_trial(state=TrialState.RUNNING)
     values = {
         "study_id": study_id,

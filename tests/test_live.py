@@ -384,7 +384,7 @@ def test_what_has_no_room_is_counted() -> None:
 
 
 def test_wide_terminals_say_more() -> None:
-    wide, narrow = (drawn(render(state(2, 2), columns, 40), columns, 40) for columns in (120, 44))
+    wide, narrow = (drawn(render(state(2, 2), columns, 40), columns, 40) for columns in (120, 40))
     assert wide[0].split("  ")[0] == "worker"
     assert "VRAM" in wide[0]
     assert "SYM0/toto@2026-03-19" in wide[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ def worker_of(place: Place, monkeypatch: pytest.MonkeyPatch, spoil: Spoil) -> Wo
         studies=(study.name,),
         devices=("cpu",),
     )
-    worker = Worker(plan, place.storage, "cpu", SimpleNamespace(received=False))  # type: ignore[arg-type]
+    worker = Worker(plan, place.storage, "cpu", SimpleNamespace(received=False, computing=contextlib.nullcontext))  # type: ignore[arg-type]
     evaluator = place.evaluator()
     measure, count = evaluator.measure, 0
 
