@@ -181,11 +181,12 @@ def deal(plan: Plan, faults: Mapping[str, int], attacked: AttackedRun, say: Call
         done = attacked.finished()
         if done >= total:
             break  # what was not dealt shows in the counts
-        attacked.hold_trials(done >= following)  # the faults are behind
+        attacked.hold_trials(True)  # a fault takes a second or two: a fast machine would be done before the last
         time.sleep(attacked.random.uniform(0, 0.2))  # not right after a trial's end
         say(f"{time.monotonic() - began:.0f} s, {done}/{total} trials: {fault}")
         cause[fault](attacked)
         dealt[fault] += 1
+        attacked.hold_trials(attacked.finished() >= following)  # the faults are behind
     attacked.hold_trials(False)
     return dealt
 
