@@ -23,6 +23,7 @@ from studies import study as studying
 from studies.series import Series
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+UNEXPECTED = re.compile(r"unexpected error|^\w+Error: |^\S+\.\w+Error: ")  # the last line of a traceback too
 ACKNOWLEDGED = re.compile(r" I (?P<study>\S+) #(?P<number>\d+) (?P<state>complete|pruned) .*?mae=(?P<mae>\S+)")
 
 
@@ -53,8 +54,12 @@ def check(result: Result, storage: RetryingStorage, folder: Path, *, model: str,
     result.expect("studies", len(names), studies)
     result.expect("finished trials", len(ended), total)
     result.expect("RUNNING trials", sum(trial.state == TrialState.RUNNING for trial in everything), 0)
+    result.wrong += [of_running(storage, trial) for trial in everything if trial.state == TrialState.RUNNING]
     result.numbers["failed trials"] = sum(trial.state == TrialState.FAIL for trial in everything)
 
+    unexpected = [line for line in log_lines(folder / "logs") if UNEXPECTED.search(line)]
+    result.expect("unexpected errors of workers", len(unexpected), 0)
+    result.wrong += unexpected
     said = acknowledged(folder / "logs")
     result.numbers["acknowledged trials"] = len(said)
     by_number = {name: {trial.number: trial for trial in some} for name, some in found.items()}
@@ -74,10 +79,22 @@ def check(result: Result, storage: RetryingStorage, folder: Path, *, model: str,
     result.expect("trials with another number then", other, 0)
 
 
+def of_running(storage: RetryingStorage, trial: FrozenTrial) -> str:
+    """What the row of the claim that made this trial looks like."""
+    claim = trial.system_attrs.get(retrying.CLAIM_ATTR)
+    statement = text("select stage, number, state, failures, losses, error from slots where claim = :claim")
+    row = storage.transaction(lambda c: c.execute(statement, {"claim": claim}).first())
+    found = dict(row._mapping) if row else "not on any row"
+    return f"trial {trial.number}, begun {trial.datetime_start}, is RUNNING; its claim {claim}: {found}"
+
+
+def log_lines(logs: Path) -> list[str]:
+    return [line for path in sorted(logs.glob("*/worker-*.log")) for line in path.read_text().splitlines()]
+
+
 def acknowledged(logs: Path) -> list[Mapping[str, str]]:
     """What the workers said they had finished."""
-    lines = [line for path in sorted(logs.glob("*/worker-*.log")) for line in path.read_text().splitlines()]
-    return [match.groupdict() for line in lines if (match := ACKNOWLEDGED.search(line))]
+    return [match.groupdict() for line in log_lines(logs) if (match := ACKNOWLEDGED.search(line))]
 
 
 def is_there(line: Mapping[str, str], trials: Mapping[str, Mapping[int, FrozenTrial]]) -> bool:

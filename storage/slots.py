@@ -192,15 +192,7 @@ def finish(
         "result": None if result is None else json.dumps(result),
         "seconds": None if seconds is None else json.dumps(seconds),
     }
-
-    def end(connection: Connection) -> bool:
-        held = connection.execute(statement, values).rowcount == 1
-        if held and slot.stage == TRIAL:
-            # A trial whose making was repeated after a cut connection may be there twice; one of them has ended.
-            _fail_orphans(connection, slot.study_id, slot.claim)
-        return held
-
-    return storage.transaction(end)
+    return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
 
 
 def keep_progress(storage: RetryingStorage, slot: Slot, progress: Mapping[str, Any]) -> bool:
@@ -225,31 +217,34 @@ def release(storage: RetryingStorage, slot: Slot) -> None:
 
     Raises DatabaseUnavailable.
     """
-    held = text("select 1 from slots where claim = :claim and state = 'busy' for update")
-    statement = text(
-        "update slots set state = :state, lease_until = null, claim = case when :state = 'done' then claim end "
-        "where claim = :claim"
-    )
-
-    def give_back(connection: Connection) -> None:
-        if connection.execute(held, {"claim": slot.claim}).first() is None:
-            return
-        finished = slot.stage == TRIAL and _fail_orphans(connection, slot.study_id, slot.claim)
-        connection.execute(statement, {"claim": slot.claim, "state": "done" if finished else "free"})
-
-    storage.transaction(give_back)
+    freed = text("update slots set state = 'free', claim = null, lease_until = null where claim = :claim")
+    storage.transaction(lambda c: _give_back(c, slot) and c.execute(freed, {"claim": slot.claim}))
 
 
 def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
-    """Count a failure of a claimed row; the third parks the row with its error. Raises DatabaseUnavailable."""
-    statement = text(
+    """Count a failure of a claimed row, whose trial ends as in `release`; the third parks the row with its error.
+
+    Raises DatabaseUnavailable.
+    """
+    failed = text(
         "update slots set failures = failures + 1, error = :error, claim = null, "
         "lease_until = case when failures + 1 >= :limit then now() + make_interval(secs => :parked_s) end, "
-        "state = case when failures + 1 >= :limit then 'parked' else 'free' end "
-        "where claim = :claim and state = 'busy'"
+        "state = case when failures + 1 >= :limit then 'parked' else 'free' end where claim = :claim"
     )
     values = {"claim": slot.claim, "error": error, "limit": MAX_FAILURES, "parked_s": PARKED_S}
-    storage.transaction(lambda c: c.execute(statement, values))
+    storage.transaction(lambda c: _give_back(c, slot) and c.execute(failed, values))
+
+
+def _give_back(connection: Connection, slot: Slot) -> bool:
+    """End the trial of a row that its worker gives back; False where the row is done with it, or no longer held."""
+    held = text("select 1 from slots where claim = :claim and state = 'busy' for update")
+    done = text("update slots set state = 'done', lease_until = null where claim = :claim")
+    if connection.execute(held, {"claim": slot.claim}).first() is None:
+        return False
+    finished = slot.stage == TRIAL and _fail_orphans(connection, slot.study_id, slot.claim)
+    if finished:
+        connection.execute(done, {"claim": slot.claim})
+    return not finished
 
 
 def park_study(storage: RetryingStorage, study_id: int, error: str, *, parked_s: float = PARKED_S) -> None:
