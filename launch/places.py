@@ -108,13 +108,11 @@ def private_server_kept_alive(
                     reported = line
                     say(reported)
 
-    checker = threading.Thread(target=check, name="server", daemon=True)
-    checker.start()
+    threading.Thread(target=check, name="server", daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
-        checker.join(CHECK_S)  # not longer: it may be starting a server that nobody needs any more
+        ended.set()  # not waited for: it may be starting a server that nobody needs any more
 
 
 def shared_url(config: Config, host: str | None) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from conftest import execute
 from optuna.trial import TrialState
+from places import SLOW_TRIALS, patch_python
 from places import RunPlace as Place
-from places import patch_python
 from processes import wait_until_gone, workers_of
 
 from launch.results import EXIT_PARKED
@@ -47,17 +47,22 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     assert row["improvement_own"] == pytest.approx((row["incumbent_mae"] - row["best_mae"]) / row["incumbent_mae"])
     assert row["incumbent_mae"] != 0.5  # measured here, on the same windows, not read from the file
 
-    best = {t.number: t for t in place.trials("SP500") if t.state == TrialState.COMPLETE}
     promoted = json.loads((place.folder / "hyperparams/best/SP500.json").read_text())
-    trial = best[promoted["metadata"]["trial"]]
     (study,) = [study for study in studying.list_studies(place.storage) if study.symbol == "SP500"]
     result = read_confirmations(place.storage, [study.study_id])[study.study_id].result
     assert result is not None
-    confirmed = {one["trial"]: one["confirmation"]["mae"] for one in result["candidates"]}
-    assert promoted["confirmation"]["pct_return_mae"] == confirmed[trial.number] == min(confirmed.values())
-    assert promoted["validation"]["pct_return_mae"] == trial.value
+    candidates = result["candidates"]
+    trials = {t.number: t for t in place.trials("SP500") if t.state == TrialState.COMPLETE}
+    of_trials = [(trials[one["trial"]], one) for one in candidates if "trial" in one]
+    assert len(of_trials) >= 5
+    assert all(one["params"].items() >= trial.params.items() for trial, one in of_trials)
+    assert [trial.value for trial, _ in of_trials] == [one["validation"]["mae"] for _, one in of_trials]
+    names = ("num_samples", "aggregate")
+    (chosen,) = [one for one in candidates if all(one["params"][name] == promoted["config"][name] for name in names)]
+    assert promoted["metadata"]["trial"] == chosen.get("trial")
+    assert promoted["confirmation"]["pct_return_mae"] == chosen["confirmation"]["mae"] == row["best_mae"]
+    assert promoted["validation"]["pct_return_mae"] == chosen["validation"]["mae"]
     assert promoted["metadata"]["selection_metric"] == "confirmation.pct_return_mae"
-    assert promoted["config"].items() >= trial.params.items()
     assert promoted["config"]["num_samples"] % promoted["config"]["samples_per_batch"] == 0
     assert promoted["model"] == "toto"
     counts = {"val_window": 30, "confirmation_window": 40, "test_window": 20, "forecast_horizon": 1}
@@ -196,9 +201,25 @@ def test_a_full_disk_under_the_logs_ends_no_run(place: Place) -> None:
     assert "worker " not in ended.stderr  # none was restarted
 
 
+# A supervisor that is process 1 of its namespace, whose worker is process 51 however many threads began before it.
+SAME_PROCESS_ID = """
+import os
+if os.getpid() == 1:
+    import subprocess
+    begin = subprocess.Popen.__init__
+    def begin_as_51(self, command, *words, **options):
+        if "launch.worker" in command:
+            with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+                last.write("50")
+        begin(self, command, *words, **options)
+    subprocess.Popen.__init__ = begin_as_51
+"""
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs process namespaces")
 def test_workers_of_equal_host_and_process_id_are_told_apart(place: Place) -> None:
-    place.slow_down(0.5)
+    code = SLOW_TRIALS.format(seconds=0.5) + SAME_PROCESS_ID
+    place.environment |= patch_python(place.folder / "same", code)
     command = place.command("launch-workers", "--cpus", "1", "--trials", "4", "--symbols", "SP500")
     # As two pods: each supervisor is process 1 of its namespace.
     pod = ["unshare", "--pid", "--fork", "--kill-child", *command]
@@ -258,7 +279,7 @@ def end_by_two_signals(supervisor: subprocess.Popen[str], workers: list[int]) ->
     supervisor.send_signal(signal.SIGINT)
     began = time.monotonic()
     supervisor.communicate(timeout=60)
-    assert time.monotonic() - began < 10  # and not only when the server is back
+    assert time.monotonic() - began < 2  # and not only when the server is back
     assert supervisor.returncode == 130
     wait_until_gone(workers, 0.1)
 
