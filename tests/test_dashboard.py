@@ -234,7 +234,9 @@ def test_a_folder_that_takes_no_image_costs_the_image_only(place: Place, study: 
     blocked = place.folder / "file"
     blocked.write_text("")
     said: list[str] = []
-    keeper = notes.NoteWriter(place.storage, blocked / "artifacts", [study], report=lambda: None, say=said.append)
+    keeper = notes.NoteWriter(
+        place.storage, blocked / "artifacts", [study], report=lambda: None, say=said.append, log=blocked
+    )
     keeper.write()
     keeper.write()
     assert len(said) == 1
@@ -260,7 +262,9 @@ def test_only_what_moved_is_written_during_a_run(
     written: list[list[str]] = []
     monkeypatch.setattr(notes, "update", lambda storage, folder, studies: written.append([s.name for s in studies]))
     reports: list[int] = []
-    keeper = notes.NoteWriter(place.storage, folder, [study], report=lambda: reports.append(1), say=print)
+    keeper = notes.NoteWriter(
+        place.storage, folder, [study], report=lambda: reports.append(1), say=print, log=folder / "log"
+    )
     keeper()
     assert (len(reports), written) == (1, [])  # a run's first seconds are its own
     keeper.write()

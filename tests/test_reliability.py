@@ -250,7 +250,10 @@ def test_the_reporter_goes_on_after_errors_and_says_each_once(
     reporter.end()
     reporter.join()
     assert len(reports) >= 6
-    assert said == [f"the run goes on after an error: DataError: division by zero; see {log}"]
+    assert said == [
+        f"the run goes on after an error: ZeroDivisionError: by chance; see {log}",
+        f"the run goes on after an error: DataError: division by zero; see {log}",
+    ]
     assert log.read_text().count("in broken_twice") == 1
     assert log.read_text().count("in report") == 1
     must_claim(storage, study_id, "a:2")  # what the dead worker held is free
@@ -290,11 +293,16 @@ def test_the_watcher_of_the_private_server_goes_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(embedded, "revive", revive)
     (tmp_path / "studies.toml").write_text(f'[storage]\ndata_dir = "{tmp_path}"\n')
     config = configuration.load(tmp_path / "studies.toml")
-    with places.private_server_kept_alive(config, say=said.append, on_stop=lambda: None):
+    log = tmp_path / "supervisor.log"
+    with places.private_server_kept_alive(config, say=said.append, log=log, on_stop=lambda: None):
         deadline = time.monotonic() + 5
         while len(checks) < 6 and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert said == ["ValueError: no port in the file", "the private server had ended; started it again"]
+    assert said == [
+        f"the private server is not watched: ValueError: no port in the file; see {log}",
+        "the private server had ended; started it again",
+    ]
+    assert log.read_text().count("in revive") == 1
 
 
 def test_notes_that_cannot_be_written_are_told_and_tried_again(
@@ -303,7 +311,8 @@ def test_notes_that_cannot_be_written_are_told_and_tried_again(
     monkeypatch.setattr(notes, "EVERY_S", 0.0)
     monkeypatch.setattr(notes, "SHARE", 1e9)
     said: list[str] = []
-    writer = notes.NoteWriter(storage, tmp_path, [], report=lambda: None, say=said.append)
+    log = tmp_path / "supervisor.log"
+    writer = notes.NoteWriter(storage, tmp_path, [], report=lambda: None, say=said.append, log=log)
     with monkeypatch.context() as broken:
         broken.setattr(
             notes, "study_progress", lambda opened, ids: opened.transaction(lambda c: c.execute(text("select 1 / 0")))
@@ -311,7 +320,8 @@ def test_notes_that_cannot_be_written_are_told_and_tried_again(
         writer()
         writer()  # the same error again is not said again
     writer()
-    assert said == ["the dashboard's notes are not up to date: DataError: division by zero"]
+    assert said == [f"the dashboard's notes are not up to date: DataError: division by zero; see {log}"]
+    assert log.read_text().count("in _write") == 1
 
 
 # --- pooled connections, other defaults and other tables
