@@ -25,9 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.devices import DeviceSlot, device_slots
 from launch.output import counted, say, show
-from launch.verify import random_trials
 from launch.views import figures, report
-from launch.views.tables import NOTHING, Column, Table, percent_gain, percent_interval, percent_share
+from launch.views.tables import NOTHING, Column, Table, numbers, percent_gain, percent_interval, percent_share
 from objectives.bars import DataError
 from storage.commands import this_command
 from studies import config as configuration
@@ -38,6 +37,7 @@ from studies.evidence import params_text
 from studies.history_errors import Block, Candidate, History
 from studies.replay import Play, ReplayPlan, RuleOutcome
 from studies.series import Series, read_usable_series
+from studies.space import random_params
 
 RULES = ("pooled", "confirmation", "validation")
 SAMPLE = 24  # configurations of a model that has no grid, drawn from its space with seed 0
@@ -121,12 +121,19 @@ class _Work:
     model: str
     checkpoint: str
     origins: range
+    min_context: int
     candidates: Sequence[Candidate]
     blocks: Sequence[Block]
 
     def history(self) -> History:
         return history_errors.join(
-            self.series, self.origins, self.candidates, self.blocks, model=self.model, checkpoint=self.checkpoint
+            self.series,
+            self.origins,
+            self.candidates,
+            self.blocks,
+            model=self.model,
+            checkpoint=self.checkpoint,
+            min_context=self.min_context,
         )
 
 
@@ -140,7 +147,7 @@ def _works(config: Config, asked: Asked, series: Sequence[Series], plan: ReplayP
             say(f"{each.symbol}: has {len(each.bars)} bars, too few for any date; left out")
             continue
         for model, space in spaces_of.items():
-            candidates = history_errors.candidates_of(config, space, random_trials(space, asked.sample))
+            candidates = history_errors.candidates_of(config, space, random_params(space, asked.sample))
             found = history_errors.blocks(
                 config, each, origins, candidates, model=model, checkpoint=checkpoints[model], folder=folder
             )
@@ -149,6 +156,7 @@ def _works(config: Config, asked: Asked, series: Sequence[Series], plan: ReplayP
                 model=model,
                 checkpoint=checkpoints[model],
                 origins=origins,
+                min_context=config.windows.min_context,
                 candidates=candidates,
                 blocks=found,
             )
@@ -218,9 +226,6 @@ def table(outcomes: Sequence[RuleOutcome]) -> Table:
 
     def gain(value: float, interval: tuple[float, float]) -> str:
         return f"{percent_gain(value)} ({percent_interval(*interval)})"
-
-    def numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
-        return Column(heading=heading, cells=cells, right=True, priority=priority)
 
     return Table(
         columns=[

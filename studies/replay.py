@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from objectives.metrics import Measurement
+from objectives.metrics import Measurement, measurement_of_errors
 from studies import promotion
 from studies.beliefs import Case, beliefs_of
 from studies.config import Config
@@ -257,20 +257,7 @@ class _Study:
 
 
 def _measurement(errors: np.ndarray, no_change: np.ndarray) -> Measurement:
-    """As much of a measurement as the rules look at."""
-    mae, still = float(errors.mean()), float(no_change.mean())
-    return Measurement(
-        mae=mae,
-        price_mae=math.nan,
-        mae_percent=math.nan,
-        no_change_mae=still,
-        skill=1 - mae / still if still > 0 else 0.0,
-        errors=tuple(errors.tolist()),
-        sampling_error=None,
-        windows=len(errors),
-        seconds={},
-        latency_s=None,
-    )
+    return measurement_of_errors(errors.tolist(), mae=float(errors.mean()), no_change_mae=float(no_change.mean()))
 
 
 # --- what came of it ----------------------------------------------------------------------------------------

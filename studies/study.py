@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 
 from forecasters import ExpectedError
@@ -406,11 +407,15 @@ class StudyRun:
 
         No network is run. None for a model that clips nothing.
         """
-        if (share := MODELS[self.study.model].clipped) is None:
-            return None
-        closes = self.confirmation.bars.close
-        first = self.study.definition["windows"]["min_context"]
-        return round(share(closes, range(max(first, len(closes) - CLIP_ORIGINS), len(closes)), params), 6)
+        min_context = self.study.definition["windows"]["min_context"]
+        return clipped_share(self.study.model, self.confirmation.bars.close, params, min_context=min_context)
+
+
+def clipped_share(model: str, closes: np.ndarray, params: Mapping[str, Any], *, min_context: int) -> float | None:
+    """As `StudyRun.clipped`, of closes [T]; an origin has at least `min_context` bars before it."""
+    if (share := MODELS[model].clipped) is None:
+        return None
+    return round(share(closes, range(max(min_context, len(closes) - CLIP_ORIGINS), len(closes)), params), 6)
 
 
 def start(storage: RetryingStorage, config: Config, study: Study, series: Series, checkpoint: str) -> StudyRun:

@@ -65,6 +65,7 @@ def history(series: Series, plan: ReplayPlan, levels: list[float], *, since: str
         model=model,
         checkpoint="c",
         series=series,
+        min_context=64,
         first=origins.start,
         candidates=candidates,
         search=errors,
@@ -204,7 +205,7 @@ def measured(evaluator: Evaluator, origins: range, folder: Path) -> History:
     for block in found:
         if history_errors.read(block, candidates()) is None:
             history_errors.measure(evaluator, block, candidates())
-    return history_errors.join(walk("A"), origins, candidates(), found, **about)
+    return history_errors.join(walk("A"), origins, candidates(), found, min_context=64, **about)
 
 
 def test_errors_are_the_evaluators_and_the_same_for_other_dates(evaluator: Evaluator, tmp_path: Path) -> None:
