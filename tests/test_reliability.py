@@ -16,6 +16,7 @@ from typing import Any
 import psycopg2
 import pytest
 from conftest import execute
+from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_INERROR
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
@@ -59,7 +60,21 @@ def alter(url: str, what: str) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    ["25006", "25P03", "40001", "40P01", "53100", "53200", "53300", "53400", "55P03", "57014", "57P03", "57P05"],
+    [
+        "25006",
+        "25P02",
+        "25P03",
+        "40001",
+        "40P01",
+        "53100",
+        "53200",
+        "53300",
+        "53400",
+        "55P03",
+        "57014",
+        "57P03",
+        "57P05",
+    ],
 )
 def test_a_passing_state_of_the_server_is_waited_for(storage: RetryingStorage, state: str) -> None:
     attempts = []
@@ -72,6 +87,21 @@ def test_a_passing_state_of_the_server_is_waited_for(storage: RetryingStorage, s
 
     assert storage.transaction(run) == 7
     assert len(attempts) == 3
+
+
+def test_a_transaction_that_was_aborted_behind_the_drivers_back_is_begun_anew(storage: RetryingStorage) -> None:
+    # What a statement_timeout that ends a BEGIN leaves behind.
+    connection = storage.engine.raw_connection()
+    driver: Any = connection.dbapi_connection
+    driver.autocommit = True
+    driver.cursor().execute("begin")
+    with pytest.raises(psycopg2.errors.DivisionByZero):
+        driver.cursor().execute("select 1 / 0")
+    driver.autocommit = False
+    assert driver.status == STATUS_READY
+    assert driver.get_transaction_status() == TRANSACTION_STATUS_INERROR
+    connection.close()
+    assert storage.transaction(lambda c: c.execute(text("select 7")).scalar()) == 7
 
 
 @pytest.mark.parametrize("state", ["42P01", "22012", "23505"])
