@@ -38,8 +38,10 @@ from studies.history_errors import Block, Candidate, History
 from studies.replay import Play, ReplayPlan, RuleOutcome
 from studies.series import Series, read_usable_series
 from studies.space import random_params
+from studies.study import INCUMBENT, configurations_in_use
 
 RULES = ("pooled", "confirmation", "validation")
+IN_USE = "in-use"
 SAMPLE = 24  # configurations of a model that has no grid, drawn from its space with seed 0
 CACHE_BYTES = 2**29  # of a process: the encodings and draws of one block
 
@@ -56,6 +58,7 @@ class Asked:
     every: int
     after: int
     sample: int
+    start: str  # IN_USE: today's promoted files, where there are any
 
 
 def checked_rules(names: Sequence[str]) -> Sequence[str]:
@@ -147,7 +150,13 @@ def _works(config: Config, asked: Asked, series: Sequence[Series], plan: ReplayP
             say(f"{each.symbol}: has {len(each.bars)} bars, too few for any date; left out")
             continue
         for model, space in spaces_of.items():
-            candidates = history_errors.candidates_of(config, space, random_params(space, asked.sample))
+            in_use, notes = (
+                configurations_in_use(config, each.symbol, model, space) if asked.start == IN_USE else ({}, ())
+            )
+            for note in notes:
+                say(note)
+            sample = random_params(space, asked.sample)
+            candidates = history_errors.candidates_of(config, space, sample, in_use.get(INCUMBENT))
             found = history_errors.blocks(
                 config, each, origins, candidates, model=model, checkpoint=checkpoints[model], folder=folder
             )
@@ -237,7 +246,8 @@ def table(outcomes: Sequence[RuleOutcome]) -> Table:
             ),
             numbers("realised a promotion", [percent_gain(one.realised) for one in outcomes], 4),
             numbers("realised a decision", [gain(one.a_decision, one.a_decision_interval) for one in outcomes], 10),
-            numbers("over the default", [gain(one.over_default, one.over_default_interval) for one in outcomes], 8),
+            numbers("over the start", [gain(one.over_start, one.over_start_interval) for one in outcomes], 8),
+            numbers("over the default", [gain(one.over_default, one.over_default_interval) for one in outcomes], 6),
             numbers("skill", [percent_gain(one.skill) for one in outcomes], 5),
         ]
     )

@@ -74,10 +74,12 @@ class History:
         return self._clipped[place, end]
 
 
-def candidates_of(config: Config, space: Space, sample: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+def candidates_of(
+    config: Config, space: Space, sample: Sequence[Mapping[str, Any]], in_use: Mapping[str, Any] | None = None
+) -> list[Candidate]:
     """What a replay tries in place of a sampler: the default, and the grid of what shares its draws, else a sample.
 
-    sample: configurations of the space, taken where nothing shares its draws.
+    sample: configurations of the space, taken where nothing shares its draws. in_use: what a replay begins with.
     """
     first = default(space, config)
     [shared] = shared_knobs(space) or [None]
@@ -90,7 +92,8 @@ def candidates_of(config: Config, space: Space, sample: Sequence[Mapping[str, An
         assert isinstance(knob, tuple)
         others = [{**first, shared: value} for value in knob]
     found = [Candidate(params=first, source="default")]
-    return found + [Candidate(params=params, source="grid") for params in others if params != first]
+    found += [Candidate(params=params, source="grid") for params in others if params != first]
+    return found + ([Candidate(params=in_use, source="in use")] if in_use is not None else [])
 
 
 def blocks(
