@@ -316,7 +316,11 @@ def test_a_replay_prints_what_each_rule_did_and_goes_on_where_it_was(folder: Pat
 def test_a_replay_may_begin_with_the_promoted_files(folder: Path) -> None:
     best = folder / "hyperparams" / "best"
     best.mkdir(parents=True)
-    content = {"symbol": "AAA", "model": "naive", "config": {"num_samples": 64, "aggregate": "quantile_0.90"}}
+    content = {
+        "symbol": "AAA",
+        "model": "naive",
+        "config": {"season": 1, "num_samples": 64, "aggregate": "quantile_0.90"},
+    }
     (best / "AAA.json").write_text(json.dumps(content))
     result = invoke(folder, "--dates", "2", "--rule", "pooled", "--start", "in-use", "--json")
     assert result.exit_code == 0, result.output
