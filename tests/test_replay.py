@@ -319,7 +319,7 @@ def test_a_replay_may_begin_with_the_promoted_files(folder: Path) -> None:
     content = {
         "symbol": "AAA",
         "model": "naive",
-        "config": {"season": 1, "num_samples": 64, "aggregate": "quantile_0.90"},
+        "config": {"season": 1, "context_length": 64, "num_samples": 64, "aggregate": "quantile_0.90"},
     }
     (best / "AAA.json").write_text(json.dumps(content))
     result = invoke(folder, "--dates", "2", "--rule", "pooled", "--start", "in-use", "--json")
