@@ -1,7 +1,7 @@
 """Orders and bars to returns: what would have been filled, at which price, and what was left after costs.
 
-Owns the fills, the costs of an asset class and the complaint about bars that cannot be traded. Orders come from
-objectives/strategies.py; what the returns are worth is said by objectives/performance.py.
+Owns the fills and the complaint about bars that cannot be traded. Orders come from objectives/strategies.py, costs from
+objectives/costs.py; what the returns are worth is said by objectives/performance.py.
 
 A bar tells its open, high, low and close but not their order. Conservative fills take the worse of what may have come
 first, optimistic fills the better: what would have been earned lies between. Notation: O, H, L and C of a bar; e is the
@@ -17,35 +17,8 @@ import numpy as np
 
 from forecasters import Bars
 from objectives.bars import DataError, timestamp_text
+from objectives.costs import AssetClass
 from objectives.strategies import Brackets, Orders, Positions
-
-
-@dataclass(frozen=True, kw_only=True)
-class AssetClass:
-    """What trading a kind of symbol costs, and when. Fees and spread are shares of the traded value, a side."""
-
-    name: str
-    days_a_year: int  # on which it is traded
-    shorts: bool  # whether it can be sold short
-    limit_fee: float
-    market_fee: float  # of a market order: at an open without a limit, or at a close
-    half_spread: float  # paid by a market order beside its fee
-    borrow: float  # a year, share of what is short
-    bars_a_day: float = 1.0
-
-    @property
-    def bars_a_year(self) -> float:
-        return self.days_a_year * self.bars_a_day
-
-    @property
-    def market(self) -> float:
-        """What a market order costs, share of the traded value."""
-        return self.market_fee + self.half_spread
-
-    @property
-    def night(self) -> float:
-        """What a short pays from one bar to the next, share of its entry."""
-        return self.borrow / self.bars_a_year
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

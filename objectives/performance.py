@@ -1,6 +1,6 @@
 """Returns to what they are worth: Sharpe ratio, drawdown, win rate and the rest, each with how well it is known.
 
-Owns these metrics and what a year is. Flat bars count as returns of 0 and the risk-free rate is 0. Knows nothing of
+Owns these metrics. Flat bars count as returns of 0 and the risk-free rate is 0. Knows nothing of
 orders or prices. A standard error or interval says how far luck alone goes, not what others' searches add: for that
 there is the deflated Sharpe ratio.
 """
@@ -163,7 +163,7 @@ def _phi(value: float) -> float:
     return math.erfc(-value / math.sqrt(2)) / 2
 
 
-# --- trades and time ----------------------------------------------------------------------------------------
+# --- trades -------------------------------------------------------------------------------------------------
 
 
 def wilson_interval(wins: int, count: int) -> tuple[float, float]:
@@ -172,17 +172,3 @@ def wilson_interval(wins: int, count: int) -> tuple[float, float]:
     centre = (share + square / (2 * count)) / (1 + square / count)
     width = ERRORS_95 / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
     return centre - width, centre + width
-
-
-def bars_a_day(timestamps: np.ndarray, days_a_year: int) -> float:
-    """Bars on a day of trading, as most days have; below 1 where they are more than two days apart.
-
-    timestamps: datetime64 [T], UTC, ascending. 1 where there is only one.
-    """
-    if len(timestamps) < 2:
-        return 1.0
-    days = float(np.median(np.diff(timestamps)) / np.timedelta64(1, "D"))
-    if days >= 2:
-        return 365.25 / days / days_a_year
-    _, counts = np.unique(timestamps.astype("datetime64[D]"), return_counts=True)
-    return float(np.median(counts))

@@ -23,8 +23,7 @@ from forecasters import COMPILE_MODES, DTYPES, ExpectedError
 from forecasters.models import MODELS
 from forecasters.settings import AGGREGATES, CHECKPOINT, PATTERNS, at_least, kind_of, one_of, setting
 from objectives import aggregation
-from objectives.fills import AssetClass
-from objectives.performance import bars_a_day
+from objectives.costs import AssetClass, bars_a_day
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
 DEMO_PATH = Path(__file__).with_name("demo.toml")
