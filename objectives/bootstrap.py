@@ -46,6 +46,6 @@ def mean_interval(series: np.ndarray) -> tuple[float, float] | None:
     series = np.asarray(series, dtype=float)
     if len(series) < 2 or not series.std() > 0:
         return None
-    scale = series.std()  # `mean_errors` expects series of about 1
+    scale = float(series.std())  # `mean_errors` expects series of about 1
     width = ERRORS_95 * scale * float(mean_errors(series[None] / scale)[0])
     return float(series.mean()) - width, float(series.mean()) + width

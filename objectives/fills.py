@@ -154,11 +154,14 @@ class _Legs:
 
 
 def net_returns(brackets: Brackets, bars: Bars, asset: AssetClass) -> np.ndarray:
-    """Each bar's return [W] of brackets held for one bar, with conservative fills: `book`, for those who need no more.
+    """The returns [W] that `book` finds with a hold of 1 and conservative fills, and nothing else."""
+    return brackets.share * _entered(brackets, bars, asset, hold=1, optimistic=False).returns.sum(axis=0)
 
-    Orders may have any number of dimensions before legs and bars: [..., W] of [..., L, W].
-    """
-    return brackets.share * _entered(brackets, bars, asset, hold=1, optimistic=False).returns.sum(axis=-2)
+
+def mean_return(brackets: Brackets, bars: Bars, asset: AssetClass, *, hold: int) -> float:
+    """What the trades that `book` finds with conservative fills earn on their entries, a bar."""
+    legs = _entered(brackets, bars, asset, hold=hold, optimistic=False)
+    return brackets.share * float(legs.returns[_taken(legs)].sum()) / len(bars)
 
 
 def _entered(brackets: Brackets, bars: Bars, asset: AssetClass, *, hold: int, optimistic: bool) -> _Legs:
@@ -195,7 +198,7 @@ def _entered(brackets: Brackets, bars: Bars, asset: AssetClass, *, hold: int, op
     returns = _net(side, exits / entry, fee_in, np.where(reached, asset.limit_fee, asset.market))
     if hold > 1:
         returns -= asset.night * (left - bar) * (side < 0)
-    return _Legs(filled=filled, entry=entry, exit=exits, left=left, returns=np.where(filled, returns, 0.0))
+    return _Legs(filled=filled, entry=entry, exit=exits, left=left, returns=returns * filled)
 
 
 def _carried(
@@ -219,18 +222,23 @@ def _carried(
     return exits, reached, left
 
 
+def _taken(legs: _Legs) -> np.ndarray:
+    """Which orders were placed and filled while no earlier one of their leg was open, [L, W]."""
+    if (legs.left == np.arange(legs.left.shape[-1])).all():
+        return legs.filled
+    taken = np.zeros_like(legs.filled)
+    for row, filled, left in zip(taken, legs.filled, legs.left.tolist(), strict=True):
+        free = 0
+        for bar in np.flatnonzero(filled).tolist():
+            if bar >= free:
+                row[bar] = True
+                free = left[bar] + 1
+    return taken
+
+
 def _booked(brackets: Brackets, legs: _Legs, bars: Bars, asset: AssetClass) -> Booked:
-    """The orders that were placed while no earlier one of their leg was open, and the capital from bar to bar."""
-    taken = legs.filled
-    carried = bool((legs.left > np.arange(legs.left.shape[-1])).any())
-    if carried:
-        taken = np.zeros_like(legs.filled)
-        for leg, filled in enumerate(legs.filled):
-            free = 0
-            for bar in np.flatnonzero(filled):
-                if bar >= free:
-                    taken[leg, bar] = True
-                    free = legs.left[leg, bar] + 1
+    """The trades, and the capital from bar to bar."""
+    taken = _taken(legs)
     leg, entered = np.nonzero(taken)
     order = np.argsort(entered, kind="stable")
     leg, entered = leg[order], entered[order]
@@ -244,9 +252,9 @@ def _booked(brackets: Brackets, legs: _Legs, bars: Bars, asset: AssetClass) -> B
         share=np.full(len(entered), brackets.share),
         returns=legs.returns[place],
     )
-    if not carried:
+    if (trades.left == trades.entered).all():
         return Booked(
-            returns=brackets.share * np.where(taken, legs.returns, 0.0).sum(axis=0),
+            returns=brackets.share * legs.returns.sum(axis=0),
             exposure=brackets.share * taken.sum(axis=0),
             trades=trades,
         )
