@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 ERRORS_95 = 1.959964  # standard errors on each side of a 95 % interval
+ROUNDING = 1e-12  # sd that rounding may leave of errors of about 1, or of returns, that do not vary
 
 
 def mean_errors(series: np.ndarray, block: float | None = None) -> np.ndarray:
@@ -21,7 +22,7 @@ def mean_errors(series: np.ndarray, block: float | None = None) -> np.ndarray:
     count = series.shape[1]
     centred = series - series.mean(axis=1, keepdims=True)
     found = np.zeros(len(series))
-    varies = np.flatnonzero(centred.std(axis=1) > 1e-12)  # of errors of about 1: what rounding leaves of a constant
+    varies = np.flatnonzero(centred.std(axis=1) > ROUNDING)
     if not len(varies):
         return found
     if block is None:
@@ -39,12 +40,9 @@ def mean_errors(series: np.ndarray, block: float | None = None) -> np.ndarray:
 
 
 def mean_interval(series: np.ndarray) -> tuple[float, float] | None:
-    """95 % of the mean of a series [W], in its unit; of differences of two series: whether they differ.
-
-    None where nothing varies.
-    """
+    """95 % of the mean of returns [W], or of the differences of two series of returns; None where nothing varies."""
     series = np.asarray(series, dtype=float)
-    if len(series) < 2 or not series.std() > 0:
+    if len(series) < 2 or not series.std() > ROUNDING:
         return None
     scale = float(series.std())  # `mean_errors` expects series of about 1
     width = ERRORS_95 * scale * float(mean_errors(series[None] / scale)[0])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from objectives.bootstrap import ERRORS_95, mean_interval
+from objectives.bootstrap import ERRORS_95, ROUNDING, mean_interval
 from objectives.fills import Booked
 
 MIN_BARS = 20  # returns that a Sharpe ratio needs
@@ -101,7 +101,7 @@ def monthly(timestamps: np.ndarray, returns: np.ndarray) -> Mapping[str, float]:
 def sharpe_a_bar(returns: np.ndarray) -> float | None:
     """mean / sd (ddof 1) of returns [W]; None where nothing varies."""
     deviation = float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
-    return float(returns.mean()) / deviation if deviation > 0 else None
+    return float(returns.mean()) / deviation if deviation > ROUNDING else None
 
 
 def moments(returns: np.ndarray) -> tuple[float, float]:
