@@ -143,11 +143,10 @@ def _fit(earned: Callable[[tuple[float, float]], float], start: int, stop: int, 
 
     Its first point is the middle: no offsets.
     """
-    from scipy.optimize import Bounds, direct
+    from scipy.optimize import direct
 
-    found = direct(
-        lambda point: -earned((point[0], point[1])), Bounds([-LARGEST] * 2, [LARGEST] * 2), maxfun=evaluations
-    )
+    bounds = [(-LARGEST, LARGEST)] * 2
+    found = direct(lambda point: -earned((point[0], point[1])), bounds, maxfun=evaluations)
     zero = earned(NO_OFFSETS)
     better = -found.fun > zero
     return Step(

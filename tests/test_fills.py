@@ -53,7 +53,7 @@ def slowly(
             e = None if orders.entry is None else float(orders.entry[leg, t])
             g = None if orders.target is None else float(orders.target[leg, t])
             at_open = e is None or (o <= e if q > 0 else o >= e)
-            if not at_open and not (low < e if q > 0 else h > e):
+            if not at_open and e is not None and not (low < e if q > 0 else h > e):
                 continue
             paid = o if at_open or e is None else e
             if g is not None and not (paid < g if q > 0 else paid > g):

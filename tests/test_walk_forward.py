@@ -174,13 +174,13 @@ def scores(seed: int, windows: int) -> tuple[float, float, float]:
 
 
 def test_the_predecessors_scoring_finds_profit_where_there_is_none() -> None:
-    """It reports +55 % a year; our fills lose the fees, and without fees nothing."""
+    """It reports +55 % a year; our fills lose the fees, and a little by taking the worse of what a bar leaves open."""
     found = np.array([scores(seed, 42) for seed in range(40)]) * 252  # a year each
     theirs, ours, free = found.mean(axis=0)
     error = found[:, 2].std(ddof=1) / np.sqrt(len(found))
     assert theirs == pytest.approx(0.55, abs=0.1)
     assert ours < 0
-    assert abs(free) < 3 * error < 0.1
+    assert -0.2 < free < 3 * error
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
