@@ -139,23 +139,16 @@ def walk_forward(
 
 
 def _fit(earned: Callable[[tuple[float, float]], float], start: int, stop: int, evaluations: int) -> Step:
-    """The offsets that earn the most a bar by DIRECT (Jones, Perttunen and Stuckman, 1993); none where none is better.
+    """The offsets that earn the most a bar by DIRECT (Jones, Perttunen and Stuckman, 1993).
 
-    Its first point is the middle: no offsets.
+    Its first point is the middle, no offsets, which stays where no other is better.
     """
     from scipy.optimize import direct
 
     bounds = [(-LARGEST, LARGEST)] * 2
     found = direct(lambda point: -earned((point[0], point[1])), bounds, maxfun=evaluations)
-    zero = earned(NO_OFFSETS)
-    better = -found.fun > zero
-    return Step(
-        start=start,
-        stop=stop,
-        offsets=(float(found.x[0]), float(found.x[1])) if better else NO_OFFSETS,
-        in_sample=-float(found.fun) if better else zero,
-        in_sample_zero=zero,
-    )
+    offsets = float(found.x[0]), float(found.x[1])
+    return Step(start=start, stop=stop, offsets=offsets, in_sample=earned(offsets), in_sample_zero=earned(NO_OFFSETS))
 
 
 class _Earned:

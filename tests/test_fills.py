@@ -131,6 +131,10 @@ def test_a_target_that_is_carried() -> None:
     assert found.trades.exit.tolist() == [106.0, 95.0]
     assert found.returns == pytest.approx([100 / 99 - 1, 103 / 100 - 1, 106 / 103 - 1, 95 / 99 - 1])
     assert found.exposure.tolist() == [1, 1, 1, 1]
+    touched = replace(bars, open=np.array([100.0, 101, 105, 100]), high=np.array([101.0, 104, 105, 100]))
+    assert book(orders, touched, FREE, hold=3).trades.exit.tolist() == [105.0, 95.0]
+    dear = replace(FREE, limit_fee=0.01)  # which the target pays that the open touches, and a close would not
+    assert book(orders, touched, dear, hold=3).trades.returns[0] == pytest.approx(105 / 99 - 1 - 0.01 * (1 + 105 / 99))
     shorter = book(orders, bars, FREE, hold=2)  # out at the close of the second bar, and in again at an open below 99
     assert shorter.trades.exit.tolist() == [103.0, 95.0]
     assert shorter.trades.left.tolist() == [1, 3]
