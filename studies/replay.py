@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from objectives.bootstrap import mean_errors
 from objectives.metrics import Measurement, measurement_of_errors
 from studies import promotion
 from studies.beliefs import Case, beliefs_of
 from studies.config import Config
 from studies.evidence import MeasuredConfiguration, Source
 from studies.history_errors import Candidate, History
-from studies.pooling import mean_errors
 from studies.promotion import Decision, Rule
 from studies.series import Series
 
