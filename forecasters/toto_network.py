@@ -262,14 +262,14 @@ class TotoNetwork(nn.Module):
     def answer(
         self, series: Tensor, pads: Tensor, steps: int, keep: bool
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """`prefill` of one variate as plain tensors: all that the host needs in one, and with `keep` the prefix's.
+        """`prefill` as plain tensors: all that the host needs in one, and with `keep` the prefix's.
 
-        Returns fp32 [B, 4 * steps * K + 2]: probs, df, loc, scale, affine loc and affine scale; then the prefix's
+        Returns fp32 [B, V, 4 * steps * K + 2]: probs, df, loc, scale, affine loc and affine scale; then the prefix's
         keys, its values and its statistics.
         """
         mixture, loc, scale, prefix = self.prefill(series, pads, steps=steps, keep=keep)
         parts = (mixture.probs, mixture.df, mixture.loc, mixture.scale)
-        packed = torch.cat((*(part[:, 0].flatten(1) for part in parts), loc, scale), -1)
+        packed = torch.cat((*(part.flatten(2) for part in parts), loc[..., None], scale[..., None]), -1)
         if prefix is None:
             return packed, (), (), ()
         return packed, prefix.keys, prefix.values, tuple(prefix.statistics)
