@@ -134,9 +134,8 @@ class Naive:
         logs = np.empty((len(seeds), count, horizon))
         for row, (seed, residuals) in enumerate(zip(seeds, encoded.residuals, strict=True)):
             # Row by row from one stream that only this window has: fewer samples are the first of more.
-            uniforms = np.random.Generator(np.random.Philox(key=seed_of_key(seed, encoded.key))).random(
-                (count, horizon)
-            )
+            stream = np.random.Generator(np.random.Philox(key=seed_of_key(seed, encoded.key)))
+            uniforms = stream.random((count, horizon))
             logs[row] = residuals[(uniforms * len(residuals)).astype(np.int64)]
         for step in range(horizon):
             earlier = encoded.seasons[:, step, None] if step < season else logs[:, :, step - season]

@@ -1,9 +1,10 @@
 """Toto 1.0 as a forecaster: its stages, what of them runs together, and the loading of a checkpoint.
 
-Owns the calls of the network, the decoding past the first patch and the bounds on memory. Within the first patch nothing
-that is sampled re-enters the network, so one forward a window is the whole network work of any number of samples (the
-reference repeats the window once a sample). Knows nothing of windows' origins, aggregates, studies or caches; what
-the network reads and leaves is in toto_encoded.py, the network in toto_network.py, its draws in toto_sampling.py.
+Owns the calls of the network, the decoding past the first patch and the bounds on memory. Within the first patch
+nothing that is sampled re-enters the network, so one forward a window is the whole network work of any number of
+samples (the reference repeats the window once a sample). Knows nothing of windows' origins, aggregates, studies or
+caches; what the network reads and leaves is in toto_encoded.py, the network in toto_network.py, its mixtures and their
+draws in toto_sampling.py.
 
 "The reference" is github.com/DataDog/toto at 46bd92a. Dimensions: B or W windows, V variates, P points a patch,
 Q points of a head, N samples or trajectories, H steps, h of them in the first patch, K components.

@@ -39,9 +39,7 @@ class EncodedPrices:
     def rows(self, start: int, stop: int, place: int | None = None) -> slice:
         """The rows of the windows [start, stop): all, or of the key at this place."""
         count = len(self.keys)
-        return (
-            slice(start * count, stop * count) if place is None else slice(start * count + place, stop * count, count)
-        )
+        return slice(start * count + (place or 0), stop * count, 1 if place is None else count)
 
     @property
     def nbytes(self) -> int:
