@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from forecasters import CLOSE
 from forecasters.models import MODELS
 from objectives.bars import bars_fingerprint
 from objectives.evaluation import Evaluator
@@ -111,7 +112,8 @@ def blocks(
     for start in range(origins.start // BLOCK * BLOCK, origins.stop, BLOCK):
         asked = range(max(start, config.windows.min_context), min(start + BLOCK, stop))
         bars = series.bars.slice(0, min(start + BLOCK + horizon, len(series.bars)))
-        windows = Windows(symbol=series.symbol, bars=bars, origins=tuple(asked), horizon=horizon)
+        key = config.search.key
+        windows = Windows(symbol=series.symbol, bars=bars, origins=tuple(asked), horizon=horizon, key=key)
         about = {
             "fingerprint": checkpoint,
             "bars": bars_fingerprint(bars),
@@ -119,6 +121,7 @@ def blocks(
             "horizon": horizon,
             "search": [config.search.rung, config.search.batch_size, config.search.objective],
             "candidates": [dict(one.params) for one in candidates],
+            **({} if key == CLOSE else {"key": key}),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         found.append(Block(windows=windows, path=folder / f"{series.symbol}-{model}-{asked.start}-{digest[:16]}.npz"))
