@@ -83,7 +83,7 @@ def golden_bars(settings: Mapping[str, Any], prices: np.ndarray) -> Bars:
 
 
 @pytest.mark.parametrize("length", [length for case, length in LENGTHS if case == "toto-b-variates"])
-def test_variates_are_the_references(several: toto.Toto, length: int) -> None:
+def test_variates_are_the_references(several: Any, length: int) -> None:
     _, settings, prices, expected = golden("toto-b-variates")
     assert tuple(settings["columns"]) == VARIATE_KEYS
     bars = golden_bars(settings, prices[:, :length])
@@ -105,7 +105,7 @@ def test_variates_are_the_references(several: toto.Toto, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [64, 50])
-def test_drawn_variates_have_the_references_medians(several: toto.Toto, length: int) -> None:
+def test_drawn_variates_have_the_references_medians(several: Any, length: int) -> None:
     _, settings, prices, expected = golden("toto-b-variates")
     horizon, count = settings["horizons"][-1], settings["sampled_count_long"]
     bars = golden_bars(settings, prices[:, :length])
@@ -116,7 +116,7 @@ def test_drawn_variates_have_the_references_medians(several: toto.Toto, length: 
 
 
 @pytest.mark.parametrize("horizon", [1, 40])
-def test_keys_asked_for_and_samples_change_nothing_of_a_variate(several: toto.Toto, horizon: int) -> None:
+def test_keys_asked_for_and_samples_change_nothing_of_a_variate(several: Any, horizon: int) -> None:
     contexts, seeds = [walk(), walk().slice(0, 70)], [1, 2**64 - 1]
     encoded = several.encode(contexts, VARIATES, horizon)
     every = several.draw_keys(encoded, {"num_samples": 130}, seeds, KEYS)
@@ -130,7 +130,7 @@ def test_keys_asked_for_and_samples_change_nothing_of_a_variate(several: toto.To
     assert np.abs(np.corrcoef(ranks) - np.eye(4)).max() < 4 / np.sqrt(130)
 
 
-def test_variates_past_the_first_patch_in_groups(several: toto.Toto, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variates_past_the_first_patch_in_groups(several: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     contexts = [walk().slice(0, count) for count in (60, 70, 80, 90)]
     encoded = several.encode(contexts, VARIATES, 20)
     whole = several.draw_keys(encoded, {"num_samples": 5}, range(4), KEYS)
@@ -139,7 +139,7 @@ def test_variates_past_the_first_patch_in_groups(several: toto.Toto, monkeypatch
     np.testing.assert_allclose(grouped, whole, rtol=1e-4)
 
 
-def test_the_price_of_a_key_is_forecast_as_a_close_would_be(several: toto.Toto) -> None:
+def test_the_price_of_a_key_is_forecast_as_a_close_would_be(several: Any) -> None:
     bars = walk()
     for key in KEYS:
         ours = several.encode([bars], PRICE, 20, key)
@@ -151,7 +151,7 @@ def test_the_price_of_a_key_is_forecast_as_a_close_would_be(several: toto.Toto) 
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_ratios_are_to_the_close_before(several: toto.Toto, key: str) -> None:
+def test_ratios_are_to_the_close_before(several: Any, key: str) -> None:
     bars, length = walk(), 40
     ratios = RATIO_SCALE * (getattr(bars, key)[1:] / bars.close[:-1] - 1)
     plain = replace(bars.slice(1, len(bars)), close=ratios)
@@ -164,7 +164,7 @@ def test_ratios_are_to_the_close_before(several: toto.Toto, key: str) -> None:
     np.testing.assert_array_equal(ours.probs, theirs.probs)
 
 
-def test_what_toto_cannot_read(several: toto.Toto) -> None:
+def test_what_toto_cannot_read(several: Any) -> None:
     with pytest.raises(ForecastError, match="of ratios just 1"):
         several.encode([walk()], RATIO, 2)
     with pytest.raises(ForecastError, match="no high is left"):
@@ -245,7 +245,7 @@ def test_the_error_of_a_key_is_relative_to_the_last_close() -> None:
 
 
 @pytest.mark.parametrize(("params", "encodings"), [(PRICE, 4), (VARIATES, 1), (RATIO, 4)])
-def test_keys_together_are_those_measured_alone(several: toto.Toto, params: dict[str, Any], encodings: int) -> None:
+def test_keys_together_are_those_measured_alone(several: Any, params: dict[str, Any], encodings: int) -> None:
     together(several, params, encodings)
 
 
@@ -288,7 +288,7 @@ def together(forecaster: Any, params: Mapping[str, Any], encodings: int) -> None
     np.testing.assert_array_equal(served.served["low"], ends.min(0))
 
 
-def test_the_measurement_of_a_key(several: toto.Toto) -> None:
+def test_the_measurement_of_a_key(several: Any) -> None:
     found, evaluator = windows(key="low"), Evaluator(several, cache_bytes=0)
     measured = evaluator.measure(found, PRICE)
     points = evaluator.forecast(found, PRICE)
@@ -298,7 +298,7 @@ def test_the_measurement_of_a_key(several: toto.Toto) -> None:
     assert evaluator.measure(found.of_key("close"), PRICE).mae != measured.mae
 
 
-def test_exact_keys_are_measured(several: toto.Toto) -> None:
+def test_exact_keys_are_measured(several: Any) -> None:
     evaluator = Evaluator(several, cache_bytes=0, exact=True)
     served = evaluator.forecast_keys(windows(), {**VARIATES, "aggregate": "median"}, ("low", "close"))
     encoded = several.encode(windows().contexts(range(6)), VARIATES, 1)
@@ -323,7 +323,7 @@ def test_what_no_bar_can_have_is_repaired_and_counted() -> None:
     assert set(key_forecasts({"close": scored["close"], "open": scored["open"]}).served) == {"close", "open"}
 
 
-def test_a_forecast_of_now_is_replayed_bit_for_bit(several: toto.Toto) -> None:
+def test_a_forecast_of_now_is_replayed_bit_for_bit(several: Any) -> None:
     bars = walk()
     served = Evaluator(several, cache_bytes=0).forecast_keys(now(bars, symbol="A", min_context=60), VARIATES)
     longer = replace(windows(1), bars=walk(), origins=(89,))

@@ -1,0 +1,199 @@
+"""What a comparison shows: its rows, their table, and the same over all symbols; figures are in comparison_figures.py.
+
+Errors are fractions of the last close before a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from launch.views.tables import (
+    NOTHING,
+    Column,
+    Table,
+    duration,
+    numbers,
+    percent_error,
+    percent_gain,
+    percent_interval,
+)
+from studies.promotion import MIN_WINDOWS
+
+BLOCKS = "block persistence (guide's MAE%, not comparable)"
+STEPS = (1, 8)  # whose errors the table shows, beside the last one's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """One configuration or baseline on one symbol's windows. What was not measured is None, and `error` says why."""
+
+    symbol: str
+    label: str
+    model: str  # empty for a baseline
+    source: str
+    params: Mapping[str, Any]
+    windows: int
+    effective_windows: float  # that share no bar
+    horizon: int
+    first: str  # time of the first window's first target bar
+    last: str
+    reference: bool = False  # improvements of the symbol's other rows are over this one
+    mae: float | None = None
+    price_mae: float | None = None
+    mae_percent: float | None = None
+    skill: float | None = None
+    by_step: Sequence[float] = ()  # MAE of every step
+    sampling_error: float | None = None  # standard error of `mae` by fresh seeds alone; None: one pass cannot tell
+    seconds: float | None = None  # a stage shared with a row measured before takes next to none
+    improvement: float | None = None
+    improvement_low: float | None = None  # 95 % interval
+    improvement_high: float | None = None
+    verdict: str | None = None  # "better", "worse", "tie", or "unknown" where there is no interval
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fan:
+    """The forecasts of one symbol's last window, price, and the closes before and after its origin."""
+
+    symbol: str
+    times: Sequence[str]  # [N] of the bars
+    closes: Sequence[float]  # [N], the last `ahead` of them what was forecast
+    ahead: int
+    points: Mapping[str, Sequence[float]]  # by label, [ahead]
+    bands: Mapping[str, Sequence[Sequence[float]]]  # by label, low and high [2, ahead]: 80 % of the samples
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def step_error(row: ComparisonRow, step: int) -> float | None:
+    return row.by_step[step - 1] if step <= len(row.by_step) else None
+
+
+def gain_text(row: ComparisonRow) -> str:
+    """The improvement, or "tie" where its interval holds 0; with "?" where there is no interval."""
+    if row.reference:
+        return "reference"
+    if row.verdict == "tie":
+        return "tie"
+    return percent_gain(row.improvement) + (" ?" if row.verdict == "unknown" else "")
+
+
+def _percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def _price(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.5g}"
+
+
+def _steps(horizon: int) -> list[int]:
+    """The steps whose errors a table shows; none of a single one."""
+    return [step for step in dict.fromkeys((*STEPS, horizon)) if step <= horizon and horizon > 1]
+
+
+def table(rows: Sequence[ComparisonRow]) -> Table:
+    """One row a symbol and configuration. Where there is no room, the error and the improvement stay longest."""
+    steps = _steps(rows[0].horizon)
+    return Table(
+        columns=[
+            Column(heading="symbol", cells=[row.symbol for row in rows]),
+            Column(heading="configuration", cells=[row.label for row in rows], wrap_width=20),
+            numbers("MAE", [percent_error(row.mae) for row in rows], 10),
+            numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
+            numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
+            numbers("skill", [percent_gain(row.skill) for row in rows], 8),
+            *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
+            numbers("time", [duration(row.seconds) for row in rows], 3),
+            numbers("improvement", [gain_text(row) for row in rows], 9),
+            numbers("95 % interval", [percent_interval(row.improvement_low, row.improvement_high) for row in rows], 7),
+        ]
+    )
+
+
+def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
+    """The means over symbols of every configuration or baseline that more than one symbol has; JSON values.
+
+    Improvements are means of those at each symbol, whose verdicts are counted.
+    """
+    by_label: dict[str, list[ComparisonRow]] = defaultdict(list)
+    for row in rows:
+        if row.error is None:
+            by_label[row.label].append(row)
+    found = []
+    for label, of_label in by_label.items():
+        if len(of_label) < 2:
+            continue
+        gains = [row.improvement for row in of_label if row.improvement is not None]
+        seconds = [row.seconds for row in of_label if row.seconds is not None]
+        verdicts = [row.verdict for row in of_label]
+        found.append(
+            {
+                "label": label,
+                "symbols": len(of_label),
+                **{name: _mean([getattr(row, name) for row in of_label]) for name in ("mae", "mae_percent", "skill")},
+                "by_step": np.mean([row.by_step for row in of_label], axis=0).tolist() if of_label[0].by_step else [],
+                "seconds": sum(seconds) if seconds else None,
+                "reference": all(row.reference for row in of_label),
+                "improvement": _mean(gains) if gains else None,
+                "verdicts": {name: verdicts.count(name) for name in ("better", "tie", "worse", "unknown")},
+            }
+        )
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def summary_table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a configuration, over all symbols that have it."""
+
+    def gain(one: Mapping[str, Any]) -> str:
+        return "reference" if one["reference"] else percent_gain(one["improvement"])
+
+    def counts(one: Mapping[str, Any]) -> str:
+        verdicts = one["verdicts"]
+        if one["reference"] or not any(verdicts.values()) or verdicts["unknown"]:
+            return NOTHING
+        return f"{verdicts['better']}, {verdicts['tie']}, {verdicts['worse']}"
+
+    steps = _steps(max(len(one["by_step"]) for one in found))
+
+    def at(one: Mapping[str, Any], step: int) -> float | None:
+        return one["by_step"][step - 1] if one["by_step"] else None
+
+    return Table(
+        columns=[
+            Column(heading="configuration", cells=[one["label"] for one in found], wrap_width=20),
+            numbers("symbols", [str(one["symbols"]) for one in found], 3),
+            numbers("MAE", [percent_error(one["mae"]) for one in found], 10),
+            numbers("MAE%", [_percent(one["mae_percent"]) for one in found], 4),
+            numbers("skill", [percent_gain(one["skill"]) for one in found], 8),
+            *(numbers(f"MAE at {step}", [percent_error(at(one, step)) for one in found], 2) for step in steps),
+            numbers("time", [duration(one["seconds"]) for one in found], 3),
+            numbers("improvement", [gain(one) for one in found], 9),
+            numbers("better, tie, worse", [counts(one) for one in found], 7),
+        ]
+    )
+
+
+def explanations(rows: Sequence[ComparisonRow]) -> list[str]:
+    """What a reader of the table has to know of these rows, each in one line."""
+    lines = [f"{row.symbol} {row.label}: could not be measured: {row.error}" for row in rows if row.error]
+    if any(row.verdict == "unknown" for row in rows):
+        least = min(row.effective_windows for row in rows)
+        more = math.ceil(MIN_WINDOWS / least * rows[0].windows)
+        lines.append(
+            f"no intervals: these windows of {rows[0].horizon} steps hold {least:.0f} that share no bar, and "
+            f"{MIN_WINDOWS} are needed; ask for about --windows {more}, or for a shorter --horizon"
+        )
+    return lines
