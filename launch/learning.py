@@ -17,11 +17,13 @@ from launch.options import (
     HELP,
     Names,
     check_devices,
+    checked_keys,
     checked_models,
     checked_symbols,
     flat,
     gpus_option,
     json_option,
+    keys_option,
     models_option,
     shared,
     symbols_option,
@@ -101,6 +103,7 @@ def replay(
               help="Draws that are averaged: 1 with the seeds of a search, more with those of a confirmation.")  # fmt: skip
 @click.option("--params", type=Names(), multiple=True, metavar="A,B,..",
               help="best, stored, default, a promoted file, STUDY#TRIAL.  [default: best,stored]")  # fmt: skip
+@keys_option
 @gpus_option
 @click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
 @click.option("--plot", type=FILE, help="PNG or HTML file to draw error by step and the last forecasts to.")
@@ -115,6 +118,7 @@ def compare(
     stride: int | None,
     passes: int,
     params: Sequence[Sequence[str]],
+    keys: Sequence[Sequence[str]],
     gpus: Sequence[Sequence[int]],
     cpus: int | None,
     plot: Path | None,
@@ -127,6 +131,7 @@ def compare(
 
     \b
     studies compare --symbols NVDA,BTCUSD --params best,stored
+    studies compare --horizon 1 --keys open,high,low,close
     studies compare --horizon 1 --windows 250 --params default,NVDA/toto@2026-02-05#34 --plot compare.html
     """
     from launch import comparing
@@ -140,5 +145,6 @@ def compare(
         stride=stride,
         passes=passes,
         params=flat(params) or ("best", "stored"),
+        keys=checked_keys(keys, config),
     )
     comparing.command(config, asked, gpus=flat(gpus), cpus=cpus, plot=plot, as_json=as_json)

@@ -49,12 +49,10 @@ class KeyForecasts:
 
     scored: Mapping[str, np.ndarray]  # as the model says, which errors are measured of
     served: Mapping[str, np.ndarray]  # with the high as the highest of them and the low as the lowest
-    repaired: np.ndarray  # bool [W, H]: where `served` differs
 
-    @property
-    def repairs(self) -> int:
-        """Windows of which a step was repaired."""
-        return int(self.repaired.any(axis=1).sum())
+    def repairs_of(self, key: str) -> int:
+        """Windows of which a step of this key is served otherwise than it is scored."""
+        return int((self.served[key] != self.scored[key]).any(axis=1).sum())
 
 
 def key_forecasts(scored: Mapping[str, np.ndarray]) -> KeyForecasts:
@@ -65,5 +63,4 @@ def key_forecasts(scored: Mapping[str, np.ndarray]) -> KeyForecasts:
     every = np.stack(list(scored.values()))  # [K, W, H]
     ends = {"high": every.max(axis=0), "low": every.min(axis=0)}
     served = {key: ends.get(key, points) for key, points in scored.items()}
-    repaired = (np.stack(list(served.values())) != every).any(axis=0)
-    return KeyForecasts(scored=dict(scored), served=served, repaired=repaired)
+    return KeyForecasts(scored=dict(scored), served=served)

@@ -319,7 +319,7 @@ def test_what_no_bar_can_have_is_repaired_and_counted() -> None:
     assert found.served["high"].tolist() == [[12, 10], [12, 12]]
     assert found.served["low"].tolist() == [[8, 7], [8, 8]]
     assert found.scored["high"].tolist() == [[12, 9], [12, 12]]
-    assert (found.repaired.tolist(), found.repairs) == ([[False, True], [False, False]], 1)
+    assert [found.repairs_of(key) for key in KEYS] == [0, 1, 1, 0]
     assert set(key_forecasts({"close": scored["close"], "open": scored["open"]}).served) == {"close", "open"}
 
 

@@ -34,6 +34,7 @@ class ComparisonRow:
     """One configuration or baseline on one symbol's windows. What was not measured is None, and `error` says why."""
 
     symbol: str
+    key: str = "close"  # which price of a bar
     label: str
     model: str  # empty for a baseline
     source: str
@@ -51,6 +52,7 @@ class ComparisonRow:
     by_step: Sequence[float] = ()  # MAE of every step
     sampling_error: float | None = None  # standard error of `mae` by fresh seeds alone; None: one pass cannot tell
     seconds: float | None = None  # a stage shared with a row measured before takes next to none
+    repaired: int | None = None  # windows whose forecast is served otherwise, as no bar could have it beside the others
     improvement: float | None = None
     improvement_low: float | None = None  # 95 % interval
     improvement_high: float | None = None
@@ -60,11 +62,12 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Fan:
-    """The forecasts of one symbol's last window, price, and the closes before and after its origin."""
+    """The forecasts of one symbol's last window, price, and the actual prices before and after its origin."""
 
     symbol: str
     times: Sequence[str]  # [N] of the bars
-    closes: Sequence[float]  # [N], the last `ahead` of them what was forecast
+    key: str  # which price of a bar
+    prices: Sequence[float]  # [N], the last `ahead` of them what was forecast
     ahead: int
     points: Mapping[str, Sequence[float]]  # by label, [ahead]
     bands: Mapping[str, Sequence[Sequence[float]]]  # by label, low and high [2, ahead]: 80 % of the samples
@@ -106,11 +109,13 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
             Column(heading="configuration", cells=[row.label for row in rows], wrap_width=20),
+            *_key_columns([row.key for row in rows]),
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
             numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
             numbers("skill", [percent_gain(row.skill) for row in rows], 8),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
+            numbers("repaired", [NOTHING if row.repaired is None else str(row.repaired) for row in rows], 0),
             numbers("time", [duration(row.seconds) for row in rows], 3),
             numbers("improvement", [gain_text(row) for row in rows], 9),
             numbers("95 % interval", [percent_interval(row.improvement_low, row.improvement_high) for row in rows], 7),
@@ -118,17 +123,22 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
     )
 
 
+def _key_columns(keys: Sequence[str]) -> list[Column]:
+    """The column that says which price a row is about, where there are several."""
+    return [Column(heading="key", cells=list(keys))] if len(set(keys)) > 1 else []
+
+
 def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """The means over symbols of every configuration or baseline that more than one symbol has; JSON values.
 
     Improvements are means of those at each symbol, whose verdicts are counted.
     """
-    by_label: dict[str, list[ComparisonRow]] = defaultdict(list)
+    by_label: dict[tuple[str, str], list[ComparisonRow]] = defaultdict(list)
     for row in rows:
         if row.error is None:
-            by_label[row.label].append(row)
+            by_label[row.key, row.label].append(row)
     found = []
-    for label, of_label in by_label.items():
+    for (key, label), of_label in by_label.items():
         if len(of_label) < 2:
             continue
         gains = [row.improvement for row in of_label if row.improvement is not None]
@@ -137,6 +147,7 @@ def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
         found.append(
             {
                 "label": label,
+                "key": key,
                 "symbols": len(of_label),
                 **{name: _mean([getattr(row, name) for row in of_label]) for name in ("mae", "mae_percent", "skill")},
                 "by_step": np.mean([row.by_step for row in of_label], axis=0).tolist() if of_label[0].by_step else [],
@@ -174,6 +185,7 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         columns=[
             Column(heading="configuration", cells=[one["label"] for one in found], wrap_width=20),
+            *_key_columns([one["key"] for one in found]),
             numbers("symbols", [str(one["symbols"]) for one in found], 3),
             numbers("MAE", [percent_error(one["mae"]) for one in found], 10),
             numbers("MAE%", [_percent(one["mae_percent"]) for one in found], 4),

@@ -110,7 +110,7 @@ def forecast_fan(fan: Fan) -> go.Figure:
              "marker": {"size": 4}, "line": {"color": colours[label], "width": 1.8}}
         )  # fmt: skip
     traces.append(
-        {"x": list(fan.times), "y": list(fan.closes), "name": "actual", "mode": "lines",
+        {"x": list(fan.times), "y": list(fan.prices), "name": "actual", "mode": "lines",
          "line": {"color": COLOURS["actual"], "width": 1.4}}
     )  # fmt: skip
     return styled_figure(
@@ -118,7 +118,7 @@ def forecast_fan(fan: Fan) -> go.Figure:
         title="Forecast vs. actual",
         subtitle=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples",
         xaxis={"type": "category", "nticks": 6, "tickangle": 0},
-        yaxis={"title": "close"},
+        yaxis={"title": fan.key},
         showlegend=True,
     )
 
@@ -147,8 +147,8 @@ def _png(steps: Mapping[str, np.ndarray], fan: Fan) -> bytes:
         below.fill_between(ahead, low, high, color=colours[label], alpha=0.15, linewidth=0)
     for label, points in fan.points.items():
         below.plot(ahead, points, color=colours[label], label=label, marker="o" if fan.ahead < 9 else None)
-    below.plot(np.arange(count), fan.closes, color=COLOURS["actual"], linewidth=1.4, label="actual")
-    below.set(title=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples", ylabel="close", xlim=(0, count - 1))
+    below.plot(np.arange(count), fan.prices, color=COLOURS["actual"], linewidth=1.4, label="actual")
+    below.set(title=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples", ylabel=fan.key, xlim=(0, count - 1))
     ticks = sorted({int(place) for place in np.linspace(0, count - 1, 6)})
     below.set_xticks(ticks, [fan.times[tick][:10] for tick in ticks])
     for axes in (above, below):
