@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from places import STUDY_SETTINGS, StudyPlace
+from places import STUDY_SETTINGS, RunPlace, StudyPlace
 from test_kronos import GREEDY, NARROW, Golden
 from test_mae import Plain
 from test_toto import LENGTHS, TOLERANCE, golden
@@ -28,6 +28,7 @@ from studies import config as configuration
 from studies import space as spaces
 from studies import study as studying
 from studies.config import ConfigError
+from studies.series import split_windows
 from studies.study import StudyMismatch
 
 VARIATES = {"context_length": 4096, "key_input": "variates", "num_samples": 100}
@@ -407,6 +408,55 @@ def test_a_file_without_the_column_is_refused_before_anything_is_made(place: Pla
     assert ended.exit_code == 1
     assert "SP500.csv: has no high of its own" in ended.output
     assert studying.list_studies(place.storage) == []
+
+
+# --- studies compare ------------------------------------------------------------------------------------------
+
+
+def test_compare_measures_every_key_as_alone(tmp_path: Path, database_url: str) -> None:
+    place = RunPlace(tmp_path, database_url)
+    asked = ("--horizon", "1", "--models", "naive", "--params", "default", "--cpus", "1", "--symbols", "SP500")
+    found = json.loads(place.run("studies", "compare", *asked, "--keys", "close,high,low", "--json").stdout)["rows"]
+    bars, _ = read_bars(place.data / "SP500.csv")
+    config = configuration.load(place.settings)
+    params = spaces.default(spaces.make("naive", config), config)
+    points, rows = {}, {(row["key"], row["label"]): row for row in found}
+    for key in ("close", "high", "low"):
+        alone = split_windows(replace(config, search=replace(config.search, key=key)), "SP500", bars).validation
+        evaluator, row = Evaluator(naive.load(), cache_bytes=0), rows[key, "naive default"]
+        measured = evaluator.measure(alone, params)
+        points[key] = evaluator.forecast(alone, params)
+        assert (row["mae"], row["skill"], row["windows"]) == (measured.mae, measured.skill, 30)
+        assert rows[key, "no change"]["mae"] == pytest.approx(measured.no_change_mae, rel=1e-12)
+        assert (row["seconds"] is not None) is (key == "close")  # all of the work is there
+    repaired = key_forecasts(points)
+    assert {key: rows[key, "naive default"]["repaired"] for key in points} == {
+        key: repaired.repairs_of(key) for key in points
+    }
+    assert repaired.repairs_of("high") + repaired.repairs_of("low") > 0
+    # One key is compared as ever; which one, the settings say.
+    place.settings.write_text(place.SETTINGS.replace("[search]\n", '[search]\nkey = "low"\n'))
+    (low,) = [
+        row
+        for row in json.loads(place.run("studies", "compare", *asked, "--json").stdout)["rows"]
+        if row["label"] == "naive default"
+    ]
+    assert (low["key"], low["mae"], low["repaired"]) == ("low", rows["low", "naive default"]["mae"], None)
+    place.settings.write_text(place.SETTINGS)
+    (place.data / "SP500.csv").write_text("date,close\n" + "".join(f"{t},{c}\n" for t, c in dated(bars)))
+    line = place.run("studies", "compare", *asked, "--keys", "close,high", code=1).stderr
+    assert "SP500.csv: has no high of its own (it is the close at every bar, as where the column is missing)" in line
+    place.close()
+
+
+def dated(bars: Bars) -> list[tuple[str, float]]:
+    return [(str(time)[:10], close) for time, close in zip(bars.timestamps, bars.close, strict=True)]
+
+
+def test_an_unknown_key_is_a_usage_error(place: Place) -> None:
+    ended = place.invoke(cli.studies, "compare", "--keys", "open,volume")
+    assert ended.exit_code == 2
+    assert "unknown key 'volume'; the keys are open, high, low, close" in ended.output
 
 
 # --- what Toto reads ------------------------------------------------------------------------------------------

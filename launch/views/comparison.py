@@ -26,6 +26,7 @@ from launch.views.tables import (
 from studies.promotion import MIN_WINDOWS
 
 BLOCKS = "block persistence (guide's MAE%, not comparable)"
+LEAST_SKILL = 9.99  # below minus this, a naive forecast is all but perfect and a skill says no more
 STEPS = (1, 8)  # whose errors the table shows, beside the last one's
 
 
@@ -97,6 +98,11 @@ def _price(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.5g}"
 
 
+def _skill(value: float | None) -> str:
+    """A skill; that of an open which is the close before has no size."""
+    return f"below {-LEAST_SKILL:.0%}" if value is not None and value < -LEAST_SKILL else percent_gain(value)
+
+
 def _steps(horizon: int) -> list[int]:
     """The steps whose errors a table shows; none of a single one."""
     return [step for step in dict.fromkeys((*STEPS, horizon)) if step <= horizon and horizon > 1]
@@ -113,7 +119,7 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
             numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
-            numbers("skill", [percent_gain(row.skill) for row in rows], 8),
+            numbers("skill", [_skill(row.skill) for row in rows], 8),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
             numbers("repaired", [NOTHING if row.repaired is None else str(row.repaired) for row in rows], 0),
             numbers("time", [duration(row.seconds) for row in rows], 3),
@@ -189,7 +195,7 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> Table:
             numbers("symbols", [str(one["symbols"]) for one in found], 3),
             numbers("MAE", [percent_error(one["mae"]) for one in found], 10),
             numbers("MAE%", [_percent(one["mae_percent"]) for one in found], 4),
-            numbers("skill", [percent_gain(one["skill"]) for one in found], 8),
+            numbers("skill", [_skill(one["skill"]) for one in found], 8),
             *(numbers(f"MAE at {step}", [percent_error(at(one, step)) for one in found], 2) for step in steps),
             numbers("time", [duration(one["seconds"]) for one in found], 3),
             numbers("improvement", [gain(one) for one in found], 9),
