@@ -48,7 +48,7 @@ class Asked:
     models: Sequence[str]
     horizon: int
     windows: int
-    stride: int | None
+    stride: int
     passes: int
     params: Sequence[str]
 
@@ -104,7 +104,7 @@ def command(
         console = wide_console()
         console.print(terminal(comparison.table(rows), console.width))
         if over_symbols:
-            console.print("\nover all symbols, each of the same weight", style="bold")
+            console.print(f"\nmean of {over_symbols[0]['symbols']} symbols", style="bold")
             console.print(terminal(comparison.summary_table(over_symbols), console.width))
     for line in comparison.explanations(rows):
         say(line)
@@ -123,12 +123,15 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
     overrides, notes = chosen.environment_overrides(asked.models, os.environ)
     words = chosen.read_words(asked.params, lambda: open_storage(config))
     series, refused, of_files = read_usable_series(_for_windows(config), asked.symbols)
-    stride = asked.stride or comparing.default_stride(asked.horizon)
     cases, dead, without = [], [], []
     for each in series:
         try:
             windows = comparing.windows_before_test(
-                config=_for_windows(config), symbol=each.symbol, bars=each.bars, count=asked.windows, stride=stride
+                config=_for_windows(config),
+                symbol=each.symbol,
+                bars=each.bars,
+                count=asked.windows,
+                stride=asked.stride,
             )
         except DataError as error:
             refused[each.symbol] = f"{error}; or ask for fewer or closer ones with --windows and --stride"
@@ -196,7 +199,7 @@ def measure(
     rows: list[ComparisonRow] = []
     for case in cases:
         by_model = {model: iter(answers.get((case.series.symbol, model), ())) for model in asked.models}
-        rows += _rows(case, [next(by_model[row.model]) for row in case.rows])
+        rows += _rows(case, [next(by_model[row.model]) for row in case.rows], asked.stride)
     return rows, _fan(cases[0], answers) if fan else None
 
 
@@ -246,7 +249,7 @@ def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _rows(case: Case, answers: Sequence[Answer]) -> list[ComparisonRow]:
+def _rows(case: Case, answers: Sequence[Answer], stride: int) -> list[ComparisonRow]:
     """Of one symbol, the configurations first; improvements are over the first that was measured."""
     windows = case.windows
     span = window_span(windows)
@@ -256,6 +259,7 @@ def _rows(case: Case, answers: Sequence[Answer]) -> list[ComparisonRow]:
         "windows": len(windows),
         "effective_windows": comparing.effective_windows(windows),
         "horizon": windows.horizon,
+        "stride": stride,
         "first": span.first,
         "last": span.last,
     }
