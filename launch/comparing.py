@@ -48,7 +48,7 @@ class Asked:
     models: Sequence[str]
     horizon: int
     windows: int
-    stride: int | None
+    stride: int
     passes: int
     params: Sequence[str]
     keys: Sequence[str]  # prices of a bar; figures are of the first
@@ -106,7 +106,7 @@ def command(
         console = wide_console()
         console.print(terminal(comparison.table(rows), console.width))
         if over_symbols:
-            console.print("\nover all symbols, each of the same weight", style="bold")
+            console.print(f"\nmean of {over_symbols[0]['symbols']} symbols", style="bold")
             console.print(terminal(comparison.summary_table(over_symbols), console.width))
     for line in comparison.explanations(rows):
         say(line)
@@ -125,7 +125,6 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
     overrides, notes = chosen.environment_overrides(asked.models, os.environ)
     words = chosen.read_words(asked.params, lambda: open_storage(config))
     series, refused, of_files = read_usable_series(_for_windows(config), asked.symbols)
-    stride = asked.stride or comparing.default_stride(asked.horizon)
     cases, dead, without = [], [], []
     for each in series:
         try:
@@ -135,7 +134,11 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
             continue
         try:
             windows = comparing.windows_before_test(
-                config=_for_windows(config), symbol=each.symbol, bars=each.bars, count=asked.windows, stride=stride
+                config=_for_windows(config),
+                symbol=each.symbol,
+                bars=each.bars,
+                count=asked.windows,
+                stride=asked.stride,
             )
         except DataError as error:
             refused[each.symbol] = f"{error}; or ask for fewer or closer ones with --windows and --stride"
@@ -205,7 +208,7 @@ def measure(
     for case in cases:
         by_model = {model: iter(answers.get((case.series.symbol, model), ())) for model in asked.models}
         found = [next(by_model[row.model]) for row in case.rows]
-        rows += [row for key in asked.keys for row in _rows(case, key, found)]
+        rows += [row for key in asked.keys for row in _rows(case, key, found, asked.stride)]
     return rows, _fan(cases[0], answers) if fan else None
 
 
@@ -255,7 +258,7 @@ def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _rows(case: Case, key: str, answers: Sequence[Answer]) -> list[ComparisonRow]:
+def _rows(case: Case, key: str, answers: Sequence[Answer], stride: int) -> list[ComparisonRow]:
     """Of one symbol and key, the configurations first; improvements are over the first that was measured."""
     windows = case.windows.of_key(key)
     span = window_span(windows)
@@ -266,6 +269,7 @@ def _rows(case: Case, key: str, answers: Sequence[Answer]) -> list[ComparisonRow
         "windows": len(windows),
         "effective_windows": comparing.effective_windows(windows),
         "horizon": windows.horizon,
+        "stride": stride,
         "first": span.first,
         "last": span.last,
     }

@@ -100,7 +100,7 @@ def replay(
 @click.option("--windows", default=30, show_default=True, type=click.IntRange(1), help="Forecasts of each symbol.")
 @click.option("--stride", type=click.IntRange(1), help="Bars between two of them.  [default: a quarter of --horizon]")
 @click.option("--passes", default=1, show_default=True, type=click.IntRange(1),
-              help="Draws that are averaged: 1 with the seeds of a search, more with those of a confirmation.")  # fmt: skip
+              help="Draws to average: 1 with the seeds of a search, more with those of a confirmation.")  # fmt: skip
 @click.option("--params", type=Names(), multiple=True, metavar="A,B,..",
               help="best, stored, default, a promoted file, STUDY#TRIAL.  [default: best,stored]")  # fmt: skip
 @keys_option
@@ -142,7 +142,7 @@ def compare(
         models=checked_models(models, config),
         horizon=horizon,
         windows=comparing.windows_asked(windows, os.environ),
-        stride=stride,
+        stride=stride or max(1, horizon // 4),
         passes=passes,
         params=flat(params) or ("best", "stored"),
         keys=checked_keys(keys, config),

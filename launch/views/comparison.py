@@ -43,6 +43,7 @@ class ComparisonRow:
     windows: int
     effective_windows: float  # that share no bar
     horizon: int
+    stride: int  # bars between two origins
     first: str  # time of the first window's first target bar
     last: str
     reference: bool = False  # improvements of the symbol's other rows are over this one
@@ -114,7 +115,7 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
     return Table(
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
-            Column(heading="configuration", cells=[row.label for row in rows], wrap_width=20),
+            Column(heading="configuration", cells=[row.label for row in rows], priority=11, wrap_width=16),
             *_key_columns([row.key for row in rows]),
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
@@ -135,35 +136,32 @@ def _key_columns(keys: Sequence[str]) -> list[Column]:
 
 
 def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
-    """The means over symbols of every configuration or baseline that more than one symbol has; JSON values.
+    """The means over the symbols that have every configuration, by label; JSON values, none for a single symbol.
 
     Improvements are means of those at each symbol, whose verdicts are counted.
     """
-    by_label: dict[tuple[str, str], list[ComparisonRow]] = defaultdict(list)
+    by_symbol: dict[str, dict[tuple[str, str], ComparisonRow]] = defaultdict(dict)
     for row in rows:
         if row.error is None:
-            by_label[row.key, row.label].append(row)
-    found = []
-    for (key, label), of_label in by_label.items():
-        if len(of_label) < 2:
-            continue
-        gains = [row.improvement for row in of_label if row.improvement is not None]
-        seconds = [row.seconds for row in of_label if row.seconds is not None]
-        verdicts = [row.verdict for row in of_label]
-        found.append(
-            {
-                "label": label,
-                "key": key,
-                "symbols": len(of_label),
-                **{name: _mean([getattr(row, name) for row in of_label]) for name in ("mae", "mae_percent", "skill")},
-                "by_step": np.mean([row.by_step for row in of_label], axis=0).tolist() if of_label[0].by_step else [],
-                "seconds": sum(seconds) if seconds else None,
-                "reference": all(row.reference for row in of_label),
-                "improvement": _mean(gains) if gains else None,
-                "verdicts": {name: verdicts.count(name) for name in ("better", "tie", "worse", "unknown")},
-            }
-        )
-    return found
+            by_symbol[row.symbol][row.key, row.label] = row
+    labels = list(dict.fromkeys((row.key, row.label) for row in rows))
+    shared = [found for found in by_symbol.values() if len(found) == len(labels)]
+    return [_over([found[label] for found in shared]) for label in labels] if len(shared) > 1 else []
+
+
+def _over(rows: Sequence[ComparisonRow]) -> dict[str, Any]:
+    verdicts = [row.verdict for row in rows]
+    return {
+        "label": rows[0].label,
+        "key": rows[0].key,
+        "symbols": len(rows),
+        **{name: _mean([getattr(row, name) for row in rows]) for name in ("mae", "mae_percent", "skill")},
+        "by_step": np.mean([row.by_step for row in rows], axis=0).tolist() if rows[0].by_step else [],
+        "seconds": None if rows[0].seconds is None else sum(row.seconds or 0.0 for row in rows),
+        "reference": all(row.reference for row in rows),
+        "improvement": _mean([row.improvement for row in rows]),
+        "verdicts": {name: verdicts.count(name) for name in ("better", "tie", "worse", "unknown")},
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -192,7 +190,6 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> Table:
         columns=[
             Column(heading="configuration", cells=[one["label"] for one in found], wrap_width=20),
             *_key_columns([one["key"] for one in found]),
-            numbers("symbols", [str(one["symbols"]) for one in found], 3),
             numbers("MAE", [percent_error(one["mae"]) for one in found], 10),
             numbers("MAE%", [_percent(one["mae_percent"]) for one in found], 4),
             numbers("skill", [_skill(one["skill"]) for one in found], 8),
@@ -208,10 +205,11 @@ def explanations(rows: Sequence[ComparisonRow]) -> list[str]:
     """What a reader of the table has to know of these rows, each in one line."""
     lines = [f"{row.symbol} {row.label}: could not be measured: {row.error}" for row in rows if row.error]
     if any(row.verdict == "unknown" for row in rows):
-        least = min(row.effective_windows for row in rows)
-        more = math.ceil(MIN_WINDOWS / least * rows[0].windows)
+        horizon, stride = rows[0].horizon, rows[0].stride
+        enough = 1 + math.ceil((MIN_WINDOWS - 1) * horizon / stride)
         lines.append(
-            f"no intervals: these windows of {rows[0].horizon} steps hold {least:.0f} that share no bar, and "
-            f"{MIN_WINDOWS} are needed; ask for about --windows {more}, or for a shorter --horizon"
+            f"?: no interval, as {rows[0].windows} windows of {horizon} steps, {stride} bars apart, have room for "
+            f"{rows[0].effective_windows:.0f} that share no bar, and {MIN_WINDOWS} are needed: --windows {enough}, "
+            "or a shorter --horizon"
         )
     return lines

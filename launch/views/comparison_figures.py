@@ -97,16 +97,17 @@ def error_by_step(steps: Mapping[str, np.ndarray]) -> go.Figure:
 
 def forecast_fan(fan: Fan) -> go.Figure:
     """The forecasts of one window and the bands of their samples, beside the actual closes."""
-    ahead, colours, traces = list(fan.times[-fan.ahead :]), _colours(list(fan.points)), []
+    ahead, colours, traces = list(fan.times[-fan.ahead - 1 :]), _colours(list(fan.points)), []
+    known = fan.prices[-fan.ahead - 1]  # lines begin at the last close that was known
     for label, (low, high) in fan.bands.items():
         traces.append(
-            {"x": [*ahead, *ahead[::-1]], "y": [*high, *low[::-1]], "mode": "lines", "line": {"width": 0},
+            {"x": [*ahead, *ahead[::-1]], "y": [known, *high, *low[::-1], known], "mode": "lines", "line": {"width": 0},
              "fill": "toself", "fillcolor": colours[label], "opacity": 0.15, "hoverinfo": "skip",
              "name": f"{label}, {BAND_LABEL}", "legendgroup": label, "showlegend": False}
         )  # fmt: skip
     for label, points in fan.points.items():
         traces.append(
-            {"x": ahead, "y": points, "name": label, "legendgroup": label, "mode": "lines+markers",
+            {"x": ahead, "y": [known, *points], "name": label, "legendgroup": label, "mode": "lines+markers",
              "marker": {"size": 4}, "line": {"color": colours[label], "width": 1.8}}
         )  # fmt: skip
     traces.append(
@@ -140,13 +141,13 @@ def _png(steps: Mapping[str, np.ndarray], fan: Fan) -> bytes:
             linestyle=styles.get(DASHES.get(label, ""), "-"), marker="o" if len(values) < 9 else None,
         )  # fmt: skip
     above.set(title="Error by step, a mean over symbols", xlabel="step", ylabel="MAE, % of the last close")
-    above.set_ylim(bottom=0)
+    above.set_ylim(0, 1.08 * max(values.max() for values in steps.values()))
     colours, count = _colours(list(fan.points)), len(fan.times)
-    ahead = np.arange(count - fan.ahead, count)
+    ahead, known = np.arange(count - fan.ahead - 1, count), fan.prices[-fan.ahead - 1]
     for label, (low, high) in fan.bands.items():
-        below.fill_between(ahead, low, high, color=colours[label], alpha=0.15, linewidth=0)
+        below.fill_between(ahead, [known, *low], [known, *high], color=colours[label], alpha=0.15, linewidth=0)
     for label, points in fan.points.items():
-        below.plot(ahead, points, color=colours[label], label=label, marker="o" if fan.ahead < 9 else None)
+        below.plot(ahead, [known, *points], color=colours[label], label=label, marker="o" if fan.ahead < 9 else None)
     below.plot(np.arange(count), fan.prices, color=COLOURS["actual"], linewidth=1.4, label="actual")
     below.set(title=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples", ylabel=fan.key, xlim=(0, count - 1))
     ticks = sorted({int(place) for place in np.linspace(0, count - 1, 6)})
