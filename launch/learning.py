@@ -42,6 +42,8 @@ from studies.config import Config
 @click.option("--rule", "rules", type=Names(), multiple=True, help="pooled, confirmation, validation.  [default: all]")
 @click.option("--sample", default=24, show_default=True, type=click.IntRange(1),
               help="Configurations of a model that has no grid.")  # fmt: skip
+@click.option("--start", default="default", show_default=True, type=click.Choice(["default", "in-use"]),
+              help="What is in use at the first date: the model's default, or today's promoted file.")  # fmt: skip
 @gpus_option
 @click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
 @click.option("--report", "report_path", type=FILE, help="HTML file to write curves and promotions to.")
@@ -57,6 +59,7 @@ def replay(
     after: int,
     rules: Sequence[Sequence[str]],
     sample: int,
+    start: str,
     gpus: Sequence[Sequence[int]],
     cpus: int | None,
     report_path: Path | None,
@@ -84,6 +87,7 @@ def replay(
             every=every,
             after=after,
             sample=sample,
+            start=start,
         ),
         gpus=flat(gpus),
         cpus=cpus,

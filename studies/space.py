@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 
 from forecasters.descriptor import Kind, Knob, Range
@@ -173,3 +174,18 @@ def to_promoted(params: Mapping[str, Any], space: Space, config: Config) -> dict
     if missing := [name for name in model.kinds if name not in params and name not in model.by_default]:
         raise ValueError(f"{space.model}: a configuration without {', '.join(missing)} cannot be promoted")
     return model.to_promoted({name: params[name] for name in model.kinds if name in params}, tuple(space.knobs))
+
+
+def random_params(space: Space, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Params drawn uniformly from a space, equal for equal seeds."""
+    rng = np.random.default_rng(seed)
+
+    def one(knob: Knob) -> Any:
+        if not isinstance(knob, Range):
+            return knob[int(rng.integers(len(knob)))]
+        if knob.step is None:
+            return float(rng.uniform(knob.low, knob.high))
+        return float(knob.low + knob.step * rng.integers(round((knob.high - knob.low) / knob.step) + 1))
+
+    drawn = [{name: one(knob) for name, knob in space.knobs.items()} for _ in range(count)]
+    return [space.complete(space.searched(each)) for each in drawn]
