@@ -103,8 +103,11 @@ def settings_text(config: Config) -> str:
 
 
 @functools.cache
-def evaluator(settings: str, model: str, device: str) -> Evaluator:
-    """The evaluator of this process for such work. settings: as of `settings_text`. Raises what loading raises."""
+def evaluator(settings: str, model: str, device: str, *, together: int = 0) -> Evaluator:
+    """The evaluator of this process for such work. settings: as of `settings_text`. Raises what loading raises.
+
+    together: as `evaluators.evaluator_of` takes it.
+    """
     config = configuration.from_json(json.loads(settings))
     forecaster = evaluators.load_forecaster(config, model, device=device)
-    return evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES)
+    return evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES, together=together)

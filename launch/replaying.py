@@ -187,7 +187,8 @@ def _measure_all(config: Config, works: Sequence[_Work], slots: Sequence[DeviceS
 def _measure(job: tuple[str, str, Block, Sequence[Candidate]], device: str) -> None:
     """In a process that keeps its evaluator."""
     settings, model, block, candidates = job
-    history_errors.measure(processes.evaluator(settings, model, device), block, candidates)
+    evaluator = processes.evaluator(settings, model, device, together=history_errors.BLOCK)
+    history_errors.measure(evaluator, block, candidates)
 
 
 def table(outcomes: Sequence[RuleOutcome]) -> Table:

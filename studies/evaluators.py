@@ -15,13 +15,19 @@ from studies import space as spaces
 from studies.config import Config
 
 
-def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: int) -> Evaluator:
-    """The evaluator of a forecaster. cache_bytes: bound on what it keeps between measurements."""
+def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: int, together: int = 0) -> Evaluator:
+    """The evaluator of a forecaster. cache_bytes: bound on what it keeps between measurements.
+
+    together: windows that are always measured together, and share forwards where the model can; 0: as a study's are.
+    """
+    shares = together > 0 and hasattr(forecaster, "shares_forwards")
+    if shares:
+        forecaster.shares_forwards = True
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
         rung=config.search.rung,
-        batch=config.search.batch_size,
+        batch=together if shares else config.search.batch_size,
         # Drawn ahead for later trials, of which nothing is left where nothing is kept.
         max_num_samples=spaces.most_samples(forecaster.model, config) if cache_bytes else None,
         exact=config.search.objective == "exact",

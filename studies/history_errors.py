@@ -32,7 +32,7 @@ from studies.space import Space, default, most_samples
 from studies.study import clipped_share
 
 SEARCH, FRESH = (0,), (1, 2)  # passes whose seeds the search and the confirmation measure with
-BLOCK = 120  # origins measured together
+BLOCK = 480  # origins measured together, of which Toto's patches of 64 let 7 share a forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,7 @@ def blocks(
             "bars": bars_fingerprint(bars),
             "origins": [asked.start, asked.stop],
             "horizon": horizon,
+            "together": BLOCK,
             "search": [config.search.rung, config.search.batch_size, config.search.objective],
             "candidates": [dict(one.params) for one in candidates],
             **({} if key == CLOSE else {"key": key}),
