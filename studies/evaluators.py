@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import forecasters
-from forecasters import LoadedForecaster, Running
+from forecasters import LoadedForecaster, Running, SharingForecaster
 from forecasters.models import MODELS
 from objectives.evaluation import Evaluator
 from studies import space as spaces
@@ -20,14 +20,14 @@ def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: i
 
     together: windows that are always measured together, and share forwards where the model can; 0: as a study's are.
     """
-    shares = together > 0 and hasattr(forecaster, "shares_forwards")
-    if shares:
-        forecaster.shares_forwards = True
+    batch = config.search.batch_size
+    if together and isinstance(forecaster, SharingForecaster):
+        forecaster.shares_forwards, batch = True, together
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
         rung=config.search.rung,
-        batch=together if shares else config.search.batch_size,
+        batch=batch,
         # Drawn ahead for later trials, of which nothing is left where nothing is kept.
         max_num_samples=spaces.most_samples(forecaster.model, config) if cache_bytes else None,
         exact=config.search.objective == "exact",
