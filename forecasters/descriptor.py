@@ -32,7 +32,8 @@ class Range:
 
 
 Knob = tuple[Any, ...] | Range  # a tuple: one of these
-Kind = Literal["count", "count or 0", "number", "aggregate"]  # whole numbers above 0, whole numbers, numbers above 0
+# Whole numbers above 0, whole numbers, numbers above 0, names of aggregates, or one of these names.
+Kind = Literal["count", "count or 0", "number", "aggregate"] | tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class Model:
     kinds: Mapping[str, Kind]  # of every param, in the order of a promoted file
     search: Callable[[Any], SearchedParams]  # from the settings
     conditions: Mapping[str, Condition] = field(default_factory=dict)
+    by_default: Mapping[str, Any] = field(default_factory=dict)  # what params are that are neither said nor searched
     starting_points: Sequence[Mapping[str, Any]]  # configurations known to be sensible, the published default first
     limits: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # what the settings allow of the published default
     # From the params of `kinds`, in its order, and the searched names.

@@ -190,7 +190,7 @@ def promote(
     context_settings=HELP,
     sections={
         "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
-        "Learn": ("replay",),
+        "Learn": ("compare", "replay"),
         "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
     },
 )
@@ -199,7 +199,8 @@ def studies() -> None:
     """Look at studies, and manage the server that stores them."""
 
 
-studies.add_command(learning.replay)
+for learned in (learning.compare, learning.replay):
+    studies.add_command(learned)
 
 
 @studies.command(name="list")

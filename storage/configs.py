@@ -46,6 +46,11 @@ class Record:
     path: Path
     digest: str  # sha256 of the file's bytes
 
+    @property
+    def key(self) -> str:
+        """Which price of a bar it was chosen for: the close, unless it says otherwise."""
+        return str(self.metadata.get("key", "close"))
+
 
 def read(root: Path, folder: str, symbol: str) -> Record | None:
     """The record of a symbol, or None where there is no file. A file that cannot be read is left as it is.

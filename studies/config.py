@@ -19,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from forecasters import COMPILE_MODES, DTYPES, ExpectedError
+from forecasters import COMPILE_MODES, DTYPES, KEYS, ExpectedError
 from forecasters.models import MODELS
 from forecasters.settings import AGGREGATES, CHECKPOINT, PATTERNS, at_least, kind_of, one_of, setting
 from objectives import aggregation
@@ -91,6 +91,7 @@ class Search:
     models: tuple[str, ...] = setting(_known_models)
     objective: str = setting(one_of("sampled", "exact"))
     trials: int = setting(_trials)
+    key: str = setting(one_of(*KEYS))
     rung: int = setting(at_least(1))
     batch: int = setting(at_least(0))  # 0: as many as a rung
     prune_worst: float = setting(_share)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from forecasters import CLOSE
 from forecasters.models import MODELS
 from objectives.bars import bars_fingerprint
 from objectives.evaluation import Evaluator
@@ -31,7 +32,7 @@ from studies.space import Space, default, most_samples
 from studies.study import clipped_share
 
 SEARCH, FRESH = (0,), (1, 2)  # passes whose seeds the search and the confirmation measure with
-BLOCK = 120  # origins measured together
+BLOCK = 480  # origins measured together, of which Toto's patches of 64 let 7 share a forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +113,17 @@ def blocks(
     for start in range(origins.start // BLOCK * BLOCK, origins.stop, BLOCK):
         asked = range(max(start, config.windows.min_context), min(start + BLOCK, stop))
         bars = series.bars.slice(0, min(start + BLOCK + horizon, len(series.bars)))
-        windows = Windows(symbol=series.symbol, bars=bars, origins=tuple(asked), horizon=horizon)
+        key = config.search.key
+        windows = Windows(symbol=series.symbol, bars=bars, origins=tuple(asked), horizon=horizon, key=key)
         about = {
             "fingerprint": checkpoint,
             "bars": bars_fingerprint(bars),
             "origins": [asked.start, asked.stop],
             "horizon": horizon,
+            "together": BLOCK,
             "search": [config.search.rung, config.search.batch_size, config.search.objective],
             "candidates": [dict(one.params) for one in candidates],
+            **({} if key == CLOSE else {"key": key}),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         found.append(Block(windows=windows, path=folder / f"{series.symbol}-{model}-{asked.start}-{digest[:16]}.npz"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from forecasters import CLOSE
 from objectives.metrics import Measurement
 from storage.configs import Record
 from studies import space
@@ -130,6 +131,7 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
             "trial": candidate.trial,
             "as_of": study.as_of,
             "promoted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **({} if study.key == CLOSE else {"key": study.key}),
             "objective": definition["objective"],
             "selection_metric": f"{rule.part}.{definition['metric']}",
             "selection_value": chosen.mae,

@@ -19,7 +19,7 @@ from forecasters.models import MODELS
 from objectives import aggregation
 from studies.config import Config, ConfigError
 
-KINDS: Mapping[Kind, tuple[tuple[type, ...], float, str]] = {  # types, the least value, what it is called
+KINDS: Mapping[str, tuple[tuple[type, ...], float, str]] = {  # types, the least value, what it is called
     "count": ((int,), 1, "a whole number above 0"),
     "count or 0": ((int,), 0, "a whole number"),
     "number": ((int, float), math.ulp(0.0), "a number above 0"),
@@ -136,21 +136,26 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     model = MODELS[space.model]
     fixed = metadata.get("fixed")
     fixed = fixed if isinstance(fixed, Mapping) else {}
-    said = {**model.implied(space.knobs), **space.fixed, **fixed, **config}
+    said = {**model.implied(space.knobs), **space.fixed, **model.by_default, **fixed, **config}
     for name, kind in model.kinds.items():
-        _check(name, kind, said.get(name))
-    params = model.settled({name: said[name] for name in model.kinds})
+        check_value(name, kind, said.get(name))
+    unsaid = [name for name, value in model.by_default.items() if name not in space.knobs and said[name] == value]
+    params = model.settled({name: said[name] for name in model.kinds if name not in unsaid})
     if model.params.num_samples not in space.knobs:  # an exact objective asks for none
         del params[model.params.num_samples]
     return params
 
 
-def _check(name: str, kind: Kind, value: Any) -> None:
-    """Raises ValueError where a promoted file cannot say this."""
+def check_value(name: str, kind: Kind, value: Any) -> None:
+    """Raises ValueError where a promoted file cannot say this of a param."""
     if kind == "aggregate":
         if not isinstance(value, str):
             raise ValueError(f"{name} {value!r} is not a name")
         aggregation.parse(value)
+        return
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(kind)}")
         return
     types, least, expected = KINDS[kind]
     if type(value) not in types or not math.isfinite(value) or value < least:
@@ -166,9 +171,9 @@ def to_promoted(params: Mapping[str, Any], space: Space, config: Config) -> dict
     model = MODELS[space.model]
     if model.params.num_samples not in space.knobs:
         params = {model.params.num_samples: most_samples(space.model, config), **params}
-    if missing := [name for name in model.kinds if name not in params]:
+    if missing := [name for name in model.kinds if name not in params and name not in model.by_default]:
         raise ValueError(f"{space.model}: a configuration without {', '.join(missing)} cannot be promoted")
-    return model.to_promoted({name: params[name] for name in model.kinds}, tuple(space.knobs))
+    return model.to_promoted({name: params[name] for name in model.kinds if name in params}, tuple(space.knobs))
 
 
 def random_params(space: Space, count: int, *, seed: int = 0) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import optuna
 
-from forecasters import ExpectedError
+from forecasters import CLOSE, ExpectedError
 from forecasters.models import MODELS
 from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_text
 from objectives.metrics import measure_no_change
@@ -33,7 +33,7 @@ from studies.evidence import INCUMBENT, MEASURED_PATHS, STORED
 from studies.series import Series, confirmation_windows, split_windows, window_span
 from studies.space import Space
 
-METRIC = "pct_return_mae"
+METRIC = "pct_return_mae"  # of the close; of another key, that is at its end
 DEFINITION = "definition"  # study user attribute
 NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
 ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
@@ -58,6 +58,11 @@ class Study:
     as_of: str
     definition: Mapping[str, Any]
 
+    @property
+    def key(self) -> str:
+        """Which price of a bar it searches."""
+        return self.definition["metric"].removeprefix(METRIC).removeprefix("_") or CLOSE
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -67,6 +72,11 @@ class Opened:
     state: str  # "new", "resumed", "raised", "finished", or "parked": finished but for work that is left alone
     budget: int
     notes: tuple[str, ...]
+
+
+def metric_of(key: str) -> str:
+    """What studies of a key minimise: numbers of two keys never mix, and existing studies of the close go on."""
+    return METRIC if key == CLOSE else f"{METRIC}_{key}"
 
 
 # --- opening -------------------------------------------------------------------------------------------------
@@ -86,7 +96,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
         "symbol": series.symbol,
         "model": model,
         "as_of": as_of,
-        "metric": METRIC,
+        "metric": metric_of(search.key),
         "objective": search.objective,
         "bars": bars_fingerprint(bars),
         "windows": {
@@ -109,7 +119,7 @@ MISMATCHES = {
     "windows": "[windows] or [search] rung or batch differ from those it was opened with; set them back",
     "space": "the model's search space differs from the one it was opened with; set it back",
     "checkpoint": "the model's checkpoint is not the one it was opened with; set it back",
-    "metric": "its metric differs",
+    "metric": "it searches another key than [search] key, and numbers of two keys never mix; set it back",
 }
 
 
@@ -340,7 +350,7 @@ def _create(storage: RetryingStorage, config: Config, new: Sequence[_Creation]) 
         slots.raise_budgets(connection, made.values(), budget)
 
     attrs = {name: {DEFINITION: one.definition} for name, one in by_name.items()}
-    ids = study_rows.create_studies(storage, attrs, METRIC, fill)
+    ids = study_rows.create_studies(storage, attrs, metric_of(config.search.key), fill)
     opened = {}
     for name, one in by_name.items():
         parts = {part: one.definition[part] for part in ("symbol", "model", "as_of")}
@@ -372,7 +382,7 @@ def configurations_in_use(
     notes = []
     for label, folder in ((INCUMBENT, "best"), (STORED, model)):
         record = configs.read(config.hyperparams.dir, folder, symbol)
-        if record is None or record.model != model:
+        if record is None or record.model != model or record.key != config.search.key:
             continue
         try:
             params = spaces.from_promoted(record.config, record.metadata, space)

@@ -226,7 +226,7 @@ def _overview(facts: StudyFacts) -> str:
         "State": f"{facts.progress.state}: {facts.progress_text}",
         "Forecast horizon": counted(definition["windows"]["horizon"], "bar"),
         "Objective": f"{definition['metric']}, {definition['objective']}: "
-        "mean |forecast - close| in per cent of the last close before the window",
+        f"mean |forecast - {facts.study.key}| in per cent of the last close before the window",
         "Windows": _windows(facts),
         "Checkpoint": literal(str(definition["checkpoint"])[:16]),
     }
