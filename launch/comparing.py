@@ -143,6 +143,8 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
             without.append(each.symbol)
             continue
         cases.append(Case(series=each, windows=windows, rows=found.rows))
+    if not cases and not without and len(refused) == 1:
+        raise DataError(*refused.values())
     for note in (*notes, *of_files, *(f"{symbol} skipped: {reason}" for symbol, reason in refused.items())):
         say(note)
     if without:
@@ -153,7 +155,7 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
     if dead:
         say(f"top_p has no effect while top_k is above 0: {_some(dead)}")
     if not cases:
-        raise next((DataError(reason) for reason in refused.values()), ConfigError("nothing is left to compare"))
+        raise ConfigError("nothing is left to compare")
     return cases
 
 

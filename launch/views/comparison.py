@@ -25,7 +25,7 @@ from launch.views.tables import (
 )
 from studies.promotion import MIN_WINDOWS
 
-BLOCKS = "block persistence (guide's MAE%, not comparable)"
+BLOCKS = "block persistence"  # its error is of the whole file and compares with nothing else
 STEPS = (1, 8)  # whose errors the table shows, beside the last one's
 
 
@@ -87,6 +87,12 @@ def gain_text(row: ComparisonRow) -> str:
     return percent_gain(row.improvement) + (" ?" if row.verdict == "unknown" else "")
 
 
+def _label(row: ComparisonRow) -> str:
+    if row.label != BLOCKS:
+        return row.label
+    return f"{BLOCKS} (guide's h{row.horizon} MAE%, not comparable): {_percent(row.mae_percent)}"
+
+
 def _percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
@@ -106,10 +112,10 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
     return Table(
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
-            Column(heading="configuration", cells=[row.label for row in rows], priority=11, wrap_width=16),
+            Column(heading="configuration", cells=[_label(row) for row in rows], priority=11, wrap_width=16),
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
-            numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
+            numbers("MAE%", [NOTHING if row.label == BLOCKS else _percent(row.mae_percent) for row in rows], 4),
             numbers("skill", [percent_gain(row.skill) for row in rows], 8),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
             numbers("time", [duration(row.seconds) for row in rows], 3),
@@ -126,9 +132,9 @@ def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """
     by_symbol: dict[str, dict[str, ComparisonRow]] = defaultdict(dict)
     for row in rows:
-        if row.error is None:
+        if row.error is None and row.label != BLOCKS:
             by_symbol[row.symbol][row.label] = row
-    labels = list(dict.fromkeys(row.label for row in rows))
+    labels = list(dict.fromkeys(row.label for row in rows if row.label != BLOCKS))
     shared = [found for found in by_symbol.values() if len(found) == len(labels)]
     return [_over(label, [found[label] for found in shared]) for label in labels] if len(shared) > 1 else []
 
