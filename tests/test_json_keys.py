@@ -34,7 +34,7 @@ SHOW = LIST | {
 }  # fmt: skip
 BEST = {"trial", "mae", "params"}
 BASELINE = {"params", "validation"}
-SECONDS = {"encode", "draw", "aggregate", "sample", "storage", "idle", "other"}
+SECONDS = {"encode", "draw", "aggregate", "sample", "read", "storage", "idle", "other"}
 DEFINITION = {
     "symbol", "model", "as_of", "metric", "objective", "bars", "windows", "space", "checkpoint", "no_change_mae",
 }  # fmt: skip
