@@ -12,8 +12,9 @@ from places import INCUMBENT
 from places import StudyPlace as Place
 
 from launch import cli, verify
+from launch.views import comparison
 
-COMMANDS = {"promote", "studies list", "studies replay", "studies show", "studies verify-compile"}
+COMMANDS = {"promote", "studies compare", "studies list", "studies replay", "studies show", "studies verify-compile"}
 
 PROMOTE = {
     "symbol", "study", "model", "incumbent_model", "incumbent_mae", "best_mae", "improvement", "improvement_low",
@@ -49,6 +50,16 @@ VERIFY = {
 }  # fmt: skip
 
 
+COMPARE = {
+    "symbol", "label", "model", "source", "params", "windows", "effective_windows", "horizon", "stride", "first", "last",
+    "reference", "mae", "price_mae", "mae_percent", "skill", "by_step", "sampling_error", "seconds", "improvement",
+    "improvement_low", "improvement_high", "verdict", "error",
+}  # fmt: skip
+COMPARE_OVER = {
+    "label", "symbols", "mae", "mae_percent", "skill", "by_step", "seconds", "reference", "improvement", "verdicts",
+}  # fmt: skip
+
+
 def commands(group: Mapping[str, click.Command], before: str = "") -> dict[str, click.Command]:
     found: dict[str, click.Command] = {}
     for name, command in group.items():
@@ -68,6 +79,17 @@ def test_these_commands_have_json() -> None:
 def test_keys_of_verify_compile() -> None:
     """It compiles for minutes: tests/test_verify.py runs the command and reads its JSON, here are the keys."""
     assert {field.name for field in fields(verify.ModeRow)} == VERIFY
+
+
+def test_keys_of_compare(place: Place) -> None:
+    """Over symbols from rows of two, as the place has bars of one."""
+    words = ["compare", "--cpus", "1", "--horizon", "1", "--windows", "2", "--params", "default", "--json"]
+    ended = place.invoke(cli.studies, *words)
+    printed = json.loads(ended.stdout)
+    assert set(printed) == {"rows", "over_symbols"}
+    assert [set(row) for row in printed["rows"]] == [COMPARE] * 4
+    rows = [comparison.ComparisonRow(**{**row, "symbol": symbol}) for symbol in "AB" for row in printed["rows"]]
+    assert [set(one) for one in comparison.over_symbols(rows)] == [COMPARE_OVER] * 3
 
 
 def test_keys(place: Place) -> None:
