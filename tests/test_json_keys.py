@@ -51,12 +51,13 @@ VERIFY = {
 
 
 COMPARE = {
-    "symbol", "label", "model", "source", "params", "windows", "effective_windows", "horizon", "stride", "first", "last",
-    "reference", "mae", "price_mae", "mae_percent", "skill", "by_step", "sampling_error", "seconds", "improvement",
-    "improvement_low", "improvement_high", "verdict", "error",
+    "symbol", "key", "label", "model", "source", "params", "windows", "effective_windows", "horizon", "stride", "first",
+    "last", "repaired", "reference", "mae", "price_mae", "mae_percent", "skill", "by_step", "sampling_error", "seconds",
+    "improvement", "improvement_low", "improvement_high", "verdict", "error",
 }  # fmt: skip
 COMPARE_OVER = {
-    "label", "symbols", "mae", "mae_percent", "skill", "by_step", "seconds", "reference", "improvement", "verdicts",
+    "label", "key", "symbols", "mae", "mae_percent", "skill", "by_step", "seconds", "reference", "improvement",
+    "verdicts",
 }  # fmt: skip
 
 
