@@ -18,6 +18,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from forecasters import measure_matrix_product
 from launch.devices import DeviceSlot
 from objectives.evaluation import Evaluator
 from studies import config as configuration
@@ -103,11 +104,17 @@ def settings_text(config: Config) -> str:
 
 
 @functools.cache
-def evaluator(settings: str, model: str, device: str, *, together: int = 0) -> Evaluator:
-    """The evaluator of this process for such work. settings: as of `settings_text`. Raises what loading raises.
+def evaluator(settings: str, model: str, device: str, *, profile: bool = False, together: int = 0) -> Evaluator:
+    """The evaluator of this process for such work. settings: as of `settings_text`. profile: count its operations.
 
-    together: as `evaluators.evaluator_of` takes it.
+    together: as `evaluators.evaluator_of` takes it. Raises what loading raises.
     """
     config = configuration.from_json(json.loads(settings))
     forecaster = evaluators.load_forecaster(config, model, device=device)
-    return evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES, together=together)
+    return evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES, profile=profile, together=together)
+
+
+@functools.cache
+def matrix_product(device: str) -> float | None:
+    """Operations a second of a matrix product in this process, measured once."""
+    return measure_matrix_product(device)

@@ -22,6 +22,7 @@ from objectives.exact import exact_points
 from objectives.keys import KeyForecasts, key_forecasts, keyed
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
 from objectives.windows import Contexts, SeedKind, Windows
+from objectives.work import WorkCounter
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
 
@@ -35,6 +36,7 @@ class Evaluator:
     last bits of every number, so compare measurements of equal ones only. Neither has to be a multiple of the other.
     max_num_samples: draw this many at once, since smaller counts are prefixes; larger counts still work.
     exact: no samples but what any number of them tends to; params then name no number of samples.
+    work: counts the network's operations by stage, beside `seconds`; None: nobody does.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Evaluator:
         batch: int | None = None,
         max_num_samples: int | None = None,
         exact: bool = False,
+        work: WorkCounter | None = None,
     ) -> None:
         self.forecaster, self._keyed = forecaster, keyed(forecaster)
+        self.work = work
         self.rung = rung
         self.batch = batch or rung
         self.exact = exact
@@ -233,13 +237,13 @@ class Evaluator:
             return points
 
         def exact(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
-            points = {}
+            points, exactly = {}, cast(ExactKeyedForecaster, self._keyed).exact_keys
             for keys, encode_key in self._encodings(batch, plan):
                 with _naming(batch.contexts.symbol):
                     encoded = self._encoded(encode_key, batch, plan, keys[0], seconds)
                     with _timed(seconds, "draw"):
-                        exactly = cast(ExactKeyedForecaster, self._keyed).exact_keys
                         answers = exactly(encoded, plan.draw_params, batch.seeds, keys)
+                    self._count_draw(batch, plan, exactly, plan.draw_params, keys)
                     self._cache.put(encode_key, encoded)
                     with _timed(seconds, "aggregate"):
                         points |= {key: exact_points(each, aggregate) for key, each in zip(keys, answers, strict=True)}
@@ -274,6 +278,7 @@ class Evaluator:
                     samples = self._keyed.draw_keys(encoded, plan.asked, batch.seeds, lacking)
                     for key, of_key in zip(lacking, samples, strict=True):
                         found[key] = ((*asked, key), Draw(of_key))
+                self._count_draw(batch, plan, self._keyed.draw_keys, plan.asked, lacking)
             self._cache.put(encode_key, encoded)  # after its use: what Kronos looked up has made it larger
             count = samples[0].shape[1] if plan.drawn is None else plan.drawn
             expected = (len(batch.indices), count, batch.contexts.horizon)
@@ -305,7 +310,25 @@ class Evaluator:
                 contexts = batch.contexts.contexts(batch.indices)
                 encoded = self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
             self._cache.put(cache_key, encoded)
+            if self.work is not None:
+                self.work.add("encode", len(batch.indices), lambda: None, lambda _: self._encode_one(batch, plan, key))
         return encoded
+
+    def _encode_one(self, batch: _Batch, plan: _Plan, key: str) -> Encoded:
+        contexts = batch.contexts.contexts(batch.indices[:1])
+        return self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
+
+    def _count_draw(
+        self, batch: _Batch, plan: _Plan, draw: Callable[..., object], params: Mapping[str, Any], keys: Sequence[str]
+    ) -> None:
+        if self.work is not None:
+            count, seeds = len(batch.indices), batch.seeds[:1]
+            self.work.add(
+                "draw",
+                count,
+                lambda: self._encode_one(batch, plan, keys[0]),
+                lambda one: draw(one, params, seeds, keys),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

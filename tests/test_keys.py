@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from places import STUDY_SETTINGS, RunPlace, StudyPlace
+from places import STUDY_SETTINGS, StudyPlace
 from test_kronos import GREEDY, NARROW, Golden
 from test_mae import Plain
 from test_toto import LENGTHS, TOLERANCE, golden
 
+import forecasters
 from forecasters import CLOSE, KEYS, Bars, ExpectedError, ForecastError, StudentMixture, naive, seed_of_key, toto
 from forecasters.kronos_encoded import COLUMNS
 from forecasters.toto_encoded import RATIO_SCALE, VARIATE_KEYS
@@ -197,10 +198,13 @@ def test_columns_of_kronos_are_the_references_and_of_one_path(kronos_a: Golden) 
 def test_the_exact_keys_of_kronos(kronos_a: Golden) -> None:
     forecaster, encoded = kronos_a.forecaster, kronos_a.encode(1)
     points, mass, _ = forecaster.exact_columns(encoded, NARROW, [0])
-    for key, answer in zip(KEYS, forecaster.exact_keys(encoded, NARROW, [0], KEYS), strict=True):
+    answers = forecaster.exact_keys(encoded, NARROW, [0], KEYS)
+    for key, answer in zip(KEYS, answers, strict=True):
         np.testing.assert_array_equal(answer.points, points[:, [COLUMNS.index(key)]])
         np.testing.assert_array_equal(answer.mass, mass)
-    np.testing.assert_array_equal(forecaster.exact(encoded, NARROW, [0]).points, answer.points)  # the close is last
+    np.testing.assert_array_equal(
+        forecaster.exact(encoded, NARROW, [0]).points, answers[-1].points
+    )  # the close is last
 
 
 def test_naive_answers_a_key_from_its_own_prices() -> None:
@@ -251,7 +255,8 @@ def test_keys_together_are_those_measured_alone(several: Any, params: dict[str, 
 
 
 def test_all_keys_of_kronos_cost_one_encoding_and_one_draw(kronos_a: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    forecaster, count = kronos_a.forecaster, 0
+    forecaster: Any = kronos_a.forecaster
+    count = 0
     whole = forecaster.draw_columns
 
     def counted(*words: Any) -> np.ndarray:
@@ -413,17 +418,15 @@ def test_a_file_without_the_column_is_refused_before_anything_is_made(place: Pla
 # --- studies compare ------------------------------------------------------------------------------------------
 
 
-def test_compare_measures_every_key_as_alone(tmp_path: Path, database_url: str) -> None:
-    place = RunPlace(tmp_path, database_url)
-    asked = ("--horizon", "1", "--models", "naive", "--params", "default", "--cpus", "1", "--symbols", "SP500")
-    found = json.loads(place.run("studies", "compare", *asked, "--keys", "close,high,low", "--json").stdout)["rows"]
-    bars, _ = read_bars(place.data / "SP500.csv")
-    config = configuration.load(place.settings)
+def test_compare_measures_every_key_as_alone(place: Place) -> None:
+    asked = ("compare", "--horizon", "1", "--models", "naive", "--params", "default", "--cpus", "1")
+    found = json.loads(place.invoke(cli.studies, *asked, "--keys", "close,high,low", "--json").stdout)["rows"]
+    bars, config, forecaster = place.series().bars, configuration.load(place.settings), forecasters.load("naive")
     params = spaces.default(spaces.make("naive", config), config)
     points, rows = {}, {(row["key"], row["label"]): row for row in found}
     for key in ("close", "high", "low"):
         alone = split_windows(replace(config, search=replace(config.search, key=key)), "SP500", bars).validation
-        evaluator, row = Evaluator(naive.load(), cache_bytes=0), rows[key, "naive default"]
+        evaluator, row = Evaluator(forecaster, cache_bytes=0), rows[key, "naive default"]
         measured = evaluator.measure(alone, params)
         points[key] = evaluator.forecast(alone, params)
         assert (row["mae"], row["skill"], row["windows"]) == (measured.mae, measured.skill, 30)
@@ -434,19 +437,18 @@ def test_compare_measures_every_key_as_alone(tmp_path: Path, database_url: str) 
         key: repaired.repairs_of(key) for key in points
     }
     assert repaired.repairs_of("high") + repaired.repairs_of("low") > 0
+    printed = place.invoke(cli.studies, *asked, "--keys", "high,low").stdout
+    assert [word in printed for word in ("key", "repaired", " high ", " low ", " close ")] == [True] * 4 + [False]
     # One key is compared as ever; which one, the settings say.
     place.settings.write_text(place.SETTINGS.replace("[search]\n", '[search]\nkey = "low"\n'))
-    (low,) = [
-        row
-        for row in json.loads(place.run("studies", "compare", *asked, "--json").stdout)["rows"]
-        if row["label"] == "naive default"
-    ]
-    assert (low["key"], low["mae"], low["repaired"]) == ("low", rows["low", "naive default"]["mae"], None)
+    low = json.loads(place.invoke(cli.studies, *asked, "--json").stdout)["rows"]
+    assert {row["key"] for row in low} == {"low"}
+    assert (low[0]["mae"], low[0]["repaired"]) == (rows["low", "naive default"]["mae"], None)
     place.settings.write_text(place.SETTINGS)
     (place.data / "SP500.csv").write_text("date,close\n" + "".join(f"{t},{c}\n" for t, c in dated(bars)))
-    line = place.run("studies", "compare", *asked, "--keys", "close,high", code=1).stderr
-    assert "SP500.csv: has no high of its own (it is the close at every bar, as where the column is missing)" in line
-    place.close()
+    ended = place.invoke(cli.studies, *asked, "--keys", "close,high")
+    assert ended.exit_code == 1
+    assert "SP500.csv: has no high of its own (it is the close at every bar, as where" in ended.output
 
 
 def dated(bars: Bars) -> list[tuple[str, float]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.output import counted
 from launch.views.tables import (
     NOTHING,
     Column,
@@ -25,7 +26,7 @@ from launch.views.tables import (
 )
 from studies.promotion import MIN_WINDOWS
 
-BLOCKS = "block persistence (guide's MAE%, not comparable)"
+BLOCKS = "block persistence"  # its error is of the whole file and compares with nothing else
 LEAST_SKILL = 9.99  # below minus this, a naive forecast is all but perfect and a skill says no more
 STEPS = (1, 8)  # whose errors the table shows, beside the last one's
 
@@ -91,6 +92,12 @@ def gain_text(row: ComparisonRow) -> str:
     return percent_gain(row.improvement) + (" ?" if row.verdict == "unknown" else "")
 
 
+def _label(row: ComparisonRow) -> str:
+    if row.label != BLOCKS:
+        return row.label
+    return f"{BLOCKS} (guide's h{row.horizon} MAE%, not comparable): {_percent(row.mae_percent)}"
+
+
 def _percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
@@ -115,11 +122,11 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
     return Table(
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
-            Column(heading="configuration", cells=[row.label for row in rows], priority=11, wrap_width=16),
+            Column(heading="configuration", cells=[_label(row) for row in rows], priority=11, wrap_width=16),
             *_key_columns([row.key for row in rows]),
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
-            numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
+            numbers("MAE%", [NOTHING if row.label == BLOCKS else _percent(row.mae_percent) for row in rows], 4),
             numbers("skill", [_skill(row.skill) for row in rows], 8),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
             numbers("repaired", [NOTHING if row.repaired is None else str(row.repaired) for row in rows], 0),
@@ -142,9 +149,9 @@ def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """
     by_symbol: dict[str, dict[tuple[str, str], ComparisonRow]] = defaultdict(dict)
     for row in rows:
-        if row.error is None:
+        if row.error is None and row.label != BLOCKS:
             by_symbol[row.symbol][row.key, row.label] = row
-    labels = list(dict.fromkeys((row.key, row.label) for row in rows))
+    labels = list(dict.fromkeys((row.key, row.label) for row in rows if row.label != BLOCKS))
     shared = [found for found in by_symbol.values() if len(found) == len(labels)]
     return [_over([found[label] for found in shared]) for label in labels] if len(shared) > 1 else []
 
@@ -208,8 +215,8 @@ def explanations(rows: Sequence[ComparisonRow]) -> list[str]:
         horizon, stride = rows[0].horizon, rows[0].stride
         enough = 1 + math.ceil((MIN_WINDOWS - 1) * horizon / stride)
         lines.append(
-            f"?: no interval, as {rows[0].windows} windows of {horizon} steps, {stride} bars apart, have room for "
-            f"{rows[0].effective_windows:.0f} that share no bar, and {MIN_WINDOWS} are needed: --windows {enough}, "
-            "or a shorter --horizon"
+            f"?: no interval, as {counted(rows[0].windows, 'window')} of {counted(horizon, 'step')}, "
+            f"{counted(stride, 'bar')} apart, have room for {rows[0].effective_windows:.0f} that share no bar, and "
+            f"{MIN_WINDOWS} are needed: --windows {enough}, or a shorter --horizon"
         )
     return lines
