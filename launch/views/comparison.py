@@ -27,6 +27,8 @@ from launch.views.tables import (
 from studies.promotion import MIN_WINDOWS
 
 BLOCKS = "block persistence"  # its error is of the whole file and compares with nothing else
+MANY_CLIPPED = 0.05  # share of windows from which on it is said
+SHOWN = 6  # names in one line
 STEPS = (1, 8)  # whose errors the table shows, beside the last one's
 
 
@@ -56,6 +58,7 @@ class ComparisonRow:
     improvement: float | None = None
     improvement_low: float | None = None  # 95 % interval
     improvement_high: float | None = None
+    clipped: float | None = None  # share of the windows whose last close it clips; None: its model clips nothing
     verdict: str | None = None  # "better", "worse", "tie", or "unknown" where there is no interval
     error: str | None = None
 
@@ -117,11 +120,17 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
             numbers("MAE%", [NOTHING if row.label == BLOCKS else _percent(row.mae_percent) for row in rows], 4),
-            numbers("skill", [percent_gain(row.skill) for row in rows], 8),
+            numbers("skill", [percent_gain(row.skill) for row in rows], 7),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
             numbers("time", [duration(row.seconds) for row in rows], 3),
             numbers("improvement", [gain_text(row) for row in rows], 9),
-            numbers("95 % interval", [percent_interval(row.improvement_low, row.improvement_high) for row in rows], 7),
+            Column(
+                heading="95 % interval",
+                cells=[percent_interval(row.improvement_low, row.improvement_high) for row in rows],
+                short_cells=[percent_interval(row.improvement_low, row.improvement_high, 1) for row in rows],
+                right=True,
+                priority=8,
+            ),
         ]
     )
 
@@ -190,9 +199,16 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def explanations(rows: Sequence[ComparisonRow]) -> list[str]:
     """What a reader of the table has to know of these rows, each in one line."""
     lines = [f"{row.symbol} {row.label}: could not be measured: {row.error}" for row in rows if row.error]
+    if clips := [f"{row.symbol} {row.label} {row.clipped:.0%}" for row in rows if (row.clipped or 0.0) > MANY_CLIPPED]:
+        lines.append(f"share of windows whose last close lies beyond the clip, where no forecast begins: {some(clips)}")
     if any(row.verdict == "unknown" for row in rows):
         horizon, stride = rows[0].horizon, rows[0].stride
         enough = 1 + math.ceil((MIN_WINDOWS - 1) * horizon / stride)
