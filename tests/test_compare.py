@@ -307,7 +307,9 @@ def test_eighty_columns_keep_error_skill_improvement_and_interval() -> None:
     ])  # fmt: skip
     headings = [str(column.header).replace("\n", " ") for column in terminal(found, 80).columns]
     assert headings == ["symbol", "configuration", "MAE", "MAE%", "skill", "improvement", "95 % interval"]
-    assert "guide's h64 MAE%, not comparable): 13.040" in found.columns[1].cells[2]
+    blocks = [row("block persistence", mae_percent=13.04), row("block persistence", symbol="A", mae_percent=None)]
+    said = "block persistence over whole files (guide's h64 MAE%, not comparable): BTCUSD 13.040, A -"
+    assert comparison.blocks_line(blocks) == said
     assert [comparison.gain_text(row("a", improvement=0.01, verdict=verdict)) for verdict in ("tie", "unknown")] == [
         "tie",
         "+1.00 % ?",

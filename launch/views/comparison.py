@@ -91,12 +91,6 @@ def gain_text(row: ComparisonRow) -> str:
     return percent_gain(row.improvement) + (" ?" if row.verdict == "unknown" else "")
 
 
-def _label(row: ComparisonRow) -> str:
-    if row.label != BLOCKS:
-        return row.label
-    return f"{BLOCKS} (guide's h{row.horizon} MAE%, not comparable): {_percent(row.mae_percent)}"
-
-
 def _percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
@@ -112,14 +106,15 @@ def _steps(horizon: int) -> list[int]:
 
 def table(rows: Sequence[ComparisonRow]) -> Table:
     """One row a symbol and configuration. Where there is no room, the error and the improvement stay longest."""
+    rows = [row for row in rows if row.label != BLOCKS]
     steps = _steps(rows[0].horizon)
     return Table(
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
-            Column(heading="configuration", cells=[_label(row) for row in rows], priority=11, wrap_width=16),
+            Column(heading="configuration", cells=[row.label for row in rows], priority=11, wrap_width=16),
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
-            numbers("MAE%", [NOTHING if row.label == BLOCKS else _percent(row.mae_percent) for row in rows], 4),
+            numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
             numbers("skill", [percent_gain(row.skill) for row in rows], 7),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
             numbers("time", [duration(row.seconds) for row in rows], 3),
@@ -133,6 +128,12 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
             ),
         ]
     )
+
+
+def blocks_line(rows: Sequence[ComparisonRow]) -> str:
+    """What the predecessor's guide calls a baseline, beside the table since it is of the whole file."""
+    found = ", ".join(f"{row.symbol} {_percent(row.mae_percent)}" for row in rows if row.label == BLOCKS)
+    return f"{BLOCKS} over whole files (guide's h{rows[0].horizon} MAE%, not comparable): {found}"
 
 
 def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
