@@ -24,6 +24,14 @@ class Range:
     high: float
     step: float | None = None
 
+    def nearest(self, value: float) -> float:
+        """The number of the range that is nearest to this one."""
+        within = min(max(value, self.low), self.high)
+        if not self.step:
+            return within
+        steps = math.floor((self.high - self.low) / self.step + 1e-6)
+        return round(self.low + min(round((within - self.low) / self.step), steps) * self.step, 10)
+
     def __contains__(self, value: Any) -> bool:
         if type(value) not in (int, float) or not self.low <= value <= self.high:
             return False
@@ -32,6 +40,7 @@ class Range:
 
 
 Knob = tuple[Any, ...] | Range  # a tuple: one of these
+Volatility = Literal["stable", "medium", "volatile"]
 Kind = Literal["count", "count or 0", "number", "aggregate"]  # whole numbers above 0, whole numbers, numbers above 0
 
 
@@ -64,6 +73,8 @@ class Model:
     search: Callable[[Any], SearchedParams]  # from the settings
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     starting_points: Sequence[Mapping[str, Any]]  # configurations known to be sensible, the published default first
+    # What else to begin a search with, by how volatile a symbol is; what one leaves out is as the default says.
+    volatility_points: Mapping[Volatility, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     limits: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # what the settings allow of the published default
     # From the params of `kinds`, in its order, and the searched names.
     to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda params, searched: dict(params)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forecasters import StageParams
-from forecasters.descriptor import Knob, Model, SearchedParams
+from forecasters.descriptor import Knob, Model, SearchedParams, Volatility
 from forecasters.settings import AGGREGATES, CHECKPOINT, LOADING, counts, setting
 
 # The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
@@ -55,6 +55,17 @@ def samples_per_batch(num_samples: int) -> int:
 # The quick start of github.com/DataDog/toto: 4,096 points, 256 samples, their median as the point forecast.
 PUBLISHED = {"context_length": 4096, "num_samples": 256, "aggregate": "median"}
 
+# The guide of the scripts that this package replaces, by class of volatility.
+VOLATILITY_POINTS: Mapping[Volatility, Sequence[Mapping[str, Any]]] = {
+    "stable": ({"aggregate": "mean", "num_samples": 512},),
+    "medium": ({"aggregate": "mean", "num_samples": 2048}, {"aggregate": "trimmed_mean_5", "num_samples": 2048}),
+    "volatile": (
+        {"aggregate": "trimmed_mean_5", "num_samples": 2048},
+        {"aggregate": "trimmed_mean_10", "num_samples": 2048},
+        {"aggregate": "median", "num_samples": 4096},
+    ),
+}
+
 
 def _limits(settings: TotoSettings) -> dict[str, Any]:
     """The longest context that is not above the published one, or the shortest of those above."""
@@ -70,6 +81,7 @@ TOTO = Model(
     kinds={"aggregate": "aggregate", "num_samples": "count", "context_length": "count"},
     search=_search,
     starting_points=(PUBLISHED,),
+    volatility_points=VOLATILITY_POINTS,
     limits=_limits,
     to_promoted=_to_promoted,
     implied=_implied,

@@ -73,6 +73,24 @@ class Space:
         """The knobs that count beside these params."""
         return [name for name in self.knobs if MODELS[self.model].counts(name, params)]
 
+    def nearest(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
+        """These params as a search could propose them, each number at its nearest choice; None where there is none.
+
+        A name has no nearest choice, nor has a number that means something else, as a top_k of 0 does.
+        """
+        model = MODELS[self.model]
+        found = {**params, **self.fixed}
+        special = {(rule.param, rule.value) for rule in model.conditions.values()}
+        for name, knob in self.knobs.items():
+            value = params[name]
+            if isinstance(knob, Range):
+                found[name] = knob.nearest(value)
+            elif value not in knob:
+                if isinstance(value, str) or (name, value) in special:
+                    return None
+                found[name] = min(knob, key=lambda choice: (abs(choice - value), choice))
+        return {name: value for name, value in model.settled(found).items() if name in (*self.knobs, *self.fixed)}
+
     def to_json(self) -> dict[str, Any]:
         knobs = {name: asdict(knob) if isinstance(knob, Range) else list(knob) for name, knob in self.knobs.items()}
         return {"knobs": knobs, "fixed": dict(self.fixed)}
