@@ -101,9 +101,17 @@ class Evaluator:
 
         Raises what `measure` raises.
         """
+        return price_errors(windows, indices, self.batch_points(windows, params, indices, passes=passes))
+
+    def batch_points(
+        self, windows: Windows, params: Mapping[str, Any], indices: Sequence[int], *, passes: Sequence[int]
+    ) -> np.ndarray:
+        """The point forecasts that `batch_errors` are the errors of, price, float64 [R, w, H].
+
+        Raises what `measure` raises.
+        """
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
-        answers = self._answers(windows, indices, plan, passes, SeedKind.STUDY, self._points(params))
-        return price_errors(windows, indices, answers)
+        return self._answers(windows, indices, plan, passes, SeedKind.STUDY, self._points(params))
 
     def forecast(
         self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY

@@ -190,19 +190,22 @@ def recent_origins(
     horizon: int = 1,
     min_context: int = MIN_CONTEXT,
     at_least: int | None = None,
+    stride: int = 1,
 ) -> Windows:
     """The most recent `count` origins whose targets all lie before bar `before` (by default: among the bars).
 
-    at_least: be content with fewer, down to this many (default: `count`). Raises DataError if there are fewer.
+    at_least: be content with fewer, down to this many (default: `count`). stride: bars between two origins.
+    Raises DataError if there are fewer.
     """
-    if count < 1 or horizon < 1 or min_context < 1:
-        raise ValueError("count, horizon and min_context are at least 1")
+    if count < 1 or horizon < 1 or min_context < 1 or stride < 1:
+        raise ValueError("count, horizon, min_context and stride are at least 1")
     end = len(bars) if before is None else before
-    stop = end - horizon + 1  # the first origin whose targets reach `end`
-    start = max(stop - count, min_context)
-    if stop - start < (count if at_least is None else max(at_least, 1)):
+    last = end - horizon  # the last origin whose targets do not reach `end`
+    found = range(last, min_context - 1, -stride)[:count][::-1]
+    if len(found) < (count if at_least is None else max(at_least, 1)):
+        apart = "" if stride == 1 else f" {stride} bars apart"
         raise DataError(
-            f"{symbol}: has {max(stop - start, 0)} windows of {horizon} in its first {end} bars, with {min_context} of "
-            f"context, and needs {at_least or count}; add older bars or leave the symbol out"
+            f"{symbol}: has {len(found)} windows of {horizon}{apart} in its first {max(end, 0)} bars, with "
+            f"{min_context} of context, and needs {at_least or count}; add older bars or leave the symbol out"
         )
-    return Windows(symbol=symbol, bars=bars, origins=tuple(range(start, stop)), horizon=horizon)
+    return Windows(symbol=symbol, bars=bars, origins=tuple(found), horizon=horizon)

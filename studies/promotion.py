@@ -274,10 +274,9 @@ def _compare(chosen: MeasuredConfiguration, rival: MeasuredConfiguration, believ
     elif theirs and len(_errors(chosen)) >= MIN_WINDOWS:
         # Sane but absurd errors overflow; what comes of it is not finite and so not shown.
         with np.errstate(all="ignore"):
-            resampled = _resampled(np.array(_errors(rival)) / theirs, np.array(_errors(chosen)) / theirs)
+            resampled = resampled_gains(np.array(_errors(rival)) / theirs, np.array(_errors(chosen)) / theirs)
         if resampled is not None:
-            low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            interval = float(low), float(high)
+            interval = interval_of(resampled)
             # This many repetitions cannot tell less from nothing.
             p_value = max(float((resampled <= 0).mean()), 1 / INTERVAL_REPETITIONS)
     return Comparison(
@@ -290,20 +289,28 @@ def _compare(chosen: MeasuredConfiguration, rival: MeasuredConfiguration, believ
     )
 
 
-def _resampled(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
+def resampled_gains(old: np.ndarray, new: np.ndarray, *, least_block: int = 1) -> np.ndarray | None:
     """1 - mean(new) / mean(old) of errors [W] as the stationary bootstrap (Politis and Romano, 1994) resamples it, [R].
 
-    None where nothing varies. Their percentiles keep within what improvements can be, and the ratio of two means of the
-    same windows is nearly symmetric, so that there is little for a corrected interval to correct.
+    old, new: of about 1, in the order of the windows. least_block: windows that a block has on average, at least:
+    those of several steps share bars. None where nothing varies. Their percentiles keep within what improvements can
+    be, and the ratio of two means of the same windows is nearly symmetric, so that there is little for a corrected
+    interval to correct.
     """
     from arch.bootstrap import StationaryBootstrap
 
     if (block := _block_length(old - new)) is None:
         return None
-    bootstrap = StationaryBootstrap(block, old, seed=SEED)
+    bootstrap = StationaryBootstrap(max(block, least_block), old, seed=SEED)
     indices = np.stack([bootstrap.update_indices() for _ in range(INTERVAL_REPETITIONS)])  # [R, W]
     improvements = 1 - new[indices].sum(axis=1) / old[indices].sum(axis=1)
     return improvements if np.isfinite(improvements).all() else None
+
+
+def interval_of(resampled: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of resampled values [R], by their percentiles."""
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _block_length(differences: np.ndarray) -> int | None:

@@ -1,0 +1,195 @@
+"""Configurations side by side: measured on equal windows with equal seeds, each against another, and naive baselines.
+
+What `studies compare`, `studies sweep` and `studies reduce` share. Pure apart from the evaluator, whose numbers are to
+the last bit those of a search (pass 0) or of a confirmation (passes from 1 on) on the same windows. Knows no files,
+databases or commands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from forecasters import Bars
+from objectives.evaluation import STAGES, Evaluator
+from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
+from objectives.windows import Windows, recent_origins
+from studies import promotion
+from studies.config import Config
+from studies.measuring import FRESH_FROM
+from studies.series import split_windows
+from studies.study import SEARCH_PASSES
+
+DRIFT_BARS = 250  # whose mean log return the drift goes on with
+
+Verdict = Literal["better", "worse", "tie", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedConfiguration:
+    """One row of a comparison."""
+
+    label: str
+    model: str
+    params: Mapping[str, Any]  # complete: every param that the model's stages and the aggregate ask for
+    source: str  # "best", "stored", "default", a file's path, or STUDY#TRIAL
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredRow:
+    """How a configuration or a baseline did on W windows of H steps."""
+
+    measurement: Measurement
+    by_step: np.ndarray  # float64 [H], mean |error| / last close of every step
+    points: np.ndarray  # float64 [W, H], price, of the first pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedImprovement:
+    """What one forecast gains over another on the same windows, relative to the other's MAE."""
+
+    value: float
+    interval: tuple[float, float] | None  # 95 %; None: too few windows that do not overlap
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.interval is None:
+            return "unknown"
+        return "better" if self.interval[0] > 0 else "worse" if self.interval[1] < 0 else "tie"
+
+
+# --- windows ------------------------------------------------------------------------------------------------
+
+
+def default_stride(horizon: int) -> int:
+    """Bars between two origins: windows of several steps overlap by three quarters."""
+    return max(1, horizon // 4)
+
+
+def windows_before_test(config: Config, symbol: str, bars: Bars, *, count: int, stride: int) -> Windows:
+    """The most recent origins before test; with a stride of 1 and their number those of a study.
+
+    The horizon is that of the settings. Raises DataError, which says how many windows fit.
+    """
+    counts = config.windows
+    return recent_origins(
+        bars,
+        count,
+        symbol=symbol,
+        before=split_windows(config, symbol, bars).test.origins[0],
+        horizon=counts.horizon,
+        min_context=counts.min_context,
+        stride=stride,
+    )
+
+
+def effective_windows(windows: Windows) -> float:
+    """How many windows that share no bar have room in the same time."""
+    return (windows.origins[-1] - windows.origins[0] + windows.horizon) / windows.horizon
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def passes_of(evaluator: Evaluator, count: int) -> Sequence[int]:
+    """Which passes a count means: one is the search's, more are fresh as a confirmation's; an exact one needs one."""
+    return SEARCH_PASSES if count == 1 else range(FRESH_FROM, FRESH_FROM + (1 if evaluator.exact else count))
+
+
+def measure(
+    evaluator: Evaluator,
+    windows: Windows,
+    params: Mapping[str, Any],
+    *,
+    passes: Sequence[int] = SEARCH_PASSES,
+    on_batch: Callable[[int], None] = lambda windows: None,
+) -> MeasuredRow:
+    """Measure one configuration; its measurement is that of `Evaluator.measure`, bit for bit.
+
+    on_batch: takes the number of windows of every batch that is done. Raises what `Evaluator.measure` raises.
+    """
+    before, fresh, fresh_s = dict(evaluator.seconds), evaluator.fresh, evaluator.fresh_s
+    errors, points = np.empty((len(passes), len(windows))), np.empty((len(windows), windows.horizon))
+    by_step = np.empty_like(points)
+    for indices in evaluator.batches(windows):
+        found = evaluator.batch_points(windows, params, indices, passes=passes)
+        errors[:, indices] = price_errors(windows, indices, found)
+        points[indices] = found[0]
+        by_step[indices] = np.abs(found - windows.actuals[indices]).mean(axis=0)
+        on_batch(len(indices))
+    measurement = measurement_of(
+        windows,
+        *over_passes(errors),
+        passes=len(passes),
+        seconds={stage: evaluator.seconds[stage] - before[stage] for stage in STAGES},
+        latency_s=(evaluator.fresh_s - fresh_s) / (evaluator.fresh - fresh) if evaluator.fresh > fresh else None,
+    )
+    return MeasuredRow(measurement=measurement, by_step=_by_step(windows, by_step), points=points)
+
+
+def measure_points(windows: Windows, points: np.ndarray) -> MeasuredRow:
+    """How given point forecasts, price [W, H], did: a baseline's."""
+    errors = over_passes(price_errors(windows, range(len(windows)), points[None]))
+    measurement = measurement_of(windows, *errors, passes=1, seconds={}, latency_s=None)
+    return MeasuredRow(
+        measurement=measurement, by_step=_by_step(windows, np.abs(points - windows.actuals)), points=points
+    )
+
+
+def _by_step(windows: Windows, errors: np.ndarray) -> np.ndarray:
+    return (errors / windows.last_closes[:, None]).mean(axis=0)
+
+
+# --- one against another ------------------------------------------------------------------------------------
+
+
+def paired_improvement(windows: Windows, old: Sequence[float], new: Sequence[float]) -> PairedImprovement | None:
+    """What errors `new` gain over `old`, both [W] on these windows, in order; None where `old` has no error at all.
+
+    The interval is that of promotions, by the stationary bootstrap, in blocks of at least as many windows as overlap.
+    There is none where fewer than 20 windows that share no bar have room.
+    """
+    before, after = np.asarray(old, dtype=float), np.asarray(new, dtype=float)
+    level = before.mean()
+    if not level > 0:
+        return None
+    interval = None
+    if effective_windows(windows) >= promotion.MIN_WINDOWS:
+        overlapping = math.ceil(windows.horizon * (len(windows) - 1) / (windows.origins[-1] - windows.origins[0]))
+        resampled = promotion.resampled_gains(before / level, after / level, least_block=overlapping)
+        if resampled is None:  # nothing varies: the gain of every window is the same
+            resampled = np.array([1 - after.mean() / level])
+        interval = promotion.interval_of(resampled)
+    return PairedImprovement(value=float(1 - after.mean() / level), interval=interval)
+
+
+# --- naive baselines ----------------------------------------------------------------------------------------
+
+
+def no_change(windows: Windows) -> np.ndarray:
+    """The last close for every step, price [W, H]."""
+    return np.repeat(windows.last_closes[:, None], windows.horizon, axis=1)
+
+
+def drift(windows: Windows) -> np.ndarray:
+    """The last close going on with the mean log return of the last 250 bars, or of all there are, price [W, H]."""
+    logs = np.log(windows.bars.close)
+    last = np.array(windows.origins) - 1
+    first = np.maximum(last - DRIFT_BARS, 0)
+    slope = (logs[last] - logs[first]) / np.maximum(last - first, 1)
+    return windows.last_closes[:, None] * np.exp(slope[:, None] * np.arange(1, windows.horizon + 1))
+
+
+def block_persistence(closes: np.ndarray, horizon: int) -> float | None:
+    """The predecessor's "h64 MAE%": every whole block of `horizon` bars of a file predicts the next by its last close.
+
+    100 x mean |error| / mean of all prices. It is of the whole file and no model's error on any windows, so that it
+    compares with nothing else. None for a file of fewer than two blocks' bars.
+    """
+    starts = range(0, len(closes) - horizon, horizon)
+    errors = [np.abs(closes[start + horizon : start + 2 * horizon] - closes[start + horizon - 1]) for start in starts]
+    return float(100 * np.concatenate(errors).mean() / closes.mean()) if errors else None
