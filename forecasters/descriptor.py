@@ -82,6 +82,9 @@ class Model:
     refuses: Callable[[Any, int], str | None] = lambda settings, horizon: None  # what is wrong with a horizon
     exact_horizon: int | None = 0  # steps, at most, that it answers without samples; None: the checkpoint decides
     window_bytes: Callable[[Mapping[str, Any], int], int] | None = None  # of an encoded window; None: weights decide
+    # The paths through the network that a reader of a promoted `config` runs for a forecast, and how many of them at
+    # once: published inference runs the whole context for every sample. None: there is no network.
+    reader_paths: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
     # The share of origins whose last close some params clip, from the closes; None: this model clips nothing.
     clipped: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float] | None = None
     baseline: bool = False  # something to compare with, searched only where it is asked for by name

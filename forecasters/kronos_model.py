@@ -120,5 +120,6 @@ KRONOS = Model(
     limits=lambda settings: {"max_context": min(PUBLISHED["max_context"], settings.network_context)},
     refuses=_refuses,
     exact_horizon=1,
+    reader_paths=lambda config: (config["sample_count"], config["sample_count"]),
     clipped=clipped,
 )

@@ -85,5 +85,6 @@ TOTO = Model(
     limits=_limits,
     to_promoted=_to_promoted,
     implied=_implied,
+    reader_paths=lambda config: (config["num_samples"], config["samples_per_batch"]),
     exact_horizon=None,  # up to the first patch, whose length the checkpoint says
 )

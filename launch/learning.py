@@ -14,6 +14,7 @@ import click
 from launch.options import (
     FILE,
     HELP,
+    Fraction,
     Names,
     check_devices,
     checked_models,
@@ -87,3 +88,43 @@ def replay(
         report_path=report_path,
         as_json=as_json,
     )
+
+
+@click.command(context_settings=HELP)
+@symbols_option
+@models_option
+@click.option("--max-cost", default=0.005, show_default=True, type=Fraction(0, 1, min_open=True, max_open=True),
+              help="Relative rise of the MAE that fewer samples may cost.")  # fmt: skip
+@click.option("--apply", is_flag=True, help="Promote the configurations with fewer samples.")
+@json_option
+@shared
+def reduce(
+    config: Config,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    max_cost: float,
+    apply: bool,
+    as_json: bool,
+) -> None:
+    """Find how few samples the promoted configurations need, and what readers of the files save by that.
+
+    The cost of fewer samples is measured against the exact answer where the model has one, else against the number in
+    use. With --apply each symbol's file is promoted with the fewest that cost less than --max-cost with 95 %
+    confidence; promote --rollback undoes it.
+
+    \b
+    studies reduce --symbols BTCUSD,AAPL --max-cost 0.005
+    """
+    from launch import reducing
+
+    reducing.command(
+        config,
+        symbols=checked_symbols(symbols),
+        models=checked_models(models, config),
+        max_cost=max_cost,
+        apply=apply,
+        as_json=as_json,
+    )
+
+
+COMMANDS = (reduce, replay)
