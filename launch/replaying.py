@@ -5,14 +5,9 @@ What was measured is kept in files, so that an interrupted replay goes on and an
 
 from __future__ import annotations
 
-import functools
 import json
-import multiprocessing
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,9 +15,8 @@ from typing import Any, cast
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launch import processes
 from launch.devices import DeviceSlot, device_slots
 from launch.output import counted, say, show
 from launch.verify import random_trials
@@ -30,7 +24,6 @@ from launch.views import figures, report
 from launch.views.tables import NOTHING, Column, Table, percent_gain, percent_interval, percent_share
 from objectives.bars import DataError
 from storage.commands import this_command
-from studies import config as configuration
 from studies import evaluators, history_errors, promoting, replay
 from studies import space as spaces
 from studies.config import Config
@@ -41,7 +34,6 @@ from studies.series import Series, read_usable_series
 
 RULES = ("pooled", "confirmation", "validation")
 SAMPLE = 24  # configurations of a model that has no grid, drawn from its space with seed 0
-CACHE_BYTES = 2**29  # of a process: the encodings and draws of one block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,50 +159,16 @@ def _measure_all(config: Config, works: Sequence[_Work], slots: Sequence[DeviceS
     tried = ", ".join(f"{count} of {model}" for model, count in configurations.items())
     windows = sum(len(block.windows) for _, block in missing)
     say(f"{windows} windows to measure, in {len(missing)} of {total} blocks; configurations: {tried}")
-    values = configuration.to_json(config)
-    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    context = multiprocessing.get_context("spawn")
-    with (
-        _environment(slots[0].environment),
-        ProcessPoolExecutor(len(slots), mp_context=context) as pool,
-        Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
-    ):
-        task = progress.add_task("measuring", total=windows)
-        futures = {
-            pool.submit(_measure, values, work.model, slots[n % len(slots)].device, block, work.candidates): block
-            for n, (work, block) in enumerate(missing)
-        }
-        try:
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(task, len(futures[future].windows))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    settings = processes.settings_text(config)
+    jobs = [(settings, work.model, block, work.candidates) for work, block in missing]
+    for _ in processes.in_processes(_measure, jobs, [len(block.windows) for _, block in missing], slots):
+        pass
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """For processes that are started within."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def _measure(values: Mapping[str, Any], model: str, device: str, block: Block, candidates: Sequence[Candidate]) -> None:
-    """In a process of its own, which keeps its evaluator."""
-    history_errors.measure(_evaluator(json.dumps(values), model, device), block, candidates)
-
-
-@functools.cache
-def _evaluator(values: str, model: str, device: str) -> Any:
-    config = configuration.from_json(json.loads(values))
-    forecaster = evaluators.load_forecaster(config, model, device=device)
-    return evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES)
+def _measure(job: tuple[str, str, Block, Sequence[Candidate]], device: str) -> None:
+    """In a process that keeps its evaluator."""
+    settings, model, block, candidates = job
+    history_errors.measure(processes.evaluator(settings, model, device), block, candidates)
 
 
 def table(outcomes: Sequence[RuleOutcome]) -> Table:

@@ -155,15 +155,15 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     fixed = fixed if isinstance(fixed, Mapping) else {}
     said = {**model.implied(space.knobs), **space.fixed, **fixed, **config}
     for name, kind in model.kinds.items():
-        _check(name, kind, said.get(name))
+        check_value(name, kind, said.get(name))
     params = model.settled({name: said[name] for name in model.kinds})
     if model.params.num_samples not in space.knobs:  # an exact objective asks for none
         del params[model.params.num_samples]
     return params
 
 
-def _check(name: str, kind: Kind, value: Any) -> None:
-    """Raises ValueError where a promoted file cannot say this."""
+def check_value(name: str, kind: Kind, value: Any) -> None:
+    """Raises ValueError where a promoted file cannot say this of a param."""
     if kind == "aggregate":
         if not isinstance(value, str):
             raise ValueError(f"{name} {value!r} is not a name")
