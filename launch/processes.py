@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from forecasters import LoadedForecaster
 from launch.devices import DeviceSlot
 from objectives.evaluation import Evaluator
 from studies import config as configuration
@@ -82,8 +83,13 @@ def settings_text(config: Config) -> str:
 
 
 @functools.cache
+def forecaster(settings: str, model: str, device: str) -> LoadedForecaster:
+    """The forecaster of this process for such work. settings: as of `settings_text`. Raises what loading raises."""
+    return evaluators.load_forecaster(configuration.from_json(json.loads(settings)), model, device=device)
+
+
+@functools.cache
 def evaluator(settings: str, model: str, device: str) -> Evaluator:
-    """The evaluator of this process for such work. settings: as of `settings_text`. Raises what loading raises."""
+    """The evaluator of that forecaster."""
     config = configuration.from_json(json.loads(settings))
-    forecaster = evaluators.load_forecaster(config, model, device=device)
-    return evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES)
+    return evaluators.evaluator_of(config, forecaster(settings, model, device), cache_bytes=CACHE_BYTES)

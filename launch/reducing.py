@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import click
 
 from forecasters import ExpectedError
+from launch import processes
 from launch.devices import device_slots
 from launch.output import counted, say, show
 from launch.views.tables import NOTHING, Column, Table, numbers, percent_gain
 from storage import configs
 from storage.commands import command as suggested
 from storage.configs import Record
-from studies import evaluators, reducing
+from studies import config as configuration
+from studies import reducing
 from studies.config import Config, ConfigError
 from studies.reducing import Reduction
-from studies.series import read_usable_series
+from studies.series import Series, read_usable_series
 
 
 def command(
-    config: Config, *, symbols: Sequence[str], models: Sequence[str], max_cost: float, apply: bool, as_json: bool
+    config: Config,
+    *,
+    symbols: Sequence[str],
+    models: Sequence[str],
+    max_cost: float,
+    apply: bool,
+    gpus: Sequence[int],
+    cpus: int | None,
+    as_json: bool,
 ) -> None:
     """What the command does. Raises ExpectedError; a symbol that fails is said and does not keep the others."""
     records, failures = _records(config, symbols, models)
@@ -32,23 +41,20 @@ def command(
     for note in notes:
         say(note)
     failures |= unusable
-    slot = device_slots(None, None)[0]
-    os.environ.update(slot.environment)  # before torch is loaded: a thread, as workers have, gives their numbers
-    found: list[Reduction] = []
     by_symbol = {each.symbol: each for each in series}
-    for model in models:
-        chosen = [record for record in records if record.model == model and record.symbol in by_symbol]
-        forecaster = evaluators.load_forecaster(config, model, device=slot.device) if chosen else None
-        for record in chosen:
-            assert forecaster is not None
-            try:
-                found.append(
-                    reducing.reduce(
-                        config, by_symbol[record.symbol], record, forecaster, max_cost=max_cost, apply=apply
-                    )
-                )
-            except ExpectedError as error:
-                failures[record.symbol] = str(error)
+    settings = processes.settings_text(config)
+    jobs = [
+        _Job(settings=settings, series=by_symbol[record.symbol], record=record, max_cost=max_cost, apply=apply)
+        for record in records
+        if record.symbol in by_symbol
+    ]
+    found: list[Reduction] = []
+    slots = device_slots(gpus or None, cpus)[: max(1, len(jobs))]
+    for job, result in processes.in_processes(_reduce, jobs, [1] * len(jobs), slots):
+        if isinstance(result, Reduction):
+            found.append(result)
+        else:
+            failures[job.record.symbol] = result
     found.sort(key=lambda one: one.symbol)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found], indent=2))
@@ -65,6 +71,25 @@ def command(
         say(f"{fewer} can do with fewer samples; --apply promotes them")
     if failures:
         sys.exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    settings: str
+    series: Series
+    record: Record
+    max_cost: float
+    apply: bool
+
+
+def _reduce(job: _Job, device: str) -> Reduction | str:
+    """In a process that keeps its forecasters; what is wrong with one symbol ends no other."""
+    config = configuration.from_json(json.loads(job.settings))
+    try:
+        forecaster = processes.forecaster(job.settings, job.record.model, device)
+        return reducing.reduce(config, job.series, job.record, forecaster, max_cost=job.max_cost, apply=job.apply)
+    except ExpectedError as error:
+        return str(error)
 
 
 def _records(config: Config, symbols: Sequence[str], models: Sequence[str]) -> tuple[list[Record], dict[str, str]]:

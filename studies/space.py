@@ -162,6 +162,18 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     return params
 
 
+def parse_value(name: str, kind: Kind, text: str) -> Any:
+    """A param's value as people write it. Raises ValueError for one that no configuration can have."""
+    value: Any = text
+    if kind != "aggregate":
+        try:
+            value = float(text) if kind == "number" else int(text)
+        except ValueError:
+            value = text  # which no number is
+    check_value(name, kind, value)
+    return value
+
+
 def check_value(name: str, kind: Kind, value: Any) -> None:
     """Raises ValueError where a promoted file cannot say this of a param."""
     if kind == "aggregate":

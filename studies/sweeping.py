@@ -63,7 +63,7 @@ def sweep(
     on_batch: takes the number of windows of every batch that is done. Raises ForecastError.
     """
     settled = MODELS[evaluator.forecaster.model].settled
-    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    combinations = combinations_of(axes)
     everyone = [settled(base), *(settled({**base, **values}) for values in combinations)]
     order = sorted(range(len(everyone)), key=lambda place: _stages(evaluator, everyone[place]))
     errors = np.empty((len(everyone), len(passes), len(windows)))  # price
@@ -99,10 +99,15 @@ def sweep(
     )
 
 
-def most_samples(model: str, base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> int:
-    """The largest number of samples that a sweep asks for."""
+def most_samples(model: str, base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> int | None:
+    """The largest number of samples that a sweep asks for; None: it is exact."""
     name = MODELS[model].params.num_samples
-    return max([base[name], *axes.get(name, ())])
+    return max([base[name], *axes.get(name, ())]) if name in base else None
+
+
+def combinations_of(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values, in their order."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def _stages(evaluator: Evaluator, params: Mapping[str, Any]) -> tuple[str, ...]:
@@ -127,13 +132,15 @@ def superior_p(windows: Windows, old: np.ndarray, new: np.ndarray) -> float | No
     level = old.mean()
     blocks = [promotion.block_length(one / level) or 1 for one in gains]
     overlapping = math.ceil(windows.horizon * (len(windows) - 1) / (windows.origins[-1] - windows.origins[0]))
-    indices = promotion.resampled_indices(len(old), max(*blocks, overlapping))
+    # The middle one of the estimates: the longest of many is so by chance, and too long a block sees too little noise.
+    indices = promotion.resampled_indices(len(old), max(math.ceil(np.median(blocks)), overlapping))
     shares = np.stack([np.bincount(one, minlength=len(old)) for one in indices]) / len(old)  # [R, W]
-    means, resampled = gains.mean(axis=1), shares @ gains.T  # [K], [R, K]
-    errors = resampled.std(axis=0)
-    scores = means / errors
+    means, spreads = gains.mean(axis=1), gains.std(axis=1)  # [K]
+    resampled = shares @ gains.T  # [R, K], and their spreads, each of its own windows: few windows have wide tails
+    own = np.sqrt(np.maximum(shares @ (gains**2).T - resampled**2, (0.01 * spreads) ** 2))
+    scores = means / spreads
     # One that is clearly worse says nothing of how far the best of the others goes by chance.
-    hopeful = scores >= -math.sqrt(2 * math.log(math.log(len(old))))
-    by_chance = np.maximum(((resampled - np.where(hopeful, means, 0.0)) / errors).max(axis=1), 0.0)  # [R]
+    hopeful = scores >= -math.sqrt(2 * math.log(math.log(len(old))) / len(old))
+    by_chance = np.maximum(((resampled - np.where(hopeful, means, 0.0)) / own).max(axis=1), 0.0)  # [R]
     # This many repetitions cannot tell less from nothing.
     return max(float((by_chance >= max(scores.max(), 0.0)).mean()), 1 / len(indices))

@@ -19,7 +19,6 @@ from studies.sweeping import Sweep, SweptCell
 
 AXIS = "improvement over the current value, %"
 DIVERGING = ("PuOr", "PuOr")  # of Plotly and matplotlib: two hues that the colour-blind can tell apart
-FACE = "#EAF1F6"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ def chart_of(found: Sweep, *, symbol: str, model: str) -> SweepChart:
         interval = one.improvement.interval if one.improvement else None
         return interval[which] if interval else np.nan
 
-    p = "" if found.p_value is None else f"; p = {found.p_value:.3f} that none is better"
+    p = "" if found.p_value is None else f"; p-value over all values: {found.p_value:.3f}"
     return SweepChart(
         title=f"{symbol}, {model}: {' and '.join(found.names)}",
         subtitle=f"{counted(found.current.windows, 'window')}, 95 % intervals{p}",
@@ -72,14 +71,14 @@ def html(chart: SweepChart) -> str:
 
 def _line(chart: SweepChart) -> go.Figure:
     names, values = chart.labels[0], chart.improvement
-    band = [*chart.high, *chart.low[::-1]]
     current = [place for (place,) in chart.current]
     return figure_of(
         [
-            {"x": [*names, *names[::-1]], "y": band, "fill": "toself", "fillcolor": FACE, "mode": "none",
-             "name": "95 % interval", "hoverinfo": "skip"},
-            {"x": names, "y": values, "mode": "lines+markers", "name": chart.names[0],
-             "line": {"color": COLOURS["best"]}, "hovertemplate": "%{x}: %{y:+.2f} %"},
+            {"x": names, "y": values, "mode": "markers", "name": f"{chart.names[0]}, with its 95 % interval",
+             "marker": {"size": 8, "color": COLOURS["best"]},
+             "error_y": {"type": "data", "symmetric": False, "array": chart.high - values,
+                         "arrayminus": values - chart.low, "thickness": 10, "width": 0, "color": "rgba(0,114,178,0.2)"},
+             "hovertemplate": "%{x}: %{y:+.2f} %"},
             {"x": [names[place] for place in current], "y": values[current], "mode": "markers",
              "name": "current value", "marker": {"size": 12, "color": COLOURS["incumbent"]}},
         ],
@@ -103,7 +102,7 @@ def _heat_map(chart: SweepChart) -> go.Figure:
              "marker": {"size": 16, "symbol": "square-open", "color": COLOURS["actual"]}},
         ],
         title=chart.title,
-        subtitle=f"{AXIS}; * where its interval leaves out 0; {chart.subtitle}",
+        subtitle=_subtitle(chart),
         height=200 + 26 * len(chart.labels[0]),
         xaxis={"title": chart.names[1], "type": "category"},
         yaxis={"title": chart.names[0], "type": "category", "automargin": True},
@@ -119,8 +118,8 @@ def png(chart: SweepChart) -> bytes:
     axes = figure.subplots()
     if len(chart.names) == 1:
         places, current = np.arange(lines), [place for (place,) in chart.current]
-        axes.fill_between(places, chart.low, chart.high, color=FACE, linewidth=0, label="95 % interval")
-        axes.plot(places, chart.improvement, color=COLOURS["best"], marker="o", markersize=5)
+        axes.vlines(places, chart.low, chart.high, color=COLOURS["best"], alpha=0.2, lw=10, label="95 % interval")
+        axes.plot(places, chart.improvement, "o", color=COLOURS["best"], markersize=6)
         axes.plot(current, chart.improvement[current], "o", color=COLOURS["incumbent"], ms=9, label="current value")
         axes.axhline(0, color="#999999", linewidth=1)
         axes.set_xticks(places, chart.labels[0], rotation=30 if lines > 8 else 0, ha="right" if lines > 8 else "center")
@@ -133,17 +132,24 @@ def png(chart: SweepChart) -> bytes:
         shown = axes.imshow(chart.improvement, cmap=DIVERGING[1], vmin=-limit, vmax=limit, aspect="auto")
         for (a, b), text in np.ndenumerate(_texts(chart)):
             weight = "bold" if (a, b) in chart.current else "normal"
-            axes.text(b, a, text, ha="center", va="center", fontsize=8, weight=weight)
+            dark = abs(chart.improvement[a, b]) > 0.6 * limit
+            axes.text(b, a, text, ha="center", va="center", fontsize=8, weight=weight, color="w" if dark else "k")
         for a, b in chart.current:
             axes.plot(b, a, "s", markersize=22, markerfacecolor="none", color=COLOURS["actual"])
         axes.set_xticks(np.arange(len(chart.labels[1])), chart.labels[1])
         axes.set_yticks(np.arange(lines), chart.labels[0])
         axes.set(xlabel=chart.names[1], ylabel=chart.names[0])
-        figure.colorbar(shown, label=f"{AXIS}; * its interval leaves out 0")
-    axes.set_title(f"{chart.title}\n{chart.subtitle}", fontsize=11)
+        figure.colorbar(shown, label="%")
+    axes.set_title(f"{chart.title}\n{_subtitle(chart)}", fontsize=10)
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
+
+
+def _subtitle(chart: SweepChart) -> str:
+    if len(chart.names) == 1:
+        return chart.subtitle
+    return f"{AXIS}; *: the interval leaves out 0; {chart.subtitle}"
 
 
 def _limit(chart: SweepChart) -> float:
@@ -154,5 +160,7 @@ def _limit(chart: SweepChart) -> float:
 
 def _texts(chart: SweepChart) -> np.ndarray:
     clear = (chart.low > 0) | (chart.high < 0)
-    texts = [f"{value:+.1f}{'*' if sure else ''}" for value, sure in zip(chart.improvement.flat, clear.flat, strict=True)]
+    texts = [
+        f"{value:+.1f}{'*' if sure else ''}" for value, sure in zip(chart.improvement.flat, clear.flat, strict=True)
+    ]
     return np.array(texts, dtype=object).reshape(chart.improvement.shape)
