@@ -5,6 +5,7 @@ Loads neither torch nor Optuna until a command runs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -94,6 +95,60 @@ def replay(
 @click.command(context_settings=HELP)
 @symbols_option
 @models_option
+@click.option("--horizon", default=64, show_default=True, type=click.IntRange(1), envvar="MARKETSIM_MAX_HORIZON",
+              show_envvar=True, help="Bars ahead.")  # fmt: skip
+@click.option("--windows", default=30, show_default=True, type=click.IntRange(1), help="Forecasts of each symbol.")
+@click.option("--stride", type=click.IntRange(1), help="Bars between two of them.  [default: a quarter of --horizon]")
+@click.option("--passes", default=1, show_default=True, type=click.IntRange(1),
+              help="Draws to average: 1 with the seeds of a search, more with those of a confirmation.")  # fmt: skip
+@click.option("--params", type=Names(), multiple=True, metavar="A,B,..",
+              help="best, stored, default, a promoted file, STUDY#TRIAL.  [default: best,stored]")  # fmt: skip
+@gpus_option
+@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@click.option("--plot", type=FILE, help="PNG or HTML file to draw error by step and the last forecasts to.")
+@json_option
+@shared
+def compare(
+    config: Config,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    horizon: int,
+    windows: int,
+    stride: int | None,
+    passes: int,
+    params: Sequence[Sequence[str]],
+    gpus: Sequence[Sequence[int]],
+    cpus: int | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare models and configurations at any horizon, beside naive forecasts, on the windows before test.
+
+    Improvements are over the first configuration of a symbol; a tie is one whose 95 % interval holds 0. Variables such
+    as TOTO_NUM_SAMPLES or KRONOS_CLIP override every configuration. With --horizon 1 the windows are those of a study.
+
+    \b
+    studies compare --symbols NVDA,BTCUSD --params best,stored
+    studies compare --horizon 1 --windows 250 --params default,NVDA/toto@2026-02-05#34 --plot compare.html
+    """
+    from launch import comparing
+
+    check_devices(gpus, cpus)
+    asked = comparing.Asked(
+        symbols=checked_symbols(symbols),
+        models=checked_models(models, config),
+        horizon=horizon,
+        windows=comparing.windows_asked(windows, os.environ),
+        stride=stride or max(1, horizon // 4),
+        passes=passes,
+        params=flat(params) or ("best", "stored"),
+    )
+    comparing.command(config, asked, gpus=flat(gpus), cpus=cpus, plot=plot, as_json=as_json)
+
+
+@click.command(context_settings=HELP)
+@symbols_option
+@models_option
 @click.option("--max-cost", default=0.005, show_default=True, type=Fraction(0, 1, min_open=True, max_open=True),
               help="Relative rise of the MAE that fewer samples may cost.")  # fmt: skip
 @click.option("--apply", is_flag=True, help="Promote the configurations with fewer samples.")
@@ -172,7 +227,6 @@ def sweep(
     studies sweep BTCUSD kronos temperature=0.1,0.2,0.3 top_k=0,16,32 --from default
     """
     from launch import sweeping
-    from studies.comparing import default_stride
 
     horizon = horizon or config.windows.horizon
     sweeping.command(
@@ -184,12 +238,12 @@ def sweep(
             start=start,
             horizon=horizon,
             windows=windows,
-            stride=stride or default_stride(horizon),
+            stride=stride or max(1, horizon // 4),
             passes=passes,
         ),
-        plot=sweeping.checked_picture(plot),
+        plot=plot,
         as_json=as_json,
     )
 
 
-COMMANDS = (sweep, reduce, replay)
+COMMANDS = (compare, sweep, reduce, replay)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -31,38 +31,59 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def in_processes(
-    function: Callable[[Job, str], Result], jobs: Sequence[Job], sizes: Sequence[int], slots: Sequence[DeviceSlot]
-) -> Iterator[tuple[Job, Result]]:
-    """Every job and what `function` answers for it and a device, as they are done; a bar on stderr shows how far it is.
+class Processes:
+    """One process for each of these devices, for as long as the block lasts; or this one where there is one device."""
 
-    function: of a module, as another process is to find it. sizes: how much of the bar each job is. What a job raises
-    ends the others.
-    """
-    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    with (
-        _environment(slots[0].environment),
-        Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
-    ):
-        task = progress.add_task("measuring", total=sum(sizes))
-        if len(slots) == 1:
-            for job, size in zip(jobs, sizes, strict=True):
-                yield job, function(job, slots[0].device)
-                progress.advance(task, size)
+    def __init__(self, slots: Sequence[DeviceSlot]) -> None:
+        self._slots = slots
+        self._stack = ExitStack()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Processes:
+        self._stack.enter_context(_environment(self._slots[0].environment))
+        if len(self._slots) > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = self._stack.enter_context(ProcessPoolExecutor(len(self._slots), mp_context=context))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._stack.close()
+
+    def run(
+        self, function: Callable[[Job, str], Result], jobs: Sequence[Job], *, sizes: Sequence[int] = ()
+    ) -> Iterator[tuple[Job, Result]]:
+        """Every job and what `function` answers for it and a device, as they are done; what one raises passes through.
+
+        function: of a module, as another process is to find it. sizes: what each job adds to a bar on stderr; none: no
+        bar.
+        """
+        columns = (
+            TextColumn("measuring"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        quiet = not sizes or not sys.stderr.isatty()
+        with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+            task = progress.add_task("measuring", total=sum(sizes))
+            for place, result in self._results(function, jobs):
+                yield jobs[place], result
+                progress.advance(task, sizes[place] if sizes else 0)
+
+    def _results(self, function: Callable[[Job, str], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
+        if self._pool is None:
+            for place, job in enumerate(jobs):
+                yield place, function(job, self._slots[0].device)
             return
-        with ProcessPoolExecutor(len(slots), mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {
-                pool.submit(function, job, slots[n % len(slots)].device): (job, size)
-                for n, (job, size) in enumerate(zip(jobs, sizes, strict=True))
-            }
-            try:
-                for future in as_completed(futures):
-                    job, size = futures[future]
-                    yield job, future.result()
-                    progress.advance(task, size)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        devices = [self._slots[place % len(self._slots)].device for place in range(len(jobs))]
+        futures = {
+            self._pool.submit(function, job, device): place
+            for place, (job, device) in enumerate(zip(jobs, devices, strict=True))
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from forecasters import ExpectedError
 from launch import processes
 from launch.devices import device_slots
 from launch.output import counted, say, show
+from launch.processes import Processes
 from launch.views.tables import NOTHING, Column, Table, numbers, percent_gain
 from storage import configs
 from storage.commands import command as suggested
@@ -50,11 +51,12 @@ def command(
     ]
     found: list[Reduction] = []
     slots = device_slots(gpus or None, cpus)[: max(1, len(jobs))]
-    for job, result in processes.in_processes(_reduce, jobs, [1] * len(jobs), slots):
-        if isinstance(result, Reduction):
-            found.append(result)
-        else:
-            failures[job.record.symbol] = result
+    with Processes(slots) as workers:
+        for job, result in workers.run(_reduce, jobs, sizes=[1] * len(jobs)):
+            if isinstance(result, Reduction):
+                found.append(result)
+            else:
+                failures[job.record.symbol] = result
     found.sort(key=lambda one: one.symbol)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found], indent=2))

@@ -19,6 +19,7 @@ import numpy as np
 from launch import processes
 from launch.devices import DeviceSlot, device_slots
 from launch.output import counted, say, show
+from launch.processes import Processes
 from launch.verify import random_trials
 from launch.views import figures, report
 from launch.views.tables import NOTHING, Column, Table, percent_gain, percent_interval, percent_share
@@ -161,8 +162,9 @@ def _measure_all(config: Config, works: Sequence[_Work], slots: Sequence[DeviceS
     say(f"{windows} windows to measure, in {len(missing)} of {total} blocks; configurations: {tried}")
     settings = processes.settings_text(config)
     jobs = [(settings, work.model, block, work.candidates) for work, block in missing]
-    for _ in processes.in_processes(_measure, jobs, [len(block.windows) for _, block in missing], slots):
-        pass
+    with Processes(slots) as pool:
+        for _ in pool.run(_measure, jobs, sizes=[len(block.windows) for _, block in missing]):
+            pass
 
 
 def _measure(job: tuple[str, str, Block, Sequence[Candidate]], device: str) -> None:

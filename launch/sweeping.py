@@ -16,10 +16,11 @@ from launch import processes
 from launch.devices import device_slots
 from launch.output import counted, say, show
 from launch.places import open_storage
+from launch.processes import Processes
+from launch.views import comparison_figures, sweep_figures
 from launch.views.tables import NOTHING, Column, Table, numbers, percent_error, percent_gain, percent_interval
 from objectives.metrics import Measurement
 from objectives.windows import Windows
-from storage.files import replace_file
 from studies import candidates, chosen, comparing, sweeping
 from studies import space as spaces
 from studies.comparing import ComparedConfiguration
@@ -29,7 +30,6 @@ from studies.series import read_series, window_span
 from studies.sweeping import Sweep, SweptCell
 
 MOST_AXES, MOST_ROWS = 2, 20
-PICTURES = (".png", ".html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +71,11 @@ def checked_axes(model: str, words: Sequence[str]) -> dict[str, list[Any]]:
     return axes
 
 
-def checked_picture(path: Path | None) -> Path | None:
-    """The file of --plot. Raises a usage error for one that is neither a picture nor a page."""
-    if path is not None and path.suffix not in PICTURES:
-        raise click.BadParameter(f"{path}: name a file that ends in {' or '.join(PICTURES)}", param_hint="--plot")
-    return path
-
-
 def command(config: Config, asked: Asked, *, plot: Path | None, as_json: bool) -> None:
     """What the command does. Raises ExpectedError."""
     model, symbol = asked.model, asked.symbol
+    if plot is not None:
+        comparison_figures.check(plot)
     config = chosen.with_horizon(config, asked.horizon, [model])
     (series,), notes = read_series(config, [symbol])
     windows = comparing.windows_before_test(config, symbol, series.bars, count=asked.windows, stride=asked.stride)
@@ -97,10 +92,11 @@ def command(config: Config, asked: Asked, *, plot: Path | None, as_json: bool) -
     everyone = [base.params, *({**base.params, **values} for values in sweeping.combinations_of(asked.axes))]
     say(str(candidates.cost(model, everyone, windows=len(windows), passes=asked.passes)))
     job = _Job(settings=processes.settings_text(config), base=base, axes=asked.axes, windows=windows, asked=asked)
-    slots = device_slots(None, None)[:1]
-    ((_, result),) = processes.in_processes(_measure, [job], [1], slots)
+    with Processes(device_slots(None, None)[:1]) as here:
+        ((_, result),) = here.run(_measure, [job])
     if plot is not None:
-        _draw(plot, result, asked)
+        sweep_figures.write(plot, result, symbol=symbol, model=model)
+        say(f"figure in {plot}")
     if as_json:
         click.echo(json.dumps(to_json(result, base, asked, windows), indent=2))
     else:
@@ -170,7 +166,7 @@ def table(names: Sequence[str], rows: Sequence[SweptCell]) -> Table:
             Column(heading="", cells=[verdict(one) for one in rows], priority=5),
             numbers("skill", [percent_gain(one.measurement.skill) for one in rows], 4),
             numbers("price MAE", [f"{one.measurement.price_mae:.6g}" for one in rows], 2),
-            numbers("MAE / price", [f"{one.measurement.mae_percent:.4f} %" for one in rows], 1),
+            numbers("MAE%", [f"{one.measurement.mae_percent:.3f}" for one in rows], 1),
         ]
     )
 
@@ -217,15 +213,3 @@ def to_json(found: Sweep, base: ComparedConfiguration, asked: Asked, windows: Wi
 def _errors(measured: Measurement) -> dict[str, Any]:
     """Without seconds and windows: all share their draws, and have the same windows."""
     return {name: value for name, value in measurement_json(measured).items() if name not in ("seconds", "windows")}
-
-
-def _draw(path: Path, found: Sweep, asked: Asked) -> None:
-    """Raises ConfigError where the file cannot be written."""
-    from launch.views import sweep_figures
-
-    chart = sweep_figures.chart_of(found, symbol=asked.symbol, model=asked.model)
-    try:
-        replace_file(path, sweep_figures.png(chart) if path.suffix == ".png" else sweep_figures.html(chart))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name another file with --plot") from None
-    say(f"figure in {path}")

@@ -203,7 +203,7 @@ def recent_origins(
     last = end - horizon  # the last origin whose targets do not reach `end`
     found = range(last, min_context - 1, -stride)[:count][::-1]
     if len(found) < (count if at_least is None else max(at_least, 1)):
-        apart = "" if stride == 1 else f" {stride} bars apart"
+        apart = "" if stride == 1 else f", {stride} bars apart,"
         raise DataError(
             f"{symbol}: has {len(found)} windows of {horizon}{apart} in its first {max(end, 0)} bars, with "
             f"{min_context} of context, and needs {at_least or count}; add older bars or leave the symbol out"

@@ -78,7 +78,7 @@ def _file(word: str) -> Chosen:
         content = configs.read_bytes(path)
     if content is None:
         known = f"{BEST}, {STORED}, {DEFAULT}, a promoted file or STUDY#TRIAL"
-        raise ConfigError(f"{word}: no such file; each of the list is {known}")
+        raise ConfigError(f"{word}: no such file; there are {known}")
     try:  # whichever symbol it was made for
         symbol = json.loads(content).get("symbol", path.stem)
     except (ValueError, AttributeError):

@@ -65,11 +65,6 @@ class PairedImprovement:
 # --- windows ------------------------------------------------------------------------------------------------
 
 
-def default_stride(horizon: int) -> int:
-    """Bars between two origins: windows of several steps overlap by three quarters."""
-    return max(1, horizon // 4)
-
-
 def windows_before_test(config: Config, symbol: str, bars: Bars, *, count: int, stride: int) -> Windows:
     """The most recent origins before test; with a stride of 1 and their number those of a study.
 

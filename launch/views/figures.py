@@ -68,7 +68,7 @@ def error_by_window(found: StudyEvidence | None) -> go.Figure | None:
          "name": "cumulative lead", "showlegend": False, "hovertemplate": f"lead over {reference}: %{{y:.3f}} %"}
     )  # fmt: skip
     begin, end = confirmed + 0.5, count + 0.5
-    return figure_of(
+    return styled_figure(
         traces,
         title="Error by window",
         subtitle=f"dots: single windows; lines: {recent}; "
@@ -184,7 +184,7 @@ def forecast(found: StudyEvidence | None) -> go.Figure | None:
     line("actual", "actual", np.arange(len(actual)), actual, mode="lines+markers",
          marker={"size": 5}, line={"color": COLOURS["actual"], "width": 1.4})  # fmt: skip
     begin = chart.test_from - 0.5
-    return figure_of(
+    return styled_figure(
         traces,
         title="Forecast vs. actual",
         subtitle=f"validation and test windows, {chart.times[0]} to {chart.times[-1]}; "
@@ -271,7 +271,7 @@ def best_so_far(
     high = max(np.quantile(errors, 1 - HIDDEN_SHARE), *marks.values(), errors[0])
     margin = 0.06 * (high - low) or 0.01 * high
     hidden = int((errors > high + margin).sum())
-    return figure_of(
+    return styled_figure(
         traces,
         title="Optimization history",
         subtitle="mean absolute error on the search windows"
@@ -290,7 +290,7 @@ def importances(shares: Mapping[str, float]) -> go.Figure | None:
         "type": "bar", "x": [round(100 * shares[name], 1) for name in names], "y": names, "orientation": "h",
         "marker": {"color": COLOURS["best"]}, "hovertemplate": "%{y}: %{x:.1f} %",
     }  # fmt: skip
-    return figure_of(
+    return styled_figure(
         [bars],
         title="Parameter importance",
         subtitle="of the confirmed grid where there is one, else of the trials (PED-ANOVA)",
@@ -325,7 +325,7 @@ def improvements(rows: Sequence[SymbolDecision]) -> go.Figure | None:
                                 "array": above, "arrayminus": below},
                 }
             )  # fmt: skip
-    return figure_of(
+    return styled_figure(
         traces,
         title="Confirmed improvement over the incumbent",
         subtitle="as the evidence of all pooled symbols has it, with its 95 % interval",
@@ -351,7 +351,7 @@ def replay_curves(outcomes: Sequence[RuleOutcome]) -> go.Figure | None:
         }
         for one in known
     ]
-    return figure_of(
+    return styled_figure(
         traces,
         title="What was in use against the model's default",
         subtitle="improvement of the MAE on the bars after each date, mean over symbols, added up over the dates",
@@ -371,7 +371,7 @@ def _test_label(begin: float) -> dict[str, Any]:
             "yanchor": "top"}  # fmt: skip
 
 
-def figure_of(
+def styled_figure(
     traces: Sequence[Mapping[str, Any]], *, title: str, subtitle: str, height: int = HEIGHT, **layout: Any
 ) -> go.Figure:
     """A figure in the common style, without Plotly's own template: every stored figure would carry its 7 kB.

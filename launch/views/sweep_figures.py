@@ -8,13 +8,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from launch.output import counted
-from launch.views.figures import COLOURS, GRID, figure_of
+from launch.views.comparison_figures import save
+from launch.views.figures import COLOURS, GRID, styled_figure
 from studies.sweeping import Sweep, SweptCell
 
 AXIS = "improvement over the current value, %"
@@ -33,6 +35,12 @@ class SweepChart:
     low: np.ndarray  # of the 95 % interval, NaN where there is none
     high: np.ndarray
     current: Sequence[tuple[int, ...]]  # places with the current values
+
+
+def write(path: Path, found: Sweep, *, symbol: str, model: str) -> None:
+    """Raises ConfigError where the file cannot be written."""
+    chart = chart_of(found, symbol=symbol, model=model)
+    save(path, png(chart) if path.suffix.lower() == ".png" else html(chart).encode())
 
 
 def chart_of(found: Sweep, *, symbol: str, model: str) -> SweepChart:
@@ -72,7 +80,7 @@ def html(chart: SweepChart) -> str:
 def _line(chart: SweepChart) -> go.Figure:
     names, values = chart.labels[0], chart.improvement
     current = [place for (place,) in chart.current]
-    return figure_of(
+    return styled_figure(
         [
             {"x": names, "y": values, "mode": "markers", "name": f"{chart.names[0]}, with its 95 % interval",
              "marker": {"size": 8, "color": COLOURS["best"]},
@@ -91,7 +99,7 @@ def _line(chart: SweepChart) -> go.Figure:
 
 def _heat_map(chart: SweepChart) -> go.Figure:
     limit = _limit(chart)
-    return figure_of(
+    return styled_figure(
         [
             {"type": "heatmap", "z": chart.improvement, "x": chart.labels[1], "y": chart.labels[0], "zmid": 0,
              "zmin": -limit, "zmax": limit, "colorscale": DIVERGING[0], "colorbar": {"title": {"text": "%"}},

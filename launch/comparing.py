@@ -1,0 +1,328 @@
+"""`studies compare`: configurations and naive baselines side by side, on equal windows of every symbol.
+
+Models are measured in processes, a symbol and model at a time; the baselines and the improvements are computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from forecasters import ForecastError
+from forecasters.models import MODELS
+from launch import processes
+from launch.devices import DeviceSlot, device_slots
+from launch.output import counted, say, wide_console
+from launch.places import open_storage
+from launch.processes import Processes
+from launch.views import comparison, comparison_figures
+from launch.views.comparison import BLOCKS, ComparisonRow, Fan
+from launch.views.tables import duration, terminal
+from objectives.bars import DataError
+from objectives.evaluation import Evaluator
+from objectives.windows import Windows
+from storage.commands import this_command
+from studies import chosen, comparing
+from studies.comparing import ComparedConfiguration, MeasuredRow
+from studies.config import Config, ConfigError
+from studies.series import Series, read_usable_series, window_span
+
+BAND = (0.1, 0.9)  # of the samples that a fan shows
+SHOWN = 3  # names in one line
+FAST_WINDOWS = 35  # what MARKETSIM_FAST_SIMULATE means by few
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the options of the command say."""
+
+    symbols: Sequence[str]
+    models: Sequence[str]
+    horizon: int
+    windows: int
+    stride: int
+    passes: int
+    params: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One symbol, and what is measured on its windows."""
+
+    series: Series
+    windows: Windows
+    rows: Sequence[ComparedConfiguration]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process does at a time: configurations of one model on one symbol's windows."""
+
+    settings: str
+    model: str
+    windows: Windows
+    rows: Sequence[ComparedConfiguration]
+    passes: int
+    fan: bool  # also the band of the samples of the last window
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """What came of a configuration: how it did, or why it could not be measured."""
+
+    measured: MeasuredRow | None = None
+    band: np.ndarray | None = None  # [2, H] of the last window, price
+    error: str | None = None
+
+
+def command(
+    config: Config, asked: Asked, *, gpus: Sequence[int], cpus: int | None, plot: Path | None, as_json: bool
+) -> None:
+    """What the command does. Raises ExpectedError; exits with status 1 where a row could not be measured."""
+    if plot is not None:
+        comparison_figures.check(plot)
+    slots = device_slots(gpus or None, cpus)
+    config = chosen.with_horizon(config, asked.horizon, asked.models)
+    cases = cases_of(config, asked)
+    try:
+        rows, fan = measure(config, asked, cases, slots, fan=plot is not None)
+    except KeyboardInterrupt:
+        say(f"interrupted; nothing is kept; again: {this_command()}")
+        sys.exit(130)
+    over_symbols = comparison.over_symbols(rows)
+    if as_json:
+        click.echo(json.dumps({"rows": [asdict(one) for one in rows], "over_symbols": over_symbols}, indent=2))
+    else:
+        console = wide_console()
+        console.print(terminal(comparison.table(rows), console.width))
+        if over_symbols:
+            console.print(f"\nmean of {over_symbols[0]['symbols']} symbols", style="bold")
+            console.print(terminal(comparison.summary_table(over_symbols), console.width))
+    for line in comparison.explanations(rows):
+        say(line)
+    if plot is not None and fan is not None:
+        comparison_figures.write(plot, rows, fan)
+        say(f"figure in {plot}")
+    if any(one.error for one in rows):
+        sys.exit(1)
+
+
+# --- what is measured ---------------------------------------------------------------------------------------
+
+
+def cases_of(config: Config, asked: Asked) -> list[Case]:
+    """The symbols with their windows and configurations; says what is left out. Raises ExpectedError for none left."""
+    overrides, notes = chosen.environment_overrides(asked.models, os.environ)
+    words = chosen.read_words(asked.params, lambda: open_storage(config))
+    series, refused, of_files = read_usable_series(_for_windows(config), asked.symbols)
+    cases, dead, without = [], [], []
+    for each in series:
+        try:
+            windows = comparing.windows_before_test(
+                config=_for_windows(config),
+                symbol=each.symbol,
+                bars=each.bars,
+                count=asked.windows,
+                stride=asked.stride,
+            )
+        except DataError as error:
+            refused[each.symbol] = f"{error}; or ask for fewer or closer ones with --windows and --stride"
+            continue
+        found = chosen.for_symbol(config, each.symbol, asked.models, asked.params, words, overrides)
+        notes += found.notes
+        dead += found.dead_top_p
+        if not found.rows:
+            without.append(each.symbol)
+            continue
+        cases.append(Case(series=each, windows=windows, rows=found.rows))
+    if not cases and not without and len(refused) == 1:
+        raise DataError(*refused.values())
+    for note in (*notes, *of_files, *(f"{symbol} skipped: {reason}" for symbol, reason in refused.items())):
+        say(note)
+    if without:
+        say(
+            f"no configuration of {_some(without)} in {config.hyperparams.dir} for --params {','.join(asked.params)}; "
+            f"left out; --params {chosen.DEFAULT} measures the models' published defaults"
+        )
+    if dead:
+        say(f"top_p has no effect while top_k is above 0: {_some(dead)}")
+    if not cases:
+        raise ConfigError("nothing is left to compare")
+    return cases
+
+
+def _for_windows(config: Config) -> Config:
+    """The settings of windows for bars that are not searched: no validation windows of their own are needed."""
+    return replace(config, windows=replace(config.windows, validation=1))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def measure(
+    config: Config, asked: Asked, cases: Sequence[Case], slots: Sequence[DeviceSlot], *, fan: bool
+) -> tuple[list[ComparisonRow], Fan | None]:
+    """Measure every row of every case. fan: also what a figure of the first symbol shows."""
+    settings = processes.settings_text(config)
+    jobs = [
+        Job(
+            settings=settings,
+            model=model,
+            windows=case.windows,
+            rows=[row for row in case.rows if row.model == model],
+            passes=asked.passes,
+            fan=fan and case is cases[0],
+        )
+        for model in reversed(asked.models)  # the later models of the list take longer: they begin
+        for case in cases
+    ]
+    jobs = [job for job in jobs if job.rows]
+    pilots = list({job.model: job for job in reversed(jobs)}.values())
+    answers: dict[tuple[str, str], Sequence[Answer]] = {}
+    with Processes(slots[: len(jobs)]) as pool:
+        a_window = {job.model: seconds for job, seconds in pool.run(pilot, pilots)}
+        sizes = [len(job.windows) * len(job.rows) for job in jobs]
+        total = sum(a_window[job.model] * len(job.windows) for job in jobs) * asked.passes / len(slots[: len(jobs)])
+        say(
+            f"{counted(len(cases), 'symbol')}, {sum(sizes)} forecasts of {counted(asked.horizon, 'step')} on "
+            f"{counted(len(slots[: len(jobs)]), slots[0].device.split(':')[0] + ' process')}: about {duration(total)}"
+        )
+        for job, found in pool.run(measure_job, jobs, sizes=sizes):
+            answers[job.windows.symbol, job.model] = found
+    rows: list[ComparisonRow] = []
+    for case in cases:
+        by_model = {model: iter(answers.get((case.series.symbol, model), ())) for model in asked.models}
+        rows += _rows(case, [next(by_model[row.model]) for row in case.rows], asked.stride)
+    return rows, _fan(cases[0], answers) if fan else None
+
+
+def pilot(job: Job, device: str) -> float:
+    """Seconds that a window of these configurations takes, from the bars to the points: the less of two tries."""
+    evaluator = _evaluator(job, device)
+    tried = []
+    for origin in (job.windows.origins[0], job.windows.origins[-1]):
+        before = sum(evaluator.seconds.values())
+        for row in job.rows:
+            try:
+                comparing.measure(evaluator, replace(job.windows, origins=(origin,)), row.params)
+            except ForecastError:  # the measurement says it
+                continue
+        tried.append(sum(evaluator.seconds.values()) - before)
+    return min(tried)
+
+
+def _evaluator(job: Job, device: str) -> Evaluator:
+    evaluator = processes.evaluator(job.settings, job.model, device)
+    evaluator.max_num_samples = 0  # nothing is drawn ahead for trials
+    return evaluator
+
+
+def measure_job(job: Job, device: str) -> list[Answer]:
+    """Measure these configurations, that with the most samples first, as the others' are among them."""
+    evaluator = _evaluator(job, device)
+    count = MODELS[job.model].params.num_samples
+    order = sorted(range(len(job.rows)), key=lambda place: -job.rows[place].params.get(count, 0))
+    found = {place: _answer(job, job.rows[place].params, evaluator) for place in order}
+    return [found[place] for place in range(len(job.rows))]
+
+
+def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer:
+    try:
+        passes = comparing.passes_of(evaluator, job.passes)
+        measured = comparing.measure(evaluator, job.windows, params, passes=passes)
+        band = None
+        if job.fan and not evaluator.exact:
+            last = replace(job.windows, origins=job.windows.origins[-1:])
+            band = np.quantile(evaluator.samples(last, params, pass_number=passes[0])[0], BAND, axis=0)
+        return Answer(measured=measured, band=band)
+    except ForecastError as error:
+        return Answer(error=str(error))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def _rows(case: Case, answers: Sequence[Answer], stride: int) -> list[ComparisonRow]:
+    """Of one symbol, the configurations first; improvements are over the first that was measured."""
+    windows = case.windows
+    span = window_span(windows)
+    reference = next((one.measured for one in answers if one.measured), None)
+    common = {
+        "symbol": case.series.symbol,
+        "windows": len(windows),
+        "effective_windows": comparing.effective_windows(windows),
+        "horizon": windows.horizon,
+        "stride": stride,
+        "first": span.first,
+        "last": span.last,
+    }
+
+    def row(label: str, model: str, source: str, params: Mapping[str, Any], answer: Answer) -> ComparisonRow:
+        told = {**common, "label": label, "model": model, "source": source, "params": dict(params)}
+        if (measured := answer.measured) is None:
+            return ComparisonRow(**told, error=answer.error)
+        gain = None
+        if reference is not None and measured is not reference:
+            gain = comparing.paired_improvement(windows, reference.measurement.errors, measured.measurement.errors)
+        found = measured.measurement
+        return ComparisonRow(
+            **told,
+            reference=measured is reference,
+            mae=found.mae,
+            price_mae=found.price_mae,
+            mae_percent=found.mae_percent,
+            skill=found.skill,
+            by_step=tuple(measured.by_step.tolist()),
+            sampling_error=found.sampling_error,
+            seconds=sum(found.seconds.values()) if found.seconds else None,
+            improvement=gain.value if gain else None,
+            improvement_low=gain.interval[0] if gain and gain.interval else None,
+            improvement_high=gain.interval[1] if gain and gain.interval else None,
+            verdict=gain.verdict if gain else None,
+        )
+
+    naive = {"no change": comparing.no_change(windows), "drift": comparing.drift(windows)}
+    block = comparing.block_persistence(case.series.bars.close, windows.horizon)
+    return [
+        *(row(one.label, one.model, one.source, one.params, a) for one, a in zip(case.rows, answers, strict=True)),
+        *(
+            row(name, "", "baseline", {}, Answer(measured=comparing.measure_points(windows, points)))
+            for name, points in naive.items()
+        ),
+        ComparisonRow(**common, label=BLOCKS, model="", source="baseline", params={}, mae_percent=block),
+    ]
+
+
+def _fan(case: Case, answers: Mapping[tuple[str, str], Sequence[Answer]]) -> Fan:
+    """What a figure shows of the last window of a case."""
+    windows, bars = case.windows, case.series.bars
+    origin, horizon = windows.origins[-1], windows.horizon
+    shown = slice(max(0, origin - max(horizon, 20)), origin + horizon)
+    by_model = {model: iter(found) for (symbol, model), found in answers.items() if symbol == case.series.symbol}
+    found = {row.label: next(by_model[row.model]) for row in case.rows}
+    return Fan(
+        symbol=case.series.symbol,
+        times=tuple(str(time.astype("datetime64[m]")) for time in bars.timestamps[shown]),
+        closes=tuple(bars.close[shown].tolist()),
+        ahead=horizon,
+        points={label: one.measured.points[-1].tolist() for label, one in found.items() if one.measured},
+        bands={label: one.band.tolist() for label, one in found.items() if one.band is not None},
+    )
+
+
+def windows_asked(windows: int, environment: Mapping[str, str]) -> int:
+    """The number of windows, at most 35 where the predecessor's MARKETSIM_FAST_SIMULATE asks for a quick look."""
+    if environment.get("MARKETSIM_FAST_SIMULATE", "").strip().lower() not in ("1", "true", "yes", "on"):
+        return windows
+    if windows > FAST_WINDOWS:
+        say(f"MARKETSIM_FAST_SIMULATE: {FAST_WINDOWS} windows and not {windows}")
+    return min(windows, FAST_WINDOWS)
