@@ -137,6 +137,7 @@ def table(found: Sequence[Reduction]) -> Table:
             Column(heading="symbol", cells=[one.symbol for one in found]),
             Column(heading="model", cells=[one.model for one in found], priority=3),
             numbers("samples", [str(one.samples) for one in found], 9),
+            numbers("its cost", [percent_gain(one.costs[0].cost) for one in found], 4),
             numbers("enough", [NOTHING if one.reduced is None else str(one.reduced) for one in found], 10),
             numbers("cost", [percent_gain(cost.cost) if cost else NOTHING for cost in costs], 8),
             numbers("95 % bound", [percent_gain(cost.bound) if cost else NOTHING for cost in costs], 9),

@@ -151,6 +151,21 @@ def test_apply_is_a_promotion_that_can_be_rolled_back(place: Place) -> None:
     assert place.promoted_file("SP500").read_bytes() == before
 
 
+def test_a_file_that_was_replaced_meanwhile_stays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.put("best", {"num_samples": 512, "aggregate": "mean"})
+    measure = reducing.costs_of
+
+    def replacing(*words: Any, **options: Any) -> Any:
+        place.put("best", {"num_samples": 256, "aggregate": "median"})
+        return measure(*words, **options)
+
+    monkeypatch.setattr(reducing, "costs_of", replacing)
+    ended = place.reduce("--max-cost", "0.1", "--apply", code=1)
+    assert "SP500.json was replaced meanwhile; run the command again" in ended.stderr
+    assert json.loads(place.promoted_file("SP500").read_text())["config"]["num_samples"] == 256
+    assert not (place.folder / "hyperparams" / "toto").exists()
+
+
 def test_what_cannot_be_reduced_is_one_line(place: Place) -> None:
     assert "best: no promoted file of toto; promote one first" in place.reduce(code=1).stderr
     assert (
