@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -206,6 +207,20 @@ def inspect(model: str, *, running: Running = BY_DEFAULT, **options: Any) -> str
     options: as for `load`. Raises CheckpointError where the checkpoint does not fit the network.
     """
     return _module(model).inspect(running=running, **options)
+
+
+def count_flop(work: Callable[[], object]) -> int:
+    """Do this work and count the operations of its networks; 0, and nothing done, where no network was loaded."""
+    if "torch" not in sys.modules:
+        return 0
+    return importlib.import_module("forecasters.work").count_flop(work)
+
+
+def measure_matrix_product(device: str) -> float | None:
+    """Operations a second of a large matrix product on "cpu" or "cuda:0"; None where no network was loaded."""
+    if "torch" not in sys.modules:
+        return None
+    return importlib.import_module("forecasters.work").measure_matrix_product(device)
 
 
 def _module(model: str) -> Any:

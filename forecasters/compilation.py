@@ -59,7 +59,8 @@ def decide(
 
     As for the storage's URL, so that one run can differ from the settings that all runs share. Of the environment,
     for MODEL = TOTO or KRONOS: MODEL_DISABLE_COMPILE=1 or MODEL_COMPILE=0 turns off; MODEL_COMPILE_MODE names the
-    mode, MODEL_COMPILE_BACKEND the backend; MODEL_COMPILE=1 turns on where the settings say auto or off.
+    mode, MODEL_COMPILE_BACKEND the backend; MODEL_COMPILE=1 turns on where the settings say auto or off, and
+    MODEL_USE_TORCH_COMPILE is the predecessor's name for it; its TORCH_COMPILE_MODE names the mode of what is compiled.
     auto: off on a CPU, where compiling gains 1.0 to 1.3 times for minutes of work, reduce-overhead on CUDA.
     Raises SettingError naming the variable or the setting.
     """
@@ -74,6 +75,7 @@ def decide(
         return value.strip().lower() in _TRUE
 
     asked, disabled = truth(f"{prefix}_COMPILE"), truth(f"{prefix}_DISABLE_COMPILE")
+    asked = truth(f"{prefix}_USE_TORCH_COMPILE") if asked is None else asked
     mode, where = running.compile_mode, "[compile] mode"
     if named := environ.get(f"{prefix}_COMPILE_MODE"):
         mode, where = named, f"{prefix}_COMPILE_MODE"
@@ -89,6 +91,10 @@ def decide(
         mode = "reduce-overhead" if on_cuda else "default"
     elif mode == "auto":
         mode = "reduce-overhead" if on_cuda else "off"
+    if mode != "off" and not environ.get(f"{prefix}_COMPILE_MODE") and (named := environ.get("TORCH_COMPILE_MODE")):
+        if named not in COMPILE_MODES[2:]:
+            raise SettingError(f"TORCH_COMPILE_MODE = {named}: expected one of {', '.join(COMPILE_MODES[2:])}")
+        mode = named
     if mode != "off" and backend not in (known := torch.compiler.list_backends(None)):
         raise SettingError(f"{where} = {backend}: torch has no such backend; expected one of {', '.join(known)}")
     return Policy(mode=mode, backend=backend, folder=Path(running.compile_dir))

@@ -83,6 +83,7 @@ PUBLISHED = {
     "temperature": 1.0, "top_p": 0.9, "top_k": 0, "sample_count": 1, "max_context": 512, "clip": 5.0,
 }  # fmt: skip
 
+
 def _point(temperature: float, top_p: float, sample_count: int, max_context: int, top_k: int = 0) -> dict[str, Any]:
     """A point of the guide, but for its clip of 1.5 to 3: below 3 the network often cannot represent today's price."""
     return {"temperature": temperature, "top_p": top_p, "top_k": top_k, "sample_count": sample_count,

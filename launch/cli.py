@@ -31,6 +31,7 @@ from launch.options import (
     gpus_option,
     json_option,
     models_option,
+    profile_option,
     shared,
     symbols_option,
     version_option,
@@ -55,6 +56,7 @@ from studies.config import MAX_TRIALS, Config, ConfigError
 @click.option("--strict", is_flag=True, help="Refuse to begin if a symbol cannot be searched, instead of skipping it.")
 @click.option("--retry-parked", is_flag=True, help="Try parked work again that was parked less than a day ago.")
 @click.option("--plain", is_flag=True, help="Print lines of progress instead of the live table.")
+@profile_option
 @shared
 def launch_workers(
     config: Config,
@@ -69,6 +71,7 @@ def launch_workers(
     strict: bool,
     retry_parked: bool,
     plain: bool,
+    profile: bool,
 ) -> None:
     """Search: continue the unfinished studies of the symbols and models, and open those that are missing.
 
@@ -79,9 +82,12 @@ def launch_workers(
     launch-workers --cpus 2 --symbols BTCUSD,AAPL --trials 100
     launch-workers --ray head.example:6379 --gpus-total 16
     """
+    from launch import switches
     from launch.searching import search
 
     check_devices(gpus, cpus)
+    given = {"trials": trials, "cpus": cpus, "models": models, "devices_given": bool(gpus or ray)}
+    trials, cpus, models = switches.of_search(os.environ, **given)
     config = replace(
         config,
         search=replace(
@@ -91,19 +97,8 @@ def launch_workers(
             objective=objective or config.search.objective,
         ),
     )
-    sys.exit(
-        search(
-            config,
-            checked_symbols(symbols),
-            flat(gpus),
-            cpus,
-            ray=ray,
-            gpus_total=gpus_total,
-            strict=strict,
-            retry_parked=retry_parked,
-            plain=plain,
-        )
-    )
+    options = {"ray": ray, "gpus_total": gpus_total, "strict": strict, "retry_parked": retry_parked, "plain": plain}
+    sys.exit(search(config, checked_symbols(symbols), flat(gpus), cpus, **options, profile=profile))
 
 
 @click.command(context_settings=HELP)

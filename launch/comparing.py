@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from launch.devices import DeviceSlot, device_slots
 from launch.output import counted, say, wide_console
 from launch.places import open_storage
 from launch.processes import Processes
+from launch.profiling import Profile, joined, show_profile, work_of
 from launch.views import comparison, comparison_figures
 from launch.views.comparison import BLOCKS, ComparisonRow, Fan
 from launch.views.tables import duration, terminal
@@ -37,7 +39,7 @@ from studies.series import Series, read_usable_series, window_span
 
 BAND = (0.1, 0.9)  # of the samples that a fan shows
 SHOWN = 3  # names in one line
-FAST_WINDOWS = 35  # what MARKETSIM_FAST_SIMULATE means by few
+HORIZON = 64  # of the predecessor's comparisons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Asked:
     stride: int
     passes: int
     params: Sequence[str]
+    profile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class Job:
     rows: Sequence[ComparedConfiguration]
     passes: int
     fan: bool  # also the band of the samples of the last window
+    profile: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,9 +95,11 @@ def command(
         comparison_figures.check(plot)
     slots = device_slots(gpus or None, cpus)
     config = chosen.with_horizon(config, asked.horizon, asked.models)
+    began = time.perf_counter()
     cases = cases_of(config, asked)
+    read = Profile(seconds={"read": time.perf_counter() - began})
     try:
-        rows, fan = measure(config, asked, cases, slots, fan=plot is not None)
+        rows, fan, profile = measure(config, asked, cases, slots, fan=plot is not None)
     except KeyboardInterrupt:
         say(f"interrupted; nothing is kept; again: {this_command()}")
         sys.exit(130)
@@ -111,6 +117,8 @@ def command(
     if plot is not None and fan is not None:
         comparison_figures.write(plot, rows, fan)
         say(f"figure in {plot}")
+    if asked.profile:
+        show_profile(joined([read, profile]))
     if any(one.error for one in rows):
         sys.exit(1)
 
@@ -170,7 +178,7 @@ def _some(names: Sequence[str]) -> str:
 
 def measure(
     config: Config, asked: Asked, cases: Sequence[Case], slots: Sequence[DeviceSlot], *, fan: bool
-) -> tuple[list[ComparisonRow], Fan | None]:
+) -> tuple[list[ComparisonRow], Fan | None, Profile]:
     """Measure every row of every case. fan: also what a figure of the first symbol shows."""
     settings = processes.settings_text(config)
     jobs = [
@@ -181,6 +189,7 @@ def measure(
             rows=[row for row in case.rows if row.model == model],
             passes=asked.passes,
             fan=fan and case is cases[0],
+            profile=asked.profile,
         )
         for model in reversed(asked.models)  # the later models of the list take longer: they begin
         for case in cases
@@ -189,25 +198,32 @@ def measure(
     pilots = list({job.model: job for job in reversed(jobs)}.values())
     answers: dict[tuple[str, str], Sequence[Answer]] = {}
     with Processes(slots[: len(jobs)]) as pool:
-        a_window = {job.model: seconds for job, seconds in pool.run(pilot, pilots)}
+        tried = {job.model: found for job, found in pool.run(pilot, pilots)}
+        spent = [profile for _, profile in tried.values()]
         sizes = [len(job.windows) * len(job.rows) for job in jobs]
-        total = sum(a_window[job.model] * len(job.windows) for job in jobs) * asked.passes / len(slots[: len(jobs)])
+        total = sum(tried[job.model][0] * len(job.windows) for job in jobs) * asked.passes / len(slots[: len(jobs)])
         say(
             f"{counted(len(cases), 'symbol')}, {sum(sizes)} forecasts of {counted(asked.horizon, 'step')} on "
             f"{counted(len(slots[: len(jobs)]), slots[0].device.split(':')[0] + ' process')}: about {duration(total)}"
         )
         for job, found in pool.run(measure_job, jobs, sizes=sizes):
-            answers[job.windows.symbol, job.model] = found
+            answers[job.windows.symbol, job.model], profile = found
+            spent.append(profile)
     rows: list[ComparisonRow] = []
     for case in cases:
         by_model = {model: iter(answers.get((case.series.symbol, model), ())) for model in asked.models}
         rows += _rows(case, [next(by_model[row.model]) for row in case.rows], asked.stride)
-    return rows, _fan(cases[0], answers) if fan else None
+    return rows, _fan(cases[0], answers) if fan else None, joined(spent)
 
 
-def pilot(job: Job, device: str) -> float:
-    """Seconds that a window of these configurations takes, from the bars to the points: the less of two tries."""
+def pilot(job: Job, device: str) -> tuple[float, Profile]:
+    """Seconds that a window of these configurations takes, from the bars to the points, the less of two tries.
+
+    Beside it what it took to load the model.
+    """
+    began = time.perf_counter()
     evaluator = _evaluator(job, device)
+    load_s = time.perf_counter() - began
     tried = []
     for origin in (job.windows.origins[0], job.windows.origins[-1]):
         before = sum(evaluator.seconds.values())
@@ -217,22 +233,30 @@ def pilot(job: Job, device: str) -> float:
             except ForecastError:  # the measurement says it
                 continue
         tried.append(sum(evaluator.seconds.values()) - before)
-    return min(tried)
+    return min(tried), Profile(seconds={"load": load_s})
 
 
 def _evaluator(job: Job, device: str) -> Evaluator:
-    evaluator = processes.evaluator(job.settings, job.model, device)
+    evaluator = processes.evaluator(job.settings, job.model, device, job.profile)
     evaluator.max_num_samples = 0  # nothing is drawn ahead for trials
     return evaluator
 
 
-def measure_job(job: Job, device: str) -> list[Answer]:
+def measure_job(job: Job, device: str) -> tuple[list[Answer], Profile]:
     """Measure these configurations, that with the most samples first, as the others' are among them."""
+    began = time.perf_counter()
     evaluator = _evaluator(job, device)
+    load_s = time.perf_counter() - began
+    seconds, work = dict(evaluator.seconds), work_of([evaluator])
     count = MODELS[job.model].params.num_samples
     order = sorted(range(len(job.rows)), key=lambda place: -job.rows[place].params.get(count, 0))
     found = {place: _answer(job, job.rows[place].params, evaluator) for place in order}
-    return [found[place] for place in range(len(job.rows))]
+    profile = Profile(
+        seconds={"load": load_s, **{stage: spent - seconds[stage] for stage, spent in evaluator.seconds.items()}},
+        flop={stage: flop - work.get(stage, 0.0) for stage, flop in work_of([evaluator]).items()},
+        rate=processes.matrix_product(device) if job.profile else None,
+    )
+    return [found[place] for place in range(len(job.rows))], profile
 
 
 def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer:
@@ -317,12 +341,3 @@ def _fan(case: Case, answers: Mapping[tuple[str, str], Sequence[Answer]]) -> Fan
         points={label: one.measured.points[-1].tolist() for label, one in found.items() if one.measured},
         bands={label: one.band.tolist() for label, one in found.items() if one.band is not None},
     )
-
-
-def windows_asked(windows: int, environment: Mapping[str, str]) -> int:
-    """The number of windows, at most 35 where the predecessor's MARKETSIM_FAST_SIMULATE asks for a quick look."""
-    if environment.get("MARKETSIM_FAST_SIMULATE", "").strip().lower() not in ("1", "true", "yes", "on"):
-        return windows
-    if windows > FAST_WINDOWS:
-        say(f"MARKETSIM_FAST_SIMULATE: {FAST_WINDOWS} windows and not {windows}")
-    return min(windows, FAST_WINDOWS)

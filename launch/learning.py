@@ -25,6 +25,7 @@ from launch.options import (
     gpus_option,
     json_option,
     models_option,
+    profile_option,
     shared,
     symbols_option,
 )
@@ -95,8 +96,7 @@ def replay(
 @click.command(context_settings=HELP)
 @symbols_option
 @models_option
-@click.option("--horizon", default=64, show_default=True, type=click.IntRange(1), envvar="MARKETSIM_MAX_HORIZON",
-              show_envvar=True, help="Bars ahead.")  # fmt: skip
+@click.option("--horizon", type=click.IntRange(1), help="Bars ahead.  [default: 64]")
 @click.option("--windows", default=30, show_default=True, type=click.IntRange(1), help="Forecasts of each symbol.")
 @click.option("--stride", type=click.IntRange(1), help="Bars between two of them.  [default: a quarter of --horizon]")
 @click.option("--passes", default=1, show_default=True, type=click.IntRange(1),
@@ -106,13 +106,14 @@ def replay(
 @gpus_option
 @click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
 @click.option("--plot", type=FILE, help="PNG or HTML file to draw error by step and the last forecasts to.")
+@profile_option
 @json_option
 @shared
 def compare(
     config: Config,
     symbols: Sequence[Sequence[str]],
     models: Sequence[Sequence[str]],
-    horizon: int,
+    horizon: int | None,
     windows: int,
     stride: int | None,
     passes: int,
@@ -120,6 +121,7 @@ def compare(
     gpus: Sequence[Sequence[int]],
     cpus: int | None,
     plot: Path | None,
+    profile: bool,
     as_json: bool,
 ) -> None:
     """Compare models and configurations at any horizon, beside naive forecasts, on the windows before test.
@@ -131,17 +133,19 @@ def compare(
     studies compare --symbols NVDA,BTCUSD --params best,stored
     studies compare --horizon 1 --windows 250 --params default,NVDA/toto@2026-02-05#34 --plot compare.html
     """
-    from launch import comparing
+    from launch import comparing, switches
 
     check_devices(gpus, cpus)
+    steps, count = switches.of_comparison(os.environ, horizon=horizon, windows=windows, default=comparing.HORIZON)
     asked = comparing.Asked(
         symbols=checked_symbols(symbols),
         models=checked_models(models, config),
-        horizon=horizon,
-        windows=comparing.windows_asked(windows, os.environ),
-        stride=stride or max(1, horizon // 4),
+        horizon=steps,
+        windows=count,
+        stride=stride or max(1, steps // 4),
         passes=passes,
         params=flat(params) or ("best", "stored"),
+        profile=profile,
     )
     comparing.command(config, asked, gpus=flat(gpus), cpus=cpus, plot=plot, as_json=as_json)
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from forecasters import LoadedForecaster
+from forecasters import LoadedForecaster, measure_matrix_product
 from launch.devices import DeviceSlot
 from objectives.evaluation import Evaluator
 from studies import config as configuration
@@ -110,7 +110,13 @@ def forecaster(settings: str, model: str, device: str) -> LoadedForecaster:
 
 
 @functools.cache
-def evaluator(settings: str, model: str, device: str) -> Evaluator:
-    """The evaluator of that forecaster."""
-    config = configuration.from_json(json.loads(settings))
-    return evaluators.evaluator_of(config, forecaster(settings, model, device), cache_bytes=CACHE_BYTES)
+def evaluator(settings: str, model: str, device: str, profile: bool = False) -> Evaluator:
+    """The evaluator of that forecaster. profile: count its operations."""
+    config, found = configuration.from_json(json.loads(settings)), forecaster(settings, model, device)
+    return evaluators.evaluator_of(config, found, cache_bytes=CACHE_BYTES, profile=profile)
+
+
+@functools.cache
+def matrix_product(device: str) -> float | None:
+    """Operations a second of a matrix product in this process, measured once."""
+    return measure_matrix_product(device)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import ray_cluster, streams, supervisor
+from launch import profiling, ray_cluster, streams, supervisor
 from launch.devices import DeviceSlot
 from launch.output import counted, say
 from launch.places import artifacts_folder, private_server_kept_alive, server_folder
@@ -37,10 +37,12 @@ def run_workers(
     skipped: Mapping[str, str] | None = None,
     cluster: Cluster | None = None,
     plain: bool = False,
+    profile: bool = False,
 ) -> int:
     """Work on the unfinished studies until they are finished, then list the studies `shown`.
 
-    skipped: symbols that were left out, with the reason. plain: without a live table. Returns the exit status: 130
+    skipped: symbols that were left out, with the reason. plain: without a live table. profile: also print time and work
+    by stage. Returns the exit status: 130
     interrupted, 1 a worker failed, else that of `print_results`. Raises ConfigError.
     """
     folder = _log_folder(config)
@@ -49,6 +51,7 @@ def run_workers(
         series={item.symbol: str(item.path.resolve()) for item in series},
         studies=tuple(study.name for study in unfinished),
         devices=tuple(slot.device for slot in device_slots),
+        profile=profile,
     )
     url, secret = urls.hand_over(storage.engine.url)
     private = {} if config.storage.url else {PRIVATE_SERVER: str(server_folder(config).absolute())}
@@ -92,6 +95,8 @@ def run_workers(
             note_writer.write()
             ended = print_results(storage, shown, skipped or {}, plain=plain)
             status = status or ended
+            if profile:
+                profiling.show_profile(profiling.read(folder), plain=plain)
         except DatabaseUnavailable as error:
             status = status or 1
             say(str(error))

@@ -27,6 +27,7 @@ def search(
     strict: bool,
     retry_parked: bool,
     plain: bool,
+    profile: bool = False,
 ) -> int:
     """Search until every study is finished. The options are those of the command. Returns the exit status.
 
@@ -74,5 +75,14 @@ def search(
     from launch.run import run_workers  # here: it imports Plotly, which takes a while
 
     return run_workers(
-        config, storage, series, unfinished, device_slots, shown=shown, skipped=skipped, cluster=cluster, plain=plain
+        config,
+        storage,
+        series,
+        unfinished,
+        device_slots,
+        shown=shown,
+        skipped=skipped,
+        cluster=cluster,
+        plain=plain,
+        profile=profile,
     )

@@ -201,12 +201,21 @@ def to_json(found: Sweep, base: ComparedConfiguration, asked: Asked, windows: Wi
                 "params": dict(one.params),
                 "current": one.current,
                 **_errors(one.measurement),
-                "improvement": one.improvement.value if one.improvement else None,
-                "interval": one.improvement.interval if one.improvement else None,
-                "verdict": one.improvement.verdict if one.improvement else None,
+                **_gain(one),
             }
             for one in found.cells
         ],
+    }
+
+
+def _gain(one: SweptCell) -> dict[str, Any]:
+    gain = one.improvement
+    low, high = gain.interval if gain and gain.interval else (None, None)
+    return {
+        "improvement": gain.value if gain else None,
+        "improvement_low": low,
+        "improvement_high": high,
+        "verdict": gain.verdict if gain else None,
     }
 
 

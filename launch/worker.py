@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from forecasters import ExpectedError, ForecastError, LoadedForecaster
-from launch import devices
+from forecasters import ExpectedError, ForecastError, LoadedForecaster, measure_matrix_product
+from launch import devices, profiling
+from launch.profiling import Profile, work_of
 from objectives.bars import DataError
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, database, slots
@@ -65,6 +66,7 @@ class RunPlan:
     series: Mapping[str, str]  # the file of bars by symbol
     studies: tuple[str, ...]  # names of the run's studies
     devices: tuple[str, ...]  # by worker
+    profile: bool = False  # count the work of the networks too
 
     def write(self, folder: Path) -> None:
         values = {
@@ -72,6 +74,7 @@ class RunPlan:
             "series": dict(self.series),
             "studies": list(self.studies),
             "devices": list(self.devices),
+            "profile": self.profile,
         }
         (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -83,6 +86,7 @@ class RunPlan:
             series=values["series"],
             studies=tuple(values["studies"]),
             devices=tuple(values["devices"]),
+            profile=values["profile"],
         )
 
 
@@ -162,13 +166,14 @@ class Worker:
         self.runs: dict[int, StudyRun] = {}  # those that it worked on last, with their bars
         self.failures: dict[int, int] = {}  # in a row, by study id
         self.last_finished: Slot | None = None
+        self.clock: working.StageClock | None = None  # once it works
         self.lease_keeper = LeaseKeeper(storage, list(self.studies), self.config.workers.lease_s)
 
     def work(self) -> int:
         """Work until every study is finished or a signal requests a stop. Returns the exit status."""
         for model in sorted({study.model for study in self.studies.values()}):
             self.evaluators[model] = self._load(model)  # before the first claim, so that loading holds no slot
-        clock = working.StageClock(self.storage, self.evaluators.values())
+        clock = self.clock = working.StageClock(self.storage, self.evaluators.values())
         self.lease_keeper.start()
         try:
             study_id: int | None = None
@@ -194,6 +199,15 @@ class Worker:
             return EXIT_INTERRUPTED
         finally:
             self.lease_keeper.end()
+
+    def profile(self) -> Profile:
+        """What this worker has spent, and the work of its networks."""
+        if self.clock is not None:
+            self.clock.lap()
+        seconds = self.clock.spent if self.clock else {}
+        return Profile(
+            seconds=seconds, flop=work_of(self.evaluators.values()), rate=measure_matrix_product(self.device)
+        )
 
     def _claim(self, study_id: int) -> Slot | None:
         return slots.claim(self.storage, study_id, worker=self.name, lease_s=self.config.workers.lease_s)
@@ -265,7 +279,8 @@ class Worker:
             study = self.studies[study_id]
             evaluator = self.evaluators[study.model]
             try:
-                series = self._series_of(study.symbol)
+                with self.clock.timing("read") if self.clock else contextlib.nullcontext():
+                    series = self._series_of(study.symbol)
                 run = studying.start(self.storage, self.config, study, series, evaluator.forecaster.fingerprint)
             except (DataError, StudyMismatch) as error:
                 # Opening it again checks the bars: nothing is to be waited for.
@@ -287,7 +302,7 @@ class Worker:
         dtype = self.config.compile.dtype
         log.info("%s on %s, %s, compilation %s", model, self.device, dtype, forecaster.compilation)
         size = cache_bytes(self.config, workers=len(self.plan.devices))
-        return evaluators.evaluator_of(self.config, forecaster, cache_bytes=size)
+        return evaluators.evaluator_of(self.config, forecaster, cache_bytes=size, profile=self.plan.profile)
 
 
 def cache_bytes(config: Config, *, workers: int, memory: int | None = None) -> int:
@@ -330,7 +345,12 @@ def main(arguments: Sequence[str]) -> int:
             patient=True,
             private=Path(private) if private else None,
         )
-        return Worker(plan, storage, plan.devices[number], stop_request).work()
+        worker = Worker(plan, storage, plan.devices[number], stop_request)
+        try:
+            return worker.work()
+        finally:
+            if plan.profile:
+                profiling.write(folder, f"{number}-{os.getpid()}", worker.profile())
     except ExpectedError as error:
         log.error("%s", error)
         return EXIT_ERROR

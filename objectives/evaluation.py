@@ -21,6 +21,7 @@ from objectives.aggregation import Draw, parse
 from objectives.exact import exact_points
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
 from objectives.windows import Contexts, SeedKind, Windows
+from objectives.work import WorkCounter
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
 
@@ -34,6 +35,7 @@ class Evaluator:
     last bits of every number, so compare measurements of equal ones only. Neither has to be a multiple of the other.
     max_num_samples: draw this many at once, since smaller counts are prefixes; larger counts still work.
     exact: no samples but what any number of them tends to; params then name no number of samples.
+    work: counts the network's operations by stage, beside `seconds`; None: nobody does.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Evaluator:
         batch: int | None = None,
         max_num_samples: int | None = None,
         exact: bool = False,
+        work: WorkCounter | None = None,
     ) -> None:
         self.forecaster = forecaster
+        self.work = work
         self.rung = rung
         self.batch = batch or rung
         self.exact = exact
@@ -187,11 +191,12 @@ class Evaluator:
             return points
 
         def exact(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> np.ndarray:
-            key = self._encode_key(batch, plan)
+            key, forecaster = self._encode_key(batch, plan), cast(ExactForecaster, self.forecaster)
             with _naming(batch.contexts.symbol):
                 encoded = self._encoded(key, batch, plan, seconds)
                 with _timed(seconds, "draw"):
-                    answer = cast(ExactForecaster, self.forecaster).exact(encoded, plan.draw_params, batch.seeds)
+                    answer = forecaster.exact(encoded, plan.draw_params, batch.seeds)
+                self._count_draw(batch, plan, lambda one: forecaster.exact(one, plan.draw_params, batch.seeds[:1]))
                 self._cache.put(key, encoded)
                 with _timed(seconds, "aggregate"):
                     return exact_points(answer, aggregate)
@@ -215,6 +220,7 @@ class Evaluator:
                 with _timed(seconds, "draw"):
                     samples = self.forecaster.draw(encoded, plan.asked, batch.seeds)
                     draw = Draw(samples)
+                self._count_draw(batch, plan, lambda one: self.forecaster.draw(one, plan.asked, batch.seeds[:1]))
             self._cache.put(encode_key, encoded)  # after its use: what Kronos looked up has made it larger
             expected = (len(batch.indices), draw.count if plan.drawn is None else plan.drawn, batch.contexts.horizon)
             if samples.shape != expected:
@@ -237,7 +243,17 @@ class Evaluator:
                 contexts = batch.contexts.contexts(batch.indices)
                 encoded = self.forecaster.encode(contexts, plan.encode_params, batch.contexts.horizon)
             self._cache.put(key, encoded)
+            if self.work is not None:
+                self.work.add("encode", len(batch.indices), lambda: None, lambda _: self._encode_one(batch, plan))
         return encoded
+
+    def _encode_one(self, batch: _Batch, plan: _Plan) -> Encoded:
+        contexts = batch.contexts.contexts(batch.indices[:1])
+        return self.forecaster.encode(contexts, plan.encode_params, batch.contexts.horizon)
+
+    def _count_draw(self, batch: _Batch, plan: _Plan, draw: Callable[[Any], object]) -> None:
+        if self.work is not None:
+            self.work.add("draw", len(batch.indices), lambda: self._encode_one(batch, plan), draw)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,9 @@ def _by_step(windows: Windows, errors: np.ndarray) -> np.ndarray:
 # --- one against another ------------------------------------------------------------------------------------
 
 
-def paired_improvement(windows: Windows, old: Sequence[float], new: Sequence[float]) -> PairedImprovement | None:
+def paired_improvement(
+    windows: Windows, old: Sequence[float] | np.ndarray, new: Sequence[float] | np.ndarray
+) -> PairedImprovement | None:
     """What errors `new` gain over `old`, both [W] on these windows, in order; None where `old` has no error at all.
 
     The interval is that of promotions, by the stationary bootstrap, in blocks of at least as many windows as overlap.

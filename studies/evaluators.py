@@ -11,12 +11,16 @@ import forecasters
 from forecasters import LoadedForecaster, Running
 from forecasters.models import MODELS
 from objectives.evaluation import Evaluator
+from objectives.work import WorkCounter
 from studies import space as spaces
 from studies.config import Config
 
 
-def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: int) -> Evaluator:
-    """The evaluator of a forecaster. cache_bytes: bound on what it keeps between measurements."""
+def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: int, profile: bool = False) -> Evaluator:
+    """The evaluator of a forecaster. cache_bytes: bound on what it keeps between measurements.
+
+    profile: count the network's operations, unless it is compiled, where they cannot be seen.
+    """
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
@@ -25,6 +29,7 @@ def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: i
         # Drawn ahead for later trials, of which nothing is left where nothing is kept.
         max_num_samples=spaces.most_samples(forecaster.model, config) if cache_bytes else None,
         exact=config.search.objective == "exact",
+        work=WorkCounter() if profile and forecaster.compilation == "off" else None,
     )
 
 

@@ -46,19 +46,20 @@ class Outcome:
 class StageClock:
     """Where a worker's time goes, from the end of one slot to that of the next.
 
-    Stages of the evaluation, "sample" (the sampler), "storage" (waiting for the database), "idle" (nothing to claim)
-    and "other".
+    Stages of the evaluation, "sample" (the sampler), "read" (bars), "storage" (waiting for the database), "idle"
+    (nothing to claim) and "other".
     """
 
     def __init__(self, storage: RetryingStorage, evaluators: Iterable[Evaluator]) -> None:
         self._storage, self._evaluators = storage, list(evaluators)
         self._before = self._totals()
         self._began = time.perf_counter()
-        self._timed = {"sample": 0.0, "idle": 0.0}
+        self._timed = {"sample": 0.0, "read": 0.0, "idle": 0.0}
+        self.spent: dict[str, float] = {}  # of all laps
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Counts as "sample" or "idle" what is spent inside, but for the database's part."""
+        """Counts as "sample", "read" or "idle" what is spent inside, but for the database's part."""
         began, storage = time.perf_counter(), self._storage.seconds
         try:
             yield
@@ -71,6 +72,7 @@ class StageClock:
         spent = {name: totals[name] - self._before[name] for name in totals} | self._timed
         spent["other"] = max(0.0, now - self._began - sum(spent.values()))
         self._before, self._began, self._timed = totals, now, dict.fromkeys(self._timed, 0.0)
+        self.spent = {name: self.spent.get(name, 0.0) + seconds for name, seconds in spent.items()}
         return {name: round(seconds, 6) for name, seconds in spent.items()}
 
     def _totals(self) -> dict[str, float]:

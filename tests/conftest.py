@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from studies.study import Study
 
 # A developer's own settings must not leak into a test: scrubbed before any test module is imported.
-SCRUBBED = ("PG", "OPTUNA_", "STUDIES_", "CUDA_VISIBLE_DEVICES", "HYPERPARAM_ROOT", "RAY_ADDRESS", "FORCE_COLOR")
+SCRUBBED = (
+    "PG", "OPTUNA_", "STUDIES_", "CUDA_VISIBLE_DEVICES", "HYPERPARAM_ROOT", "RAY_ADDRESS", "FORCE_COLOR",
+    "MARKETSIM_", "TOTO_", "KRONOS_", "TORCH_COMPILE_MODE", "TRIALS", "WORKERS", "MODEL",
+)  # fmt: skip
 for _name in [name for name in os.environ if name.startswith(SCRUBBED)]:
     del os.environ[_name]
 

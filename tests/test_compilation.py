@@ -112,6 +112,18 @@ def deviations(count: int = 11) -> np.ndarray:
         ("toto", "cpu", "off", {"TOTO_COMPILE_MODE": "max-autotune"}, "max-autotune"),
         ("toto", "cuda", "off", {"KRONOS_COMPILE": "1"}, "off"),
         ("kronos", "cpu", "off", {"KRONOS_COMPILE": "1", "KRONOS_COMPILE_MODE": "reduce-overhead"}, "reduce-overhead"),
+        ("kronos", "cpu", "auto", {"KRONOS_USE_TORCH_COMPILE": "1"}, "default"),
+        ("kronos", "cpu", "auto", {"KRONOS_USE_TORCH_COMPILE": "1", "KRONOS_COMPILE": "0"}, "off"),
+        ("kronos", "cuda", "auto", {"KRONOS_USE_TORCH_COMPILE": "0"}, "off"),
+        ("toto", "cpu", "auto", {"TORCH_COMPILE_MODE": "max-autotune"}, "off"),
+        ("toto", "cuda", "auto", {"TORCH_COMPILE_MODE": "max-autotune"}, "max-autotune"),
+        (
+            "toto",
+            "cuda",
+            "auto",
+            {"TORCH_COMPILE_MODE": "a", "TOTO_COMPILE_MODE": "max-autotune"},
+            "max-autotune",
+        ),
     ],
 )
 def test_the_environment_goes_before_the_settings(model: str, device: str, mode: str, environ: dict, expected: str):
@@ -123,6 +135,7 @@ def test_the_environment_goes_before_the_settings(model: str, device: str, mode:
     [
         ({"compile_mode": "fast"}, {}, r"\[compile\] mode = fast: expected one of auto, off"),
         ({}, {"TOTO_COMPILE_MODE": "fast"}, "TOTO_COMPILE_MODE = fast"),
+        ({"compile_mode": "default"}, {"TORCH_COMPILE_MODE": "fast"}, "TORCH_COMPILE_MODE = fast: expected one of"),
         ({}, {"TOTO_COMPILE": "maybe"}, "TOTO_COMPILE=maybe: expected 1 or 0"),
         (
             {"compile_mode": "default", "compile_backend": "cc"},

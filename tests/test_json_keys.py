@@ -12,8 +12,18 @@ from places import INCUMBENT
 from places import StudyPlace as Place
 
 from launch import cli, verify
+from launch.views import comparison
 
-COMMANDS = {"promote", "studies list", "studies replay", "studies show", "studies verify-compile"}
+COMMANDS = {
+    "promote",
+    "studies compare",
+    "studies sweep",
+    "studies reduce",
+    "studies list",
+    "studies replay",
+    "studies show",
+    "studies verify-compile",
+}
 
 PROMOTE = {
     "symbol", "study", "model", "incumbent_model", "incumbent_mae", "best_mae", "improvement", "improvement_low",
@@ -34,7 +44,7 @@ SHOW = LIST | {
 }  # fmt: skip
 BEST = {"trial", "mae", "params"}
 BASELINE = {"params", "validation"}
-SECONDS = {"encode", "draw", "aggregate", "sample", "storage", "idle", "other"}
+SECONDS = {"encode", "draw", "aggregate", "sample", "read", "storage", "idle", "other"}
 DEFINITION = {
     "symbol", "model", "as_of", "metric", "objective", "bars", "windows", "space", "checkpoint", "no_change_mae",
 }  # fmt: skip
@@ -46,6 +56,25 @@ WINDOWS = {"validation", "confirmation", "test"}
 VERIFY = {
     "model", "symbol", "mode", "compilation", "windows", "horizon", "dtype", "trials", "warmup_s", "mean_s", "std_s",
     "speedup", "difference", "moved", "mae_change", "graphs", "recompilations", "breaks", "skips", "peak_mib", "passed",
+}  # fmt: skip
+
+
+COMPARE = {
+    "symbol", "label", "model", "source", "params", "windows", "effective_windows", "horizon", "stride", "first",
+    "last", "reference", "mae", "price_mae", "mae_percent", "skill", "by_step", "sampling_error", "seconds",
+    "improvement", "improvement_low", "improvement_high", "verdict", "error",
+}  # fmt: skip
+COMPARE_OVER = {
+    "label", "symbols", "mae", "mae_percent", "skill", "by_step", "seconds", "reference", "improvement", "verdicts",
+}  # fmt: skip
+SWEEP = {"symbol", "model", "from", "params", "windows", "passes", "current", "p_value", "cells"}
+SWEPT = {
+    "values", "params", "current", "improvement", "improvement_low", "improvement_high", "verdict", "mae", "price_mae",
+    "mae_percent", "no_change_mae", "skill",
+}  # fmt: skip
+REDUCE = {
+    "symbol", "model", "samples", "reduced", "reference", "max_cost", "costs", "windows", "passes", "before", "after",
+    "written",
 }  # fmt: skip
 
 
@@ -68,6 +97,29 @@ def test_these_commands_have_json() -> None:
 def test_keys_of_verify_compile() -> None:
     """It compiles for minutes: tests/test_verify.py runs the command and reads its JSON, here are the keys."""
     assert {field.name for field in fields(verify.ModeRow)} == VERIFY
+
+
+def test_keys_of_compare(place: Place) -> None:
+    """Over symbols from rows of two, as the place has bars of one."""
+    words = ["compare", "--cpus", "1", "--horizon", "1", "--windows", "2", "--params", "default", "--json"]
+    ended = place.invoke(cli.studies, *words)
+    printed = json.loads(ended.stdout)
+    assert set(printed) == {"rows", "over_symbols"}
+    assert [set(row) for row in printed["rows"]] == [COMPARE] * 4
+    rows = [comparison.ComparisonRow(**{**row, "symbol": symbol}) for symbol in "AB" for row in printed["rows"]]
+    assert [set(one) for one in comparison.over_symbols(rows)] == [COMPARE_OVER] * 3
+
+
+def test_keys_of_sweep_and_reduce(place: Place) -> None:
+    place.put("best", {"aggregate": "mean", "num_samples": 64, "samples_per_batch": 64})
+    swept = json.loads(place.invoke(cli.studies, "sweep", "SP500", "toto", "num_samples=32,64", "--json").stdout)
+    assert set(swept) == SWEEP
+    assert set(swept["windows"]) == {"count", "first", "last", "horizon", "stride"}
+    assert [set(one) for one in swept["cells"]] == [SWEPT] * 2
+    (reduced,) = json.loads(place.invoke(cli.studies, "reduce", "--max-cost", "0.9", "--json").stdout)
+    assert set(reduced) == REDUCE
+    assert set(reduced["costs"][0]) == {"samples", "cost", "bound"}
+    assert set(reduced["before"]) == set(reduced["after"]) == {"total", "at_once"}
 
 
 def test_keys(place: Place) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.output import counted
 from launch.views.tables import (
     NOTHING,
     Column,
@@ -196,8 +197,8 @@ def explanations(rows: Sequence[ComparisonRow]) -> list[str]:
         horizon, stride = rows[0].horizon, rows[0].stride
         enough = 1 + math.ceil((MIN_WINDOWS - 1) * horizon / stride)
         lines.append(
-            f"?: no interval, as {rows[0].windows} windows of {horizon} steps, {stride} bars apart, have room for "
-            f"{rows[0].effective_windows:.0f} that share no bar, and {MIN_WINDOWS} are needed: --windows {enough}, "
-            "or a shorter --horizon"
+            f"?: no interval, as {counted(rows[0].windows, 'window')} of {counted(horizon, 'step')}, "
+            f"{counted(stride, 'bar')} apart, have room for {rows[0].effective_windows:.0f} that share no bar, and "
+            f"{MIN_WINDOWS} are needed: --windows {enough}, or a shorter --horizon"
         )
     return lines
