@@ -44,7 +44,7 @@ def main() -> None:
     figures = [row for model in options.models for row in summaries([row for row in rows if row["model"] == model])]
     columns = ("model", "symbols", "count", "search", "search_error", "elsewhere", "elsewhere_error", "better", "worse")
     recording.table("Gain of the starting points", columns, [[row[name] for name in columns] for row in figures])
-    recording.write(options, {"summaries": figures, "searches": rows})
+    recording.write(options, {"summaries": figures, "symbols": by_symbol(rows)})
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -114,6 +114,16 @@ def search(
         trial = study.ask()
         study.tell(trial, measure(space.suggest(trial)))
     return space.complete(study.best_params)
+
+
+def by_symbol(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The mean gain of each model and symbol in per cent."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        alike = [one for one in rows if (one["model"], one["symbol"]) == (row["model"], row["symbol"])]
+        means = {name: round(float(100 * np.mean([one[name] for one in alike])), 4) for name in ("search", "elsewhere")}
+        found[f"{row['model']} {row['symbol']}"] = {"class": row["class"], **means}
+    return found
 
 
 def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
