@@ -95,6 +95,7 @@ class Search:
     rung: int = setting(at_least(1))
     batch: int = setting(at_least(0))  # 0: as many as a rung
     prune_worst: float = setting(_share)
+    starts: str = setting(one_of("none", "volatility"))
 
     @property
     def batch_size(self) -> int:

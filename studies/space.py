@@ -74,6 +74,24 @@ class Space:
         """The knobs that count beside these params."""
         return [name for name in self.knobs if MODELS[self.model].counts(name, params)]
 
+    def nearest(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
+        """These params as a search could propose them, each number at its nearest choice; None where there is none.
+
+        A name has no nearest choice, nor has a number that means something else, as a top_k of 0 does.
+        """
+        model = MODELS[self.model]
+        found = {**params, **self.fixed}
+        special = {(rule.param, rule.value) for rule in model.conditions.values()}
+        for name, knob in self.knobs.items():
+            value = params[name]
+            if isinstance(knob, Range):
+                found[name] = knob.nearest(value)
+            elif value not in knob:
+                if isinstance(value, str) or (name, value) in special:
+                    return None
+                found[name] = min(knob, key=lambda choice: (abs(choice - value), choice))
+        return {name: value for name, value in model.settled(found).items() if name in (*self.knobs, *self.fixed)}
+
     def to_json(self) -> dict[str, Any]:
         knobs = {name: asdict(knob) if isinstance(knob, Range) else list(knob) for name, knob in self.knobs.items()}
         return {"knobs": knobs, "fixed": dict(self.fixed)}
@@ -144,6 +162,18 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     if model.params.num_samples not in space.knobs:  # an exact objective asks for none
         del params[model.params.num_samples]
     return params
+
+
+def parse_value(name: str, kind: Kind, text: str) -> Any:
+    """A param's value as people write it. Raises ValueError for one that no configuration can have."""
+    value: Any = text
+    if kind != "aggregate":
+        try:
+            value = float(text) if kind == "number" else int(text)
+        except ValueError:
+            value = text  # which no number is
+    check_value(name, kind, value)
+    return value
 
 
 def check_value(name: str, kind: Kind, value: Any) -> None:

@@ -32,6 +32,7 @@ from studies.config import Config, ConfigError
 from studies.evidence import INCUMBENT, MEASURED_PATHS, STORED
 from studies.series import Series, confirmation_windows, split_windows, window_span
 from studies.space import Space
+from studies.starts import volatility_starts
 
 METRIC = "pct_return_mae"  # of the close; of another key, that is at its end
 DEFINITION = "definition"  # study user attribute
@@ -218,11 +219,18 @@ def _extension(
 def _creation(config: Config, item: Series, model: str, checkpoint: str) -> _Creation:
     """What making a study at the newest bar asks for. Raises DataError, ConfigFileError."""
     definition = _define_at(config, item, model, timestamp_text(item.bars.timestamps[-1]), checkpoint)
-    baselines, notes = configurations_in_use(config, item.symbol, model, spaces.make(model, config))
-    asked, wanted = len(confirmation_windows(config, item.symbol, item.bars)), config.windows.confirmation
-    if asked < wanted:
-        notes += (f"{item.path}: has {asked} windows to confirm on, not {wanted}",)
-    return _Creation(definition=definition, baselines=baselines, notes=notes)
+    space = spaces.make(model, config)
+    baselines, notes = configurations_in_use(config, item.symbol, model, space)
+    confirmed_on, wanted = confirmation_windows(config, item.symbol, item.bars), config.windows.confirmation
+    if len(confirmed_on) < wanted:
+        notes += (f"{item.path}: has {len(confirmed_on)} windows to confirm on, not {wanted}",)
+    # What is known to work starts the search, where the search could have proposed it.
+    starts = {label: params for label, params in baselines.items() if space.contains(params)}
+    if config.search.starts == "volatility":
+        for label, params in volatility_starts(config, space, item.bars.slice(0, confirmed_on.origins[0])).items():
+            if params not in starts.values():
+                starts[label] = params
+    return _Creation(definition=definition, baselines=baselines, starts=starts, notes=notes)
 
 
 def _define_at(config: Config, item: Series, model: str, as_of: str, checkpoint: str) -> dict[str, Any]:
@@ -332,6 +340,7 @@ class _Creation:
 
     definition: Mapping[str, Any]
     baselines: Mapping[str, dict[str, Any]]
+    starts: Mapping[str, dict[str, Any]]  # params of the first trials, by label
     notes: tuple[str, ...]
 
     @property
@@ -364,9 +373,7 @@ def _first_slots(config: Config, new: _Creation, study_id: int) -> Iterator[slot
     space = spaces.make(new.definition["model"], config)
     for number, (label, params) in enumerate(new.baselines.items()):
         yield slots.NewSlot(study_id=study_id, stage=slots.BASELINE, number=number, label=label, params=params)
-    # What is known to work starts the search, where the search could have proposed it.
-    starts = {json.dumps(params): (label, params) for label, params in new.baselines.items() if space.contains(params)}
-    for number, (label, params) in enumerate(list(starts.values())[: config.search.trials]):
+    for number, (label, params) in enumerate(list(new.starts.items())[: config.search.trials]):
         searched = space.searched(params)
         yield slots.NewSlot(study_id=study_id, stage=slots.TRIAL, number=number, label=label, params=searched)
     yield slots.NewSlot(
