@@ -44,5 +44,11 @@ def answers(
     pads = np.array([length - len(values) for values in longest])
     rows = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     ends = np.array([pads[row] + len(series[place]) for row, group in enumerate(groups) for place in group])
-    arguments = (torch.from_numpy(array).to(device) for array in (padded, pads, rows, ends // patch - 1))
-    return network.answers_along(*arguments, steps).cpu().numpy()
+    found = network.answers_along(
+        torch.from_numpy(padded).to(device),
+        torch.from_numpy(pads).to(device),
+        torch.from_numpy(rows).to(device),
+        torch.from_numpy(ends // patch - 1).to(device),
+        steps,
+    )
+    return found.cpu().numpy()
