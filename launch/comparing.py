@@ -38,7 +38,6 @@ from studies.config import Config, ConfigError
 from studies.series import Series, read_usable_series, window_span
 
 BAND = (0.1, 0.9)  # of the samples that a fan shows
-SHOWN = 3  # names in one line
 HORIZON = 64  # of the predecessor's comparisons
 
 
@@ -114,6 +113,7 @@ def command(
         if over_symbols:
             console.print(f"\nmean of {over_symbols[0]['symbols']} symbols", style="bold")
             console.print(terminal(comparison.summary_table(over_symbols), console.width))
+        console.print(f"\n{comparison.blocks_line(rows)}")
     for line in comparison.explanations(rows):
         say(line)
     if plot is not None and fan is not None:
@@ -164,11 +164,11 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
         say(note)
     if without:
         say(
-            f"no configuration of {_some(without)} in {config.hyperparams.dir} for --params {','.join(asked.params)}; "
-            f"left out; --params {chosen.DEFAULT} measures the models' published defaults"
+            f"no configuration of {comparison.some(without)} in {config.hyperparams.dir} for --params "
+            f"{','.join(asked.params)}; left out; --params {chosen.DEFAULT} measures the models' published defaults"
         )
     if dead:
-        say(f"top_p has no effect while top_k is above 0: {_some(dead)}")
+        say(f"top_p has no effect while top_k is above 0: {comparison.some(dead)}")
     if not cases:
         raise ConfigError("nothing is left to compare")
     return cases
@@ -177,10 +177,6 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
 def _for_windows(config: Config) -> Config:
     """The settings of windows for bars that are not searched: no validation windows of their own are needed."""
     return replace(config, windows=replace(config.windows, validation=1))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def measure(
@@ -308,8 +304,10 @@ def _rows(case: Case, key: str, answers: Sequence[Answer], stride: int) -> list[
         if reference is not None and measured is not reference:
             gain = comparing.paired_improvement(windows, reference.measurement.errors, measured.measurement.errors)
         found = measured.measurement
+        share = MODELS[model].clipped if model else None
         return ComparisonRow(
             **told,
+            clipped=share(windows.bars.close, windows.origins, params) if share else None,
             reference=measured is reference,
             mae=found.mae,
             price_mae=found.price_mae,

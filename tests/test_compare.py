@@ -225,6 +225,22 @@ def test_top_p_beside_top_k_is_warned_of(place: Place) -> None:
     assert "top_p has no effect while top_k is above 0: SP500 kronos stored" in compare(place, *words).stderr
 
 
+def test_a_clip_that_hides_the_last_close_is_warned_of(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    kronos = {"temperature": 0.2, "top_p": 1.0, "top_k": 4, "sample_count": 4, "max_context": 128, "clip": 0.2}
+    place.put("kronos", kronos, model="kronos")
+    words = ("--horizon", "1", "--windows", "10", "--models", "kronos", "--params", "stored")
+    found = rows(place, *words)
+    assert found["no change"]["clipped"] is None
+    assert 0.05 < found["kronos stored"]["clipped"] <= 1
+    share = f"{found['kronos stored']['clipped']:.0%}"
+    said = (
+        f"share of windows whose last close lies beyond the clip, where no forecast begins: SP500 kronos stored {share}"
+    )
+    assert said in compare(place, *words).stderr
+    monkeypatch.setenv("KRONOS_CLIP", "50")
+    assert "beyond the clip" not in compare(place, *words).stderr
+
+
 def test_bad_input_is_one_line(place: Place, tmp_path: Path) -> None:
     def refused(*words: str, code: int = 1) -> str:
         ended = compare(place, *words)
@@ -290,8 +306,10 @@ def test_eighty_columns_keep_error_skill_improvement_and_interval() -> None:
         row("block persistence", mae_percent=13.04),
     ])  # fmt: skip
     headings = [str(column.header).replace("\n", " ") for column in terminal(found, 80).columns]
-    assert headings == ["symbol", "configuration", "MAE", "skill", "improvement", "95 % interval"]
-    assert "guide's h64 MAE%, not comparable): 13.040" in found.columns[1].cells[2]
+    assert headings == ["symbol", "configuration", "MAE", "MAE%", "skill", "improvement", "95 % interval"]
+    blocks = [row("block persistence", mae_percent=13.04), row("block persistence", symbol="A", mae_percent=None)]
+    said = "block persistence over whole files (guide's h64 MAE%, not comparable): BTCUSD 13.040, A -"
+    assert comparison.blocks_line(blocks) == said
     assert [comparison.gain_text(row("a", improvement=0.01, verdict=verdict)) for verdict in ("tie", "unknown")] == [
         "tie",
         "+1.00 % ?",

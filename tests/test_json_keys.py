@@ -53,7 +53,7 @@ VERIFY = {
 COMPARE = {
     "symbol", "key", "label", "model", "source", "params", "windows", "effective_windows", "horizon", "stride", "first",
     "last", "repaired", "reference", "mae", "price_mae", "mae_percent", "skill", "by_step", "sampling_error", "seconds",
-    "improvement", "improvement_low", "improvement_high", "verdict", "error",
+    "improvement", "improvement_low", "improvement_high", "clipped", "verdict", "error",
 }  # fmt: skip
 COMPARE_OVER = {
     "label", "key", "symbols", "mae", "mae_percent", "skill", "by_step", "seconds", "reference", "improvement",

@@ -28,6 +28,8 @@ from studies.promotion import MIN_WINDOWS
 
 BLOCKS = "block persistence"  # its error is of the whole file and compares with nothing else
 LEAST_SKILL = 9.99  # below minus this, a naive forecast is all but perfect and a skill says no more
+MANY_CLIPPED = 0.05  # share of windows from which on it is said
+SHOWN = 6  # names in one line
 STEPS = (1, 8)  # whose errors the table shows, beside the last one's
 
 
@@ -59,6 +61,7 @@ class ComparisonRow:
     improvement: float | None = None
     improvement_low: float | None = None  # 95 % interval
     improvement_high: float | None = None
+    clipped: float | None = None  # share of the windows whose last close it clips; None: its model clips nothing
     verdict: str | None = None  # "better", "worse", "tie", or "unknown" where there is no interval
     error: str | None = None
 
@@ -92,12 +95,6 @@ def gain_text(row: ComparisonRow) -> str:
     return percent_gain(row.improvement) + (" ?" if row.verdict == "unknown" else "")
 
 
-def _label(row: ComparisonRow) -> str:
-    if row.label != BLOCKS:
-        return row.label
-    return f"{BLOCKS} (guide's h{row.horizon} MAE%, not comparable): {_percent(row.mae_percent)}"
-
-
 def _percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
@@ -118,21 +115,28 @@ def _steps(horizon: int) -> list[int]:
 
 def table(rows: Sequence[ComparisonRow]) -> Table:
     """One row a symbol and configuration. Where there is no room, the error and the improvement stay longest."""
+    rows = [row for row in rows if row.label != BLOCKS]
     steps = _steps(rows[0].horizon)
     return Table(
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
-            Column(heading="configuration", cells=[_label(row) for row in rows], priority=11, wrap_width=16),
+            Column(heading="configuration", cells=[row.label for row in rows], priority=11, wrap_width=16),
             *_key_columns([row.key for row in rows]),
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
-            numbers("MAE%", [NOTHING if row.label == BLOCKS else _percent(row.mae_percent) for row in rows], 4),
-            numbers("skill", [_skill(row.skill) for row in rows], 8),
+            numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
+            numbers("skill", [_skill(row.skill) for row in rows], 7),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
             numbers("repaired", [NOTHING if row.repaired is None else str(row.repaired) for row in rows], 0),
             numbers("time", [duration(row.seconds) for row in rows], 3),
             numbers("improvement", [gain_text(row) for row in rows], 9),
-            numbers("95 % interval", [percent_interval(row.improvement_low, row.improvement_high) for row in rows], 7),
+            Column(
+                heading="95 % interval",
+                cells=[percent_interval(row.improvement_low, row.improvement_high) for row in rows],
+                short_cells=[percent_interval(row.improvement_low, row.improvement_high, 1) for row in rows],
+                right=True,
+                priority=8,
+            ),
         ]
     )
 
@@ -140,6 +144,12 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
 def _key_columns(keys: Sequence[str]) -> list[Column]:
     """The column that says which price a row is about, where there are several."""
     return [Column(heading="key", cells=list(keys))] if len(set(keys)) > 1 else []
+
+
+def blocks_line(rows: Sequence[ComparisonRow]) -> str:
+    """What the predecessor's guide calls a baseline, beside the table since it is of the whole file."""
+    found = ", ".join(f"{row.symbol} {_percent(row.mae_percent)}" for row in rows if row.label == BLOCKS)
+    return f"{BLOCKS} over whole files (guide's h{rows[0].horizon} MAE%, not comparable): {found}"
 
 
 def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
@@ -208,9 +218,16 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def explanations(rows: Sequence[ComparisonRow]) -> list[str]:
     """What a reader of the table has to know of these rows, each in one line."""
     lines = [f"{row.symbol} {row.label}: could not be measured: {row.error}" for row in rows if row.error]
+    if clips := [f"{row.symbol} {row.label} {row.clipped:.0%}" for row in rows if (row.clipped or 0.0) > MANY_CLIPPED]:
+        lines.append(f"share of windows whose last close lies beyond the clip, where no forecast begins: {some(clips)}")
     if any(row.verdict == "unknown" for row in rows):
         horizon, stride = rows[0].horizon, rows[0].stride
         enough = 1 + math.ceil((MIN_WINDOWS - 1) * horizon / stride)
