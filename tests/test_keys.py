@@ -202,9 +202,8 @@ def test_the_exact_keys_of_kronos(kronos_a: Golden) -> None:
     for key, answer in zip(KEYS, answers, strict=True):
         np.testing.assert_array_equal(answer.points, points[:, [COLUMNS.index(key)]])
         np.testing.assert_array_equal(answer.mass, mass)
-    np.testing.assert_array_equal(
-        forecaster.exact(encoded, NARROW, [0]).points, answers[-1].points
-    )  # the close is last
+    close = forecaster.exact(encoded, NARROW, [0])
+    np.testing.assert_array_equal(close.points, answers[KEYS.index(CLOSE)].points)
 
 
 def test_naive_answers_a_key_from_its_own_prices() -> None:
