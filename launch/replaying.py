@@ -27,12 +27,12 @@ from storage.commands import this_command
 from studies import evaluators, history_errors, promoting, replay
 from studies import space as spaces
 from studies.config import Config
-from studies.evidence import params_text
+from studies.evidence import INCUMBENT, params_text
 from studies.history_errors import Block, Candidate, History
+from studies.in_use import configurations_in_use
 from studies.replay import Play, ReplayPlan, RuleOutcome
 from studies.series import Series, read_usable_series
 from studies.space import random_params
-from studies.study import INCUMBENT, configurations_in_use
 
 RULES = ("pooled", "confirmation", "validation")
 IN_USE = "in-use"

@@ -21,7 +21,7 @@ from forecasters.models import MODELS
 from objectives.bars import DataError, bars_fingerprint, bars_until, timestamp_text
 from objectives.metrics import measure_no_change
 from objectives.windows import Split, Windows
-from storage import configs, slots, study_rows, symbols
+from storage import slots, study_rows, symbols
 from storage.commands import command
 from storage.configs import ConfigFileError
 from storage.progress import Confirmation, Progress, progress_in, read_confirmations, study_progress
@@ -29,7 +29,8 @@ from storage.retrying import RetryingStorage
 from studies import sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
-from studies.evidence import INCUMBENT, MEASURED_PATHS, STORED
+from studies.evidence import MEASURED_PATHS
+from studies.in_use import configurations_in_use
 from studies.series import Series, confirmation_windows, split_windows, window_span
 from studies.space import Space
 from studies.starts import volatility_starts
@@ -379,26 +380,6 @@ def _first_slots(config: Config, new: _Creation, study_id: int) -> Iterator[slot
     yield slots.NewSlot(
         study_id=study_id, stage=slots.CONFIRMATION, number=0, label="confirmation", params=new.baselines
     )
-
-
-def configurations_in_use(
-    config: Config, symbol: str, model: str, space: Space
-) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    """The configurations in use that this model can measure: the incumbent and the model's stored one."""
-    found: dict[str, dict[str, Any]] = {}
-    notes = []
-    for label, folder in ((INCUMBENT, "best"), (STORED, model)):
-        record = configs.read(config.hyperparams.dir, folder, symbol)
-        if record is None or record.model != model or record.key != config.search.key:
-            continue
-        try:
-            params = spaces.from_promoted(record.config, record.metadata, space)
-        except ValueError as error:
-            notes.append(f"{record.path}: cannot be measured: {error}")
-            continue
-        if params not in found.values():
-            found[label] = params
-    return found, tuple(notes)
 
 
 # --- running -------------------------------------------------------------------------------------------------
