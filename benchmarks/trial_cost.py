@@ -77,10 +77,10 @@ def toto_figures(repeats: int) -> dict[str, float]:
     closes = contexts[0].close[-TOTO_CONTEXT:]
     square = torch.randn(TOTO_MATMUL, TOTO_MATMUL)
 
-    def encode() -> toto.EncodedCloses:
+    def encode() -> toto.EncodedPrices:
         return forecaster.encode(contexts, {"context_length": TOTO_CONTEXT}, 1)
 
-    def trial(encoded: toto.EncodedCloses, count: int, aggregate: str) -> np.ndarray:
+    def trial(encoded: toto.EncodedPrices, count: int, aggregate: str) -> np.ndarray:
         return Draw(forecaster.draw(encoded, {"num_samples": count}, seeds)).aggregate(aggregate)
 
     encoded = encode()

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class SettingError(ExpectedError, ValueError):
 
 
 COMPILE_MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
+KEYS = ("open", "high", "low", "close")  # the prices of a bar, each of which can be asked for
+CLOSE = "close"  # what is asked for unless said otherwise
 DTYPES = ("float32", "bfloat16")  # of the network; statistics and Kronos' tokenizer are always float32
 
 
@@ -156,6 +158,33 @@ class Forecaster(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedForecaster(Forecaster, Protocol):
+    """A forecaster of every price of a bar (`KEYS`). Of the close it answers what a `Forecaster` does, bit for bit."""
+
+    def answers_together(self, params: Mapping[str, Any]) -> bool:
+        """Whether one encoding with these params answers all keys; else each key needs an encoding of its own."""
+        ...
+
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = CLOSE) -> Encoded:
+        """As `Forecaster.encode`, to be drawn for this key, or for all where they are answered together."""
+        ...
+
+    def draw_keys(
+        self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> np.ndarray:
+        """Draw samples of keys that this encoding answers, float64 [K, W, S, H], in price; else as `Forecaster.draw`.
+
+        What a key answers depends on no other key that is asked for.
+        """
+        ...
+
+
+def seed_of_key(seed: int, key: str) -> int:
+    """A number below 2**66 that keys a key's own draws; of the close it is the seed of the window."""
+    return seed + ((KEYS.index(key) + 1) % len(KEYS) << 64)
+
+
 class ExactForecaster(Forecaster, Protocol):
     """A forecaster that also answers without samples."""
 
@@ -166,6 +195,16 @@ class ExactForecaster(Forecaster, Protocol):
         to sum over. objectives/exact.py makes points of it. Raises ForecastError where there is no such answer:
         beyond Toto's first patch, beyond Kronos' first step.
         """
+        ...
+
+
+class ExactKeyedForecaster(KeyedForecaster, Protocol):
+    """A forecaster that also answers every price of a bar without samples."""
+
+    def exact_keys(
+        self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> Sequence[Expectation | StudentMixture]:
+        """The exact answer of each of these keys, which the encoding answers; as `ExactForecaster.exact`."""
         ...
 
 
@@ -188,6 +227,16 @@ class LoadedForecaster(Forecaster, Protocol):
 
     @property
     def graphs(self) -> GraphCounts: ...
+
+
+@runtime_checkable
+class SharingForecaster(Protocol):
+    """A forecaster whose `encode` can answer several origins of one series with one forward, where it is asked to.
+
+    The last bits of an answer then depend on what else is encoded with it.
+    """
+
+    shares_forwards: bool
 
 
 def load(model: str, *, device: str = "cpu", running: Running = BY_DEFAULT, **options: Any) -> LoadedForecaster:

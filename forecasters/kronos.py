@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forecasters import Bars, Expectation, ForecastError, halved
+from forecasters import CLOSE, Bars, Expectation, ForecastError, halved
 from forecasters.compilation import OFF, Graphs, Policy
 from forecasters.kronos_encoded import (
-    CLOSE,
     COLUMNS,
     MIN_BARS,
     EncodedBars,
@@ -85,16 +84,24 @@ class Kronos:
     def compilation(self) -> str:
         return self.graphs.state
 
+    def answers_together(self, params: Mapping[str, Any]) -> bool:
+        """Yes: a token is a whole bar."""
+        del params
+        return True
+
     # -- encode --------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> EncodedBars:
-        """Everything about these contexts that does not depend on how we sample.
+    def encode(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = CLOSE
+    ) -> EncodedBars:
+        """Everything about these contexts that does not depend on how we sample, whatever key is asked for.
 
         params: `max_context`, bars used of each context, the newest; `clip`, in standard deviations, where
         normalised values are cut off. Raises ForecastError for bars that are too few or not finite and for a
         horizon that leaves nothing of the context.
         """
+        del key
         max_context, clip = int(params["max_context"]), float(params["clip"])
         if max_context < MIN_BARS or clip <= 0:
             raise ForecastError(f"max_context {max_context} or clip {clip} out of range")
@@ -214,7 +221,14 @@ class Kronos:
 
     def draw(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples of the close, float64 [W, S, H]; see draw_columns. The published forecast is their mean."""
-        return self.draw_columns(encoded, params, seeds)[..., CLOSE]
+        return self.draw_keys(encoded, params, seeds, (CLOSE,))[0]
+
+    def draw_keys(
+        self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> np.ndarray:
+        """Samples of these keys from one draw, float64 [K, W, S, H]: a sample of all keys is one path."""
+        columns = self.draw_columns(encoded, params, seeds)
+        return np.moveaxis(columns[..., _places(keys)], -1, 0)
 
     @torch.inference_mode()
     def draw_columns(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
@@ -338,8 +352,14 @@ class Kronos:
 
     def exact(self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int]) -> Expectation:
         """What the mean of the samples of the close tends to with their number, at one step; see exact_columns."""
+        return self.exact_keys(encoded, params, seeds, (CLOSE,))[0]
+
+    def exact_keys(
+        self, encoded: EncodedBars, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> list[Expectation]:
+        """As `exact`, for each of these keys from one sum."""
         points, mass, bound = self.exact_columns(encoded, params, seeds)
-        return Expectation(points=points[:, None, CLOSE], mass=mass, bound=bound[:, None, CLOSE])
+        return [Expectation(points=points[:, [at]], mass=mass, bound=bound[:, [at]]) for at in _places(keys)]
 
     @torch.inference_mode()
     def exact_columns(
@@ -370,6 +390,10 @@ class Kronos:
                 mass[w], bound[w] = summed, error * encoded.windows[w].scale
             start += len(windows)
         return _finite(points), mass, bound
+
+
+def _places(keys: Sequence[str]) -> list[int]:
+    return [COLUMNS.index(key) for key in keys]
 
 
 def _halves(windows: range, samples: range) -> list[tuple[range, range]]:

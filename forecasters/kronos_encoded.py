@@ -19,7 +19,6 @@ from forecasters.kronos_model import EPSILON
 from forecasters.kronos_network import CALENDAR, LayerCache
 
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")
-CLOSE = COLUMNS.index("close")
 MIN_BARS = 2
 TABLE_BYTES = 64 << 20  # of each lazily filled table, per encoded batch
 

@@ -1,6 +1,6 @@
 """The seasonal naive forecast with bootstrapped residuals: a baseline without weights or a network.
 
-The next close is the one a season earlier times the exponential of a residual of the past, drawn with replacement:
+The next price is the one a season earlier times the exponential of a residual of the past, drawn with replacement:
 Hyndman and Athanasopoulos, Forecasting: Principles and Practice, 3rd edition, sections 5.2 (seasonal naive method) and
 5.5 (bootstrapped residuals), in logarithms, so that prices stay positive. Owns the descriptor and the forecaster.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from forecasters import BY_DEFAULT, Bars, ForecastError, GraphCounts, Running, StageParams
+from forecasters import BY_DEFAULT, CLOSE, Bars, ForecastError, GraphCounts, Running, StageParams, seed_of_key
 from forecasters.descriptor import Knob, Model, SearchedParams
 from forecasters.settings import AGGREGATES, counts, setting
 
@@ -67,11 +67,12 @@ NAIVE = Model(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedSeasons:
-    """What W windows leave: the logarithms of the last season's closes, and the residuals to draw from."""
+    """What W windows leave: the logarithms of the last season's prices, and the residuals to draw from."""
 
     horizon: int
     seasons: np.ndarray  # float64 [W, season]
     residuals: Sequence[np.ndarray]  # a window: float64, at least one
+    key: str = CLOSE  # which price of a bar
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +80,7 @@ class EncodedSeasons:
 
 
 class Naive:
-    """The seasonal naive forecaster; see `forecasters.Forecaster`."""
+    """The seasonal naive forecaster of any one price of a bar; see `forecasters.KeyedForecaster`."""
 
     model = NAIVE.name
     params = NAIVE.params
@@ -91,29 +92,36 @@ class Naive:
     def __init__(self) -> None:
         self.forwards = 0
 
-    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> EncodedSeasons:
+    def answers_together(self, params: Mapping[str, Any]) -> bool:
+        """No: each key has a season and residuals of its own."""
+        del params
+        return False
+
+    def encode(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = CLOSE
+    ) -> EncodedSeasons:
         """The last season of each context, and the residuals of its last `context_length` bars or as many as it has.
 
         params: {"season": bars, "context_length": bars}. Raises ForecastError for a horizon or a param below 1, and
-        where a context has no close a season before its last one, or one that is not a positive number.
+        where a context has no bar a season before its last one, or a price that is not a positive number.
         """
         season, length = int(params["season"]), int(params["context_length"])
         if horizon < 1 or season < 1 or length < 1:
             raise ForecastError(f"horizon {horizon}, season {season}, context_length {length}: each must be at least 1")
         seasons, residuals = np.empty((len(contexts), season)), []
         for row, bars in enumerate(contexts):
-            closes = bars.close[-(length + season) :]
-            if len(closes) <= season:
+            prices = getattr(bars, key)[-(length + season) :]
+            if len(prices) <= season:
                 raise ForecastError(f"a context of {len(bars)} bars: a season of {season} needs at least {season + 1}")
-            if not (np.isfinite(closes) & (closes > 0)).all():
-                raise ForecastError(f"the close of {bars.timestamps[-1]} or before it is not a positive number")
-            logs = np.log(closes)
+            if not (np.isfinite(prices) & (prices > 0)).all():
+                raise ForecastError(f"the {key} of {bars.timestamps[-1]} or before it is not a positive number")
+            logs = np.log(prices)
             seasons[row] = logs[-season:]
             residuals.append(logs[season:] - logs[:-season])
-        return EncodedSeasons(horizon=horizon, seasons=seasons, residuals=residuals)
+        return EncodedSeasons(key=key, horizon=horizon, seasons=seasons, residuals=residuals)
 
     def draw(self, encoded: EncodedSeasons, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
-        """Samples of the close, float64 [W, S, H], S being params["num_samples"].
+        """Samples of the price that was encoded, float64 [W, S, H], S being params["num_samples"].
 
         Raises ForecastError for fewer than one sample and for another number of seeds than of windows.
         """
@@ -126,12 +134,20 @@ class Naive:
         logs = np.empty((len(seeds), count, horizon))
         for row, (seed, residuals) in enumerate(zip(seeds, encoded.residuals, strict=True)):
             # Row by row from one stream that only this window has: fewer samples are the first of more.
-            uniforms = np.random.Generator(np.random.Philox(key=seed)).random((count, horizon))
+            stream = np.random.Generator(np.random.Philox(key=seed_of_key(seed, encoded.key)))
+            uniforms = stream.random((count, horizon))
             logs[row] = residuals[(uniforms * len(residuals)).astype(np.int64)]
         for step in range(horizon):
             earlier = encoded.seasons[:, step, None] if step < season else logs[:, :, step - season]
             logs[:, :, step] += earlier
         return np.exp(logs)
+
+    def draw_keys(
+        self, encoded: EncodedSeasons, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> np.ndarray:
+        """Samples of the one key that was encoded, float64 [1, W, S, H]."""
+        assert tuple(keys) == (encoded.key,)
+        return self.draw(encoded, params, seeds)[None]
 
 
 def load(*, device: str = "cpu", running: Running = BY_DEFAULT) -> Naive:

@@ -34,6 +34,16 @@ def at_least(minimum: float) -> Rule:
     return lambda value: None if value >= minimum else f"must be at least {minimum}"
 
 
+def choices(*names: str) -> Rule:
+    """Different ones of these names, at least one."""
+
+    def check(values: tuple[str, ...]) -> str | None:
+        good = values and len(set(values)) == len(values) and set(values) <= set(names)
+        return None if good else f"must be different ones of {', '.join(names)}"
+
+    return check
+
+
 def one_of(*names: str) -> Rule:
     return lambda value: None if value in names else f"must be one of {', '.join(names)}"
 

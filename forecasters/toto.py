@@ -1,9 +1,10 @@
 """Toto 1.0 as a forecaster: its stages, what of them runs together, and the loading of a checkpoint.
 
-Owns the encoding of closes, the decoding past the first patch and the bounds on memory. Within the first patch nothing
-that is sampled re-enters the network, so one forward a window is the whole network work of any number of samples (the
-reference repeats the window once a sample). Knows nothing of windows' origins, aggregates, studies or caches; the
-network itself is in toto_network.py, its mixtures and their draws in toto_sampling.py.
+Owns the calls of the network, the decoding past the first patch and the bounds on memory. Within the first patch
+nothing that is sampled re-enters the network, so one forward a window is the whole network work of any number of
+samples (the reference repeats the window once a sample). Knows nothing of windows' origins, aggregates, studies or
+caches; what the network reads and leaves is in toto_encoded.py, the network in toto_network.py, its mixtures and their
+draws in toto_sampling.py.
 
 "The reference" is github.com/DataDog/toto at 46bd92a. Dimensions: B or W windows, V variates, P points a patch,
 Q points of a head, N samples or trajectories, H steps, h of them in the first patch, K components.
@@ -11,30 +12,36 @@ Q points of a head, N samples or trajectories, H steps, h of them in the first p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forecasters import BY_DEFAULT, Bars, CheckpointError, ForecastError, Running, StudentMixture, halved
-from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
+from forecasters import (
+    BY_DEFAULT,
+    CLOSE,
+    Bars,
+    ForecastError,
+    Running,
+    StudentMixture,
+    halved,
+    seed_of_key,
+)
+from forecasters.checkpoints import check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
-from forecasters.toto_model import TOTO
-from forecasters.toto_network import Statistics, TotoNetwork, TotoNetworkConfig, TotoPrefix
-from forecasters.toto_sampling import mixture_samples, stream
+from forecasters.toto_checkpoint import build, fingerprint_of, rename
+from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, first_patch, in_price, series_of, unpacked
+from forecasters.toto_model import KEY_INPUTS, PRICE, RATIO, TOTO, VARIATES
+from forecasters.toto_network import Statistics, TotoNetwork, TotoPrefix
+from forecasters.toto_sampling import stream
+from forecasters.toto_shared import answers, share
 
 TRAJECTORIES = 64  # a block; its size never depends on num_samples, so fewer samples are a prefix bit for bit
 BLOCK_TOKENS = 1024  # trajectories of all windows in one forward past the first patch
 BATCH_TOKENS = 16_384  # patches in one forward of encode: 250 windows of 4,096 points
 DRAW_BYTES = 64 << 20  # bound on the uniforms held at once
-
-_SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
-_MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
-_LOADER_KEYS = ("pre_xformers_checkpoint",)  # read by the reference's loader only; the tensor names say as much
 
 
 class Trajectories:
@@ -85,27 +92,8 @@ class Trajectories:
         return points
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedCloses:
-    """The network's answer for W windows: all that sampling needs. Arrays are float64 on the CPU."""
-
-    horizon: int
-    probs: np.ndarray  # [W, h, K], h = min(horizon, P)
-    df: np.ndarray
-    loc: np.ndarray  # scaled units
-    scale: np.ndarray
-    affine_loc: np.ndarray  # price units, [W]
-    affine_scale: np.ndarray
-    prefixes: tuple[TotoPrefix, ...]  # of consecutive windows, on the network's device; empty while horizon <= P
-
-    @property
-    def nbytes(self) -> int:
-        arrays = (self.probs, self.df, self.loc, self.scale, self.affine_loc, self.affine_scale)
-        return sum(array.nbytes for array in arrays) + sum(prefix.nbytes for prefix in self.prefixes)
-
-
 class Toto:
-    """A loaded Toto 1.0 checkpoint; see `forecasters.Forecaster`."""
+    """A loaded Toto 1.0 checkpoint; see `forecasters.KeyedForecaster`."""
 
     model, params = TOTO.name, TOTO.params
 
@@ -118,6 +106,9 @@ class Toto:
         self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
         identity = f"{network.config} {network.unembed.weight.dtype}"
+        # Whether contexts of one `encode` may share a forward (toto_shared.py). The last bits of an answer then depend
+        # on what else is asked for, so only for work that always asks for the same contexts together.
+        self.shares_forwards = False
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._chunk = chunk
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
@@ -133,47 +124,83 @@ class Toto:
     def compilation(self) -> str:
         return self.graphs.state
 
-    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> EncodedCloses:
-        """The mixtures of the close's next steps, from its last `context_length` values; one batched forward.
+    def answers_together(self, params: Mapping[str, Any]) -> bool:
+        """Only where all keys are the variates of one window."""
+        return params.get("key_input") == VARIATES
 
-        contexts: W windows of any lengths. params: {"context_length": points}. horizon: steps.
-        Raises ForecastError on a context that is empty or not finite, and when one window does not fit the memory.
+    def encode(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = CLOSE
+    ) -> EncodedPrices:
+        """The mixtures of a key's next steps, from its last `context_length` values; one batched forward.
+
+        contexts: W windows of any lengths. params: {"context_length": points, "key_input": what the network reads}, by
+        default the key's own prices; see toto_model.KEY_INPUTS. horizon: steps.
+        Raises ForecastError on a context that is empty or not finite, for a horizon above 1 of ratios, whose last
+        closes are not known then, and when one window does not fit the memory.
         """
-        if horizon < 1:
-            raise ForecastError(f"horizon {horizon}: at least 1 step is needed")
-        rows = [_closes(bars, int(params["context_length"])) for bars in contexts]
+        read = params.get("key_input", PRICE)
+        if horizon < 1 or read not in KEY_INPUTS or (read == RATIO and horizon > 1):
+            raise ForecastError(f"horizon {horizon} with key_input {read}: at least 1 step is needed, of ratios just 1")
+        keys = VARIATE_KEYS if read == VARIATES else (key,)
+        rows = [series_of(bars, int(params["context_length"]), keys, ratio=read == RATIO) for bars in contexts]
         if not rows:
             raise ForecastError("no contexts: at least one window is needed")
-        patches = -(-max(map(len, rows)) // self.network.config.patch_size)
+        if self._may_share(contexts, rows, read, horizon):
+            return self._encode_shared([getattr(bars, key) for bars in contexts], horizon, key)
+        # Of the forward's rows
+        tokens = -(-max(row.shape[1] for row in rows) // self.network.config.patch_size) * len(keys)
         parts, start = [], 0
         while start < len(rows):
-            most = max(1, self._batch_tokens // patches)
+            most = max(1, self._batch_tokens // tokens)
             room = min(most, self._chunk) if self.graphs.on else 0  # windows of a graph's one shape
             batch = rows[start : start + (room or most)]
             try:
                 parts.append(self._prefill(batch, horizon, room))
             except torch.OutOfMemoryError as error:
-                fit = halved(room or len(batch), self.device, f"one window of {len(batch[0])} points", error)
-                self._batch_tokens = fit * patches
+                fit = halved(room or len(batch), self.device, f"one window of {batch[0].shape[1]} points", error)
+                self._batch_tokens = fit * tokens
                 continue
             start += len(batch)
-        # Float64 on the CPU from here on, where a seed gives the same samples on every device.
-        packed = np.concatenate([part[0] for part in parts]).astype(np.float64)  # [W, 4 * h * K + 2]
-        shape = (len(rows), 4, min(horizon, self.network.config.patch_size), self.network.config.components)
-        probs, df, loc, scale = packed[:, :-2].reshape(shape).swapaxes(0, 1).copy()
-        return EncodedCloses(
-            horizon=horizon,
-            probs=probs,
-            df=df,
-            loc=loc,
-            scale=scale,
-            affine_loc=packed[:, -2].copy(),
-            affine_scale=packed[:, -1].copy(),
-            prefixes=tuple(part[1] for part in parts if part[1] is not None),
-        )
+        packed = np.concatenate([part[0] for part in parts])
+        prefixes = tuple(part[1] for part in parts if part[1] is not None)
+        found = unpacked(packed, self.network.config.components, keys=keys, horizon=horizon, prefixes=prefixes)
+        return in_price(contexts, found) if read == RATIO else found
 
-    def draw(self, encoded: EncodedCloses, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
-        """Samples of the close, float64 [W, N, H].
+    def _may_share(self, contexts: Sequence[Bars], rows: Sequence[np.ndarray], read: str, horizon: int) -> bool:
+        whole = all(row.shape[1] == len(bars) for row, bars in zip(rows, contexts, strict=True))
+        free = self.shares_forwards and not self.graphs.on and horizon <= self.network.config.patch_size
+        return free and whole and read == PRICE
+
+    def _encode_shared(self, series: Sequence[np.ndarray], horizon: int, key: str) -> EncodedPrices:
+        """`encode` of whole series with as few forwards as can be."""
+        groups = share(series, self.network.config.patch_size)
+        components = self.network.config.components
+        packed = np.empty((len(series), 4 * horizon * components + 2), np.float32)
+        start = 0
+        while start < len(groups):
+            patches = -(
+                -len(series[groups[start][-1]]) // self.network.config.patch_size
+            )  # of the longest that is left
+            batch = groups[start : start + max(1, self._batch_tokens // patches)]
+            try:
+                found = answers(self.network, series, batch, horizon)
+            except torch.OutOfMemoryError as error:
+                fit = halved(len(batch), self.device, f"one series of {patches} patches", error)
+                self._batch_tokens = fit * patches
+                continue
+            self.forwards += 1
+            packed[[place for group in batch for place in group]] = found
+            start += len(batch)
+        return unpacked(packed, components, keys=(key,), horizon=horizon, prefixes=())
+
+    def draw(self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+        """Samples of the first key that was encoded, float64 [W, N, H]; see `draw_keys`."""
+        return self.draw_keys(encoded, params, seeds, encoded.keys[:1])[0]
+
+    def draw_keys(
+        self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> np.ndarray:
+        """Samples of encoded keys, float64 [K, W, N, H]; those of two keys are independent within the first patch.
 
         params: {"num_samples": N}. seeds: one a window, below 2**64. No network call while the horizon is within
         the first patch. Raises ForecastError where a sample is no number, or beyond half the range of fp32.
@@ -181,24 +208,36 @@ class Toto:
         count, steps = int(params["num_samples"]), encoded.horizon
         if count < 1:
             raise ForecastError(f"num_samples {count}: at least 1 is needed")
-        if len(seeds) != len(encoded.probs):
-            raise ForecastError(f"{len(seeds)} seeds for {len(encoded.probs)} windows")
-        samples = np.empty((len(seeds), count, steps))
+        windows = len(encoded.probs) // len(encoded.keys)
+        if len(seeds) != windows:
+            raise ForecastError(f"{len(seeds)} seeds for {windows} windows")
+        places = [encoded.keys.index(key) for key in keys]
         if encoded.prefixes:
+            every = np.empty((len(encoded.probs), count, steps))
 
             def fill(start: int, stop: int, prefix: TotoPrefix) -> None:
-                self._draw_long(encoded, prefix, start, seeds[start:stop], samples[start:stop])
+                rows = encoded.rows(start, stop)
+                self._draw_long(encoded, prefix, rows, seeds[start:stop], every[rows])
 
             self._in_groups(encoded, TRAJECTORIES, fill)
-        else:
-            together = max(1, DRAW_BYTES // (count * steps * (24 + encoded.probs.shape[-1])))
-            for start in range(0, len(seeds), together):
-                rows = slice(start, start + together)
-                uniforms = np.stack([stream(seed).random((count, steps, 3)) for seed in seeds[rows]])
-                samples[rows] = _first_patch(encoded, rows, uniforms)
+            return _finite(np.stack([every[encoded.rows(0, windows, place)] for place in places]))
+        samples = np.empty((len(keys), windows, count, steps))
+        together = max(1, DRAW_BYTES // (count * steps * (24 + encoded.probs.shape[-1])))
+        for start in range(0, windows, together):
+            stop = min(start + together, windows)
+            for into, key, place in zip(samples, keys, places, strict=True):
+                streams = [stream(seed_of_key(seed, key)) for seed in seeds[start:stop]]
+                uniforms = np.stack([each.random((count, steps, 3)) for each in streams])
+                into[start:stop] = first_patch(encoded, encoded.rows(start, stop, place), uniforms)
         return _finite(samples)
 
-    def exact(self, encoded: EncodedCloses, params: Mapping[str, Any], seeds: Sequence[int]) -> StudentMixture:
+    def exact(self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int]) -> StudentMixture:
+        """Of the first key that was encoded; see `exact_keys`."""
+        return self.exact_keys(encoded, params, seeds, encoded.keys[:1])[0]
+
+    def exact_keys(
+        self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> list[StudentMixture]:
         """The mixtures that samples are drawn from, in price. Neither params nor seeds are looked at.
 
         Raises ForecastError beyond the first patch, where a mixture depends on what was drawn before.
@@ -210,15 +249,15 @@ class Toto:
                 f"horizon {encoded.horizon}: the exact mixture is known for the first {patch} steps only"
             )
         affine_loc, affine_scale = encoded.affine_loc[:, None, None], encoded.affine_scale[:, None, None]
-        return StudentMixture(
-            probs=encoded.probs,
-            df=encoded.df,
-            loc=encoded.loc * affine_scale + affine_loc,
-            scale=encoded.scale * affine_scale,
-        )
+        loc, scale = encoded.loc * affine_scale + affine_loc, encoded.scale * affine_scale
+        every = [slice(encoded.keys.index(key), None, len(encoded.keys)) for key in keys]
+        return [
+            StudentMixture(probs=encoded.probs[rows], df=encoded.df[rows], loc=loc[rows], scale=scale[rows])
+            for rows in every
+        ]
 
-    def mean(self, encoded: EncodedCloses) -> np.ndarray:
-        """The mixtures' means, float64 [W, H]; past the first patch each patch's mean is fed back as if observed.
+    def mean(self, encoded: EncodedPrices) -> np.ndarray:
+        """The mixtures' means, float64 [W * V, H]; past the first patch each patch's mean is fed back as if observed.
 
         What the reference answers for num_samples=None.
         """
@@ -228,26 +267,29 @@ class Toto:
         points = np.empty((len(first), encoded.horizon))
 
         def fill(start: int, stop: int, prefix: TotoPrefix) -> None:
-            points[start:stop] = self._decode(prefix, first[start:stop, None], encoded.horizon, None)[:, 0]
+            rows = encoded.rows(start, stop)
+            points[rows] = self._decode(prefix, first[rows, None], encoded.horizon, None)[:, 0]
 
         self._in_groups(encoded, 1, fill)
         return _finite(points)
 
     @torch.inference_mode()
     def _prefill(self, rows: Sequence[np.ndarray], horizon: int, room: int) -> tuple[np.ndarray, TotoPrefix | None]:
-        """The numbers of `EncodedCloses` for these rows, [W, 4 * h * K + 2], and the prefix past the first patch.
+        """The numbers of `EncodedPrices`, [W * V, 4 * h * K + 2], and the prefix past the first patch.
 
-        room: windows that the forward has, the last row again in those left over; 0: as many as there are.
+        rows: of a window, [V, T]. room: windows that the forward has, the last row again in those left over; 0: as
+        many as there are.
         """
-        patch = self.network.config.patch_size
-        patches = -(-max(map(len, rows)) // patch)
+        patch, variates = self.network.config.patch_size, len(rows[0])
+        patches = -(-max(row.shape[1] for row in rows) // patch)
         length = (fixed_length(patches) if room else patches) * patch
-        series = np.zeros((max(room, len(rows)), 1, length), np.float32)  # the reference's dtype at this border too
+        shape = (max(room, len(rows)), variates, length)
+        series = np.zeros(shape, np.float32)  # the reference's dtype at this border too
         pads = np.full(len(series), length)
         for i in range(len(series)):
             row = rows[min(i, len(rows) - 1)]
-            series[i, 0, length - len(row) :] = row
-            pads[i] -= len(row)
+            pads[i] -= row.shape[1]
+            series[i, :, pads[i] :] = row
         padding = torch.from_numpy(pads).to(self.device)
         self.forwards += 1
         steps, keep = min(horizon, patch), horizon > patch
@@ -257,102 +299,88 @@ class Toto:
         )
         prefix = None
         if keep:
-            ids = torch.zeros(len(series), 1, dtype=torch.long, device=self.device)
+            ids = torch.zeros(len(series), variates, dtype=torch.long, device=self.device)
             whole = TotoPrefix(
                 keys=keys, values=values, pads=padding // patch, ids=ids, statistics=Statistics(*statistics)
             )
             prefix = whole.rows(0, len(rows))
-        return packed[: len(rows)].cpu().numpy(), prefix
+        return packed[: len(rows)].flatten(0, 1).cpu().numpy(), prefix
 
     def _in_groups(
-        self, encoded: EncodedCloses, trajectories: int, decode: Callable[[int, int, TotoPrefix], None]
+        self, encoded: EncodedPrices, trajectories: int, decode: Callable[[int, int, TotoPrefix], None]
     ) -> None:
         """Call decode(first window, last + 1, their prefix) for windows to decode together, until all are.
 
         Bounded by tokens, and the same for every number of samples. trajectories: of a window at a time.
         """
-        start = 0
+        start, variates = 0, len(encoded.keys)
         for prefix in encoded.prefixes:
             row = 0
             while row < len(prefix.pads):
-                part = prefix.rows(row, min(row + self._windows_together, len(prefix.pads)))
+                together = max(1, self._windows_together // variates)
+                part = prefix.rows(row, min(row + together, len(prefix.pads)))
                 count = len(part.pads)
                 try:
                     decode(start, start + count, part)
                 except torch.OutOfMemoryError as error:
                     self.graphs.release()
                     what = f"{trajectories} trajectories of one window, {encoded.horizon} steps"
-                    self._windows_together = halved(self._room(count), self.device, what, error)
+                    fit = halved(self._room(count, variates), self.device, what, error)
+                    self._windows_together = fit * variates
                     continue
                 row, start = row + count, start + count
 
-    def _room(self, windows: int) -> int:
+    def _room(self, windows: int, variates: int) -> int:
         """How many windows a forward of the decoding has where these are left: a graph's are always as many, padded."""
-        return min(self._windows_together, self._chunk) if self.graphs.on else windows
+        return min(max(1, self._windows_together // variates), self._chunk) if self.graphs.on else windows
 
     def _draw_long(
-        self, encoded: EncodedCloses, prefix: TotoPrefix, start: int, seeds: Sequence[int], samples: np.ndarray
+        self, encoded: EncodedPrices, prefix: TotoPrefix, rows: slice, seeds: Sequence[int], samples: np.ndarray
     ) -> None:
-        """Fill samples [W, N, H] of the group's windows, which begin at `start` in encoded, block by block."""
-        rows, patch = slice(start, start + len(seeds)), self.network.config.patch_size
-        streams = [stream(seed) for seed in seeds]
+        """Fill samples [W * V, N, H] of the group's windows, which have these rows in encoded, block by block."""
+        patch = self.network.config.patch_size
+        streams = [stream(seed_of_key(seed, key)) for seed in seeds for key in encoded.keys]
         for first in range(0, samples.shape[1], TRAJECTORIES):
             uniforms = np.stack([stream.random((TRAJECTORIES, encoded.horizon, 3)) for stream in streams])
-            begun = _first_patch(encoded, rows, uniforms[:, :, :patch])
+            begun = first_patch(encoded, rows, uniforms[:, :, :patch])
             block = self._decode(prefix, begun, encoded.horizon, uniforms)
             samples[:, first : first + TRAJECTORIES] = block[:, : samples.shape[1] - first]
 
     @torch.inference_mode()
     def _decode(self, prefix: TotoPrefix, begun: np.ndarray, horizon: int, uniforms: np.ndarray | None) -> np.ndarray:
-        """Continue the first patch begun [W, N, P] to [W, N, H], one transfer to the host for all of it.
+        """Continue the first patch begun [W * V, N, P] to [W * V, N, H], one transfer to the host for all of it.
 
-        uniforms: [W, N, H, 3], of which the first P steps are spent; None: the mixtures' means are fed back.
+        uniforms: [W * V, N, H, 3], of which the first P steps are spent; None: the mixtures' means are fed back.
         """
-        patch, windows = self.network.config.patch_size, len(begun)
-        room = self._room(windows)
+        patch, (windows, variates) = self.network.config.patch_size, prefix.ids.shape
+        room = self._room(windows, variates)
         patches = (horizon - 1) // patch
         trajectories = Trajectories(
             self.network, prefix, begun.shape[1], patches=patches, graphs=self.graphs, room=room
         )
         again = np.minimum(np.arange(room), windows - 1)
-        latest, parts, draws = self._to_device(begun[again]), [], None
+
+        def placed(rows: np.ndarray) -> Tensor:
+            return torch.from_numpy(rows.reshape(windows, variates, *rows.shape[1:])[again]).to(self.device)
+
+        latest, parts, draws = placed(begun), [], None
         if uniforms is not None:  # a graph draws whole patches; what is past the horizon is cut off
-            spare = np.zeros((windows, begun.shape[1], (patches + 1) * patch - horizon, 3))
-            draws = self._to_device(np.concatenate((uniforms, spare), 2)[again])
+            spare = np.zeros((*begun.shape[:2], (patches + 1) * patch - horizon, 3))
+            draws = placed(np.concatenate((uniforms, spare), 2))
         for done in range(patch, horizon, patch):
             steps = patch if self.graphs.on else min(patch, horizon - done)
-            now = None if draws is None else draws[:, None, :, done : done + steps].contiguous()
+            now = None if draws is None else draws[:, :, :, done : done + steps].contiguous()
             self.forwards += 1
-            # fp32, as the reference feeds its samples back
-            latest = trajectories.advance(latest[:, None].float(), steps, now)[:, 0]
+            latest = trajectories.advance(latest.float(), steps, now)  # fp32, as the reference feeds its samples back
             parts.append(latest)
-        rest = torch.cat(parts, -1)[:windows, :, : horizon - patch]
+        rest = torch.cat(parts, -1)[:windows, ..., : horizon - patch].flatten(0, 1)
         return np.concatenate((begun, rest.cpu().numpy()), -1)
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
 
 
 def fixed_length(patches: int) -> int:
     """The length, in patches, that this many are padded to: two lengths a power of 2, so that few graphs serve all."""
     power = 1 << (patches - 1).bit_length()  # the least power of 2 that holds them
     return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
-
-
-def _first_patch(encoded: EncodedCloses, rows: slice, uniforms: np.ndarray) -> np.ndarray:
-    """Prices drawn within the first patch, [W, N, h], for uniforms [W, N, h, 3]."""
-    probs, df = encoded.probs[rows, None], encoded.df[rows, None]
-    scaled = mixture_samples(probs, df, encoded.loc[rows, None], encoded.scale[rows, None], uniforms)
-    return scaled * encoded.affine_scale[rows, None, None] + encoded.affine_loc[rows, None, None]
-
-
-def _closes(bars: Bars, length: int) -> np.ndarray:
-    closes = bars.close[-length:] if length > 0 else bars.close[:0]
-    if not len(closes):
-        raise ForecastError(f"a context of {len(bars)} bars with context_length {length}: no close is left")
-    if not np.isfinite(closes).all():
-        raise ForecastError(f"the close of {bars.timestamps[-1]} or before it is not a finite number")
-    return closes
 
 
 def _finite(prices: np.ndarray) -> np.ndarray:
@@ -362,52 +390,14 @@ def _finite(prices: np.ndarray) -> np.ndarray:
     return prices
 
 
-def read_config(checkpoint: Checkpoint) -> TotoNetworkConfig:
-    """The checkpoint's config.json. Raises CheckpointError on a key or a value that this network does not have."""
-    optional = [field.name for field in fields(TotoNetworkConfig) if field.default is not MISSING]
-    required = [field.name for field in fields(TotoNetworkConfig) if field.default is MISSING]
-    entries = checkpoint.config(required, (*optional, *_LOADER_KEYS))
-    path = checkpoint.folder / CONFIG
-
-    def need(key: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, expected {expected}")
-
-    for key in ("patch_size", "stride", "embed_dim", "num_layers", "num_heads", "mlp_hidden_dim"):
-        need(key, type(entries[key]) is int and entries[key] > 0, "a positive whole number")
-    kwargs, every = entries["output_distribution_kwargs"], entries["spacewise_every_n_layers"]
-    components = kwargs.get("k_components") if isinstance(kwargs, dict) and len(kwargs) == 1 else None
-    need("output_distribution_kwargs", type(components) is int and components > 0, '{"k_components": a whole number}')
-    need("scaler_cls", entries["scaler_cls"] == _SCALER, _SCALER)
-    need("output_distribution_classes", entries["output_distribution_classes"] == [_MIXTURE], f"[{_MIXTURE}]")
-    need("stride", entries["stride"] == entries["patch_size"], "patch_size")
-    need("embed_dim", entries["embed_dim"] % (2 * entries["num_heads"]) == 0, "an even multiple of num_heads")
-    divides = type(every) is int and (every == -1 or (every > 0 and entries["num_layers"] % every == 0))
-    need("spacewise_every_n_layers", divides, "-1 or a divisor of num_layers")
-    return TotoNetworkConfig(**{key: value for key, value in entries.items() if key not in _LOADER_KEYS})
-
-
-def _rename(stored: str) -> str | None:
-    """A published tensor name to ours; None for the rotation's frequencies, which are computed."""
-    if stored.endswith("rotary_emb.freqs"):
-        return None
-    name = stored.removeprefix("model.")
-    return name.replace(".mlp.0.w12.", ".mlp.0.").replace(".mlp.0.w3.", ".mlp.2.")  # saved with a fused SwiGLU
-
-
-def _build(checkpoint: Checkpoint) -> TotoNetwork:
-    with torch.device("meta"):
-        return TotoNetwork(read_config(checkpoint))
-
-
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(TOTO.name, device=device, running=running)
     found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    network = _build(found)
-    load_into(found, network, _rename)
+    network = build(found)
+    load_into(found, network, rename)
     network = network.to(device=device, dtype=getattr(torch, running.dtype))
-    return Toto(network, fingerprint=_fingerprint(found, running.dtype), policy=policy, chunk=running.chunk)
+    return Toto(network, fingerprint=fingerprint_of(found, running.dtype), policy=policy, chunk=running.chunk)
 
 
 def inspect(checkpoint: str, *, revision: str | None = None, running: Running = BY_DEFAULT) -> str:
@@ -416,9 +406,5 @@ def inspect(checkpoint: str, *, revision: str | None = None, running: Running = 
     Raises CheckpointError where the checkpoint does not fit.
     """
     found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    check(found, _build(found), _rename)
-    return _fingerprint(found, running.dtype)
-
-
-def _fingerprint(found: Checkpoint, dtype: str) -> str:
-    return hashlib.sha256(f"{TOTO.name} {found.digest} {dtype}".encode()).hexdigest()
+    check(found, build(found), rename)
+    return fingerprint_of(found, running.dtype)

@@ -10,14 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from forecasters import ForecastError
+from forecasters import CLOSE, ForecastError
 from forecasters.models import MODELS
 from launch import processes
 from launch.devices import DeviceSlot, device_slots
@@ -28,7 +28,7 @@ from launch.profiling import Profile, joined, show_profile, work_of
 from launch.views import comparison, comparison_figures
 from launch.views.comparison import BLOCKS, ComparisonRow, Fan
 from launch.views.tables import duration, terminal
-from objectives.bars import DataError
+from objectives.bars import DataError, require_keys
 from objectives.evaluation import Evaluator
 from objectives.windows import Windows
 from storage.commands import this_command
@@ -52,6 +52,7 @@ class Asked:
     stride: int
     passes: int
     params: Sequence[str]
+    keys: Sequence[str]  # prices of a bar; figures are of the first
     profile: bool = False
 
 
@@ -72,6 +73,7 @@ class Job:
     model: str
     windows: Windows
     rows: Sequence[ComparedConfiguration]
+    keys: Sequence[str]
     passes: int
     fan: bool  # also the band of the samples of the last window
     profile: bool
@@ -81,7 +83,7 @@ class Job:
 class Answer:
     """What came of a configuration: how it did, or why it could not be measured."""
 
-    measured: MeasuredRow | None = None
+    measured: Mapping[str, MeasuredRow] = field(default_factory=dict)  # by key
     band: np.ndarray | None = None  # [2, H] of the last window, price
     error: str | None = None
 
@@ -115,7 +117,7 @@ def command(
     for line in comparison.explanations(rows):
         say(line)
     if plot is not None and fan is not None:
-        comparison_figures.write(plot, rows, fan)
+        comparison_figures.write(plot, [row for row in rows if row.key == fan.key], fan)
         say(f"figure in {plot}")
     if asked.profile:
         show_profile(joined([read, profile]))
@@ -134,6 +136,11 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
     cases, dead, without = [], [], []
     for each in series:
         try:
+            require_keys(each.bars, asked.keys, each.path)
+        except DataError as error:
+            refused[each.symbol] = str(error)
+            continue
+        try:
             windows = comparing.windows_before_test(
                 config=_for_windows(config),
                 symbol=each.symbol,
@@ -150,7 +157,7 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
         if not found.rows:
             without.append(each.symbol)
             continue
-        cases.append(Case(series=each, windows=windows, rows=found.rows))
+        cases.append(Case(series=each, windows=windows.of_key(asked.keys[0]), rows=found.rows))
     if not cases and not without and len(refused) == 1:
         raise DataError(*refused.values())
     for note in (*notes, *of_files, *(f"{symbol} skipped: {reason}" for symbol, reason in refused.items())):
@@ -183,6 +190,7 @@ def measure(
             model=model,
             windows=case.windows,
             rows=[row for row in case.rows if row.model == model],
+            keys=asked.keys,
             passes=asked.passes,
             fan=fan and case is cases[0],
             profile=asked.profile,
@@ -208,7 +216,8 @@ def measure(
     rows: list[ComparisonRow] = []
     for case in cases:
         by_model = {model: iter(answers.get((case.series.symbol, model), ())) for model in asked.models}
-        rows += _rows(case, [next(by_model[row.model]) for row in case.rows], asked.stride)
+        found = [next(by_model[row.model]) for row in case.rows]
+        rows += [row for key in asked.keys for row in _rows(case, key, found, asked.stride)]
     return rows, _fan(cases[0], answers) if fan else None, joined(spent)
 
 
@@ -225,7 +234,7 @@ def pilot(job: Job, device: str) -> tuple[float, Profile]:
         before = sum(evaluator.seconds.values())
         for row in job.rows:
             try:
-                comparing.measure(evaluator, replace(job.windows, origins=(origin,)), row.params)
+                comparing.measure_keys(evaluator, replace(job.windows, origins=(origin,)), row.params, job.keys)
             except ForecastError:  # the measurement says it
                 continue
         tried.append(sum(evaluator.seconds.values()) - before)
@@ -233,7 +242,7 @@ def pilot(job: Job, device: str) -> tuple[float, Profile]:
 
 
 def _evaluator(job: Job, device: str) -> Evaluator:
-    evaluator = processes.evaluator(job.settings, job.model, device, job.profile)
+    evaluator = processes.evaluator(job.settings, job.model, device, profile=job.profile)
     evaluator.max_num_samples = 0  # nothing is drawn ahead for trials
     return evaluator
 
@@ -258,7 +267,7 @@ def measure_job(job: Job, device: str) -> tuple[list[Answer], Profile]:
 def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer:
     try:
         passes = comparing.passes_of(evaluator, job.passes)
-        measured = comparing.measure(evaluator, job.windows, params, passes=passes)
+        measured = comparing.measure_keys(evaluator, job.windows, params, job.keys, passes=passes)
         band = None
         if job.fan and not evaluator.exact:
             last = replace(job.windows, origins=job.windows.origins[-1:])
@@ -271,13 +280,14 @@ def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _rows(case: Case, answers: Sequence[Answer], stride: int) -> list[ComparisonRow]:
-    """Of one symbol, the configurations first; improvements are over the first that was measured."""
-    windows = case.windows
+def _rows(case: Case, key: str, answers: Sequence[Answer], stride: int) -> list[ComparisonRow]:
+    """Of one symbol and key, the configurations first; improvements are over the first that was measured."""
+    windows = case.windows.of_key(key)
     span = window_span(windows)
-    reference = next((one.measured for one in answers if one.measured), None)
+    reference = next((one.measured[key] for one in answers if one.measured), None)
     common = {
         "symbol": case.series.symbol,
+        "key": key,
         "windows": len(windows),
         "effective_windows": comparing.effective_windows(windows),
         "horizon": windows.horizon,
@@ -288,7 +298,7 @@ def _rows(case: Case, answers: Sequence[Answer], stride: int) -> list[Comparison
 
     def row(label: str, model: str, source: str, params: Mapping[str, Any], answer: Answer) -> ComparisonRow:
         told = {**common, "label": label, "model": model, "source": source, "params": dict(params)}
-        if (measured := answer.measured) is None:
+        if (measured := answer.measured.get(key)) is None:
             return ComparisonRow(**told, error=answer.error)
         gain = None
         if reference is not None and measured is not reference:
@@ -306,6 +316,7 @@ def _rows(case: Case, answers: Sequence[Answer], stride: int) -> list[Comparison
             by_step=tuple(measured.by_step.tolist()),
             sampling_error=found.sampling_error,
             seconds=sum(found.seconds.values()) if found.seconds else None,
+            repaired=measured.repaired,
             improvement=gain.value if gain else None,
             improvement_low=gain.interval[0] if gain and gain.interval else None,
             improvement_high=gain.interval[1] if gain and gain.interval else None,
@@ -314,13 +325,14 @@ def _rows(case: Case, answers: Sequence[Answer], stride: int) -> list[Comparison
 
     naive = {"no change": comparing.no_change(windows), "drift": comparing.drift(windows)}
     block = comparing.block_persistence(case.series.bars.close, windows.horizon)
+    blocks = ComparisonRow(**common, label=BLOCKS, model="", source="baseline", params={}, mae_percent=block)
     return [
         *(row(one.label, one.model, one.source, one.params, a) for one, a in zip(case.rows, answers, strict=True)),
         *(
-            row(name, "", "baseline", {}, Answer(measured=comparing.measure_points(windows, points)))
+            row(name, "", "baseline", {}, Answer(measured={key: comparing.measure_points(windows, points)}))
             for name, points in naive.items()
         ),
-        ComparisonRow(**common, label=BLOCKS, model="", source="baseline", params={}, mae_percent=block),
+        *([blocks] if key == CLOSE else []),
     ]
 
 
@@ -334,8 +346,9 @@ def _fan(case: Case, answers: Mapping[tuple[str, str], Sequence[Answer]]) -> Fan
     return Fan(
         symbol=case.series.symbol,
         times=tuple(str(time.astype("datetime64[m]")) for time in bars.timestamps[shown]),
-        closes=tuple(bars.close[shown].tolist()),
+        key=windows.key,
+        prices=tuple(getattr(bars, windows.key)[shown].tolist()),
         ahead=horizon,
-        points={label: one.measured.points[-1].tolist() for label, one in found.items() if one.measured},
+        points={label: one.measured[windows.key].points[-1].tolist() for label, one in found.items() if one.measured},
         bands={label: one.band.tolist() for label, one in found.items() if one.band is not None},
     )

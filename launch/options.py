@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from forecasters import ExpectedError
+from forecasters import KEYS, ExpectedError
 from forecasters.models import MODELS
 from launch.output import say
 from storage.commands import suggested_with
@@ -150,6 +150,15 @@ def checked_models(models: Sequence[Sequence[str]], config: Config) -> tuple[str
     return names
 
 
+def checked_keys(keys: Sequence[Sequence[str]], config: Config) -> tuple[str, ...]:
+    """The prices of the option, by default that of the settings. Raises a usage error for an unknown one."""
+    names = flat(keys) or (config.search.key,)
+    for name in names:
+        if name not in KEYS:
+            raise click.BadParameter(f"unknown key {name!r}; the keys are {', '.join(KEYS)}", param_hint="--keys")
+    return names
+
+
 def checked_symbols(symbols: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The symbols of the option. Raises a usage error for a name that cannot be a symbol."""
     try:
@@ -164,6 +173,13 @@ models_option = click.option(
     type=Names(),
     multiple=True,
     help=f"Only these models, of {','.join(MODELS)}; 'both' are {' and '.join(BOTH)}.  [default: both]",
+)
+keys_option = click.option(
+    "--keys",
+    type=Names(),
+    multiple=True,
+    metavar="A,B,..",
+    help=f"Prices of a bar, of {','.join(KEYS)}.  [default: that of the settings, close]",
 )
 gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="GPUs to use, with one worker each.")
 cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="Number of CPU workers, one core each.")

@@ -10,7 +10,7 @@ import contextlib
 import csv
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from forecasters import Bars, ExpectedError
+from forecasters import CLOSE, KEYS, Bars, ExpectedError
 
 TIME_NAMES = ("timestamp", "datetime", "date", "time")  # the first of them that is there is the time column
-PRICE_NAMES = ("open", "high", "low", "close")
+PRICE_NAMES = KEYS
 SUFFIXES = (".csv", ".parquet")
 NOT_A_FILE = "it is no regular file"  # a pipe would be waited for
 
@@ -337,6 +337,16 @@ def _shown(cell: Any) -> str:
         return "an empty cell"
     text = repr(cell) if isinstance(cell, str) else str(cell)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def require_keys(bars: Bars, keys: Iterable[str], source: Path | str) -> None:
+    """Raise DataError, naming `source`, where a key is the close at every bar, as where its column is missing."""
+    for key in keys:
+        if key != CLOSE and np.array_equal(getattr(bars, key), bars.close):
+            raise DataError(
+                f"{source}: has no {key} of its own (it is the close at every bar, as where the column is missing); "
+                "add the column or ask for the close alone"
+            )
 
 
 def bars_until(bars: Bars, timestamp: np.datetime64 | str) -> Bars:

@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from forecasters import Encoded, ExactForecaster, Forecaster, ForecastError
+from forecasters import KEYS, Encoded, ExactKeyedForecaster, Forecaster, ForecastError
 from objectives.aggregation import Draw, parse
 from objectives.exact import exact_points
+from objectives.keys import KeyForecasts, key_forecasts, keyed
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
 from objectives.windows import Contexts, SeedKind, Windows
 from objectives.work import WorkCounter
@@ -49,7 +50,7 @@ class Evaluator:
         exact: bool = False,
         work: WorkCounter | None = None,
     ) -> None:
-        self.forecaster = forecaster
+        self.forecaster, self._keyed = forecaster, keyed(forecaster)
         self.work = work
         self.rung = rung
         self.batch = batch or rung
@@ -114,8 +115,23 @@ class Evaluator:
 
         Raises what `measure` raises.
         """
+        return self.batch_key_points(windows, params, indices, (windows.key,), passes=passes)[windows.key]
+
+    def batch_key_points(
+        self,
+        windows: Windows,
+        params: Mapping[str, Any],
+        indices: Sequence[int],
+        keys: Sequence[str],
+        *,
+        passes: Sequence[int],
+    ) -> dict[str, np.ndarray]:
+        """By key what `batch_points` are of these windows' `of_key`, bit for bit.
+
+        Where a model answers keys together, all of them cost one encoding and one draw. Raises what `measure` raises.
+        """
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
-        return self._answers(windows, indices, plan, passes, SeedKind.STUDY, self._points(params))
+        return self._answers(windows, indices, keys, plan, passes, SeedKind.STUDY, self._points(params))
 
     def forecast(
         self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
@@ -126,7 +142,27 @@ class Evaluator:
         last bit when these origins are asked for again later. Raises what `measure` raises, and ValueError where a
         study's seeds are not known yet.
         """
-        return self._joined(contexts, params, pass_number, kind, self._points(params))
+        return self._joined(contexts, params, (contexts.key,), pass_number, kind, self._points(params))[contexts.key]
+
+    def forecast_keys(
+        self,
+        contexts: Contexts,
+        params: Mapping[str, Any],
+        keys: Sequence[str] = KEYS,
+        *,
+        pass_number: int = 0,
+        kind: SeedKind = SeedKind.SERVED,
+    ) -> KeyForecasts:
+        """The point forecasts of several prices of a bar at every origin: as they are scored, and as they are served.
+
+        keys: names of `forecasters.KEYS`. Of each, `scored` is what `forecast` says of `contexts.of_key`, bit for bit;
+        where a model answers keys together (Kronos; Toto by variates), all of them cost one encoding and one draw.
+        For quantiles, ask again with another `aggregate`: it is made of the draws that are kept. For paths of Kronos,
+        `samples` of two keys are joint: the same sample of both is one path; those of Toto are independent.
+        kind: by default seeds from the last context bar, so that a replay later gives the same numbers.
+        Raises what `forecast` raises.
+        """
+        return key_forecasts(self._joined(contexts, params, keys, pass_number, kind, self._points(params)))
 
     def samples(
         self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
@@ -138,34 +174,42 @@ class Evaluator:
         """
         if self.exact:
             raise ValueError("an exact evaluator draws no samples")
-        return self._joined(contexts, params, pass_number, kind, self._samples)
+        return self._joined(contexts, params, (contexts.key,), pass_number, kind, self._samples)[contexts.key]
 
     def _joined(
-        self, contexts: Contexts, params: Mapping[str, Any], pass_number: int, kind: SeedKind, answer: _Answer
-    ) -> np.ndarray:
-        """The answers of one pass in the order of the origins, [W, ...]."""
-        found: dict[int, np.ndarray] = {}
+        self,
+        contexts: Contexts,
+        params: Mapping[str, Any],
+        keys: Sequence[str],
+        pass_number: int,
+        kind: SeedKind,
+        answer: _Answer,
+    ) -> dict[str, np.ndarray]:
+        """The answers of one pass in the order of the origins, [W, ...], by key."""
+        found: dict[str, dict[int, np.ndarray]] = {key: {} for key in keys}
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
         for indices in self.batches(contexts):
-            answers = self._answers(contexts, indices, plan, (pass_number,), kind, answer)
-            found.update(zip(indices, answers[0], strict=True))
-        return np.stack([found[index] for index in range(len(contexts))])
+            for key, answers in self._answers(contexts, indices, keys, plan, (pass_number,), kind, answer).items():
+                found[key].update(zip(indices, answers[0], strict=True))
+        return {key: np.stack([of_key[index] for index in range(len(contexts))]) for key, of_key in found.items()}
 
     def _answers(
         self,
         contexts: Contexts,
         indices: Sequence[int],
+        keys: Sequence[str],
         plan: _Plan,
         passes: Sequence[int],
         kind: SeedKind,
         answer: _Answer,
-    ) -> np.ndarray:
-        """The answers of every pass for one batch, [R, w, ...]."""
+    ) -> dict[str, np.ndarray]:
+        """The answers of every pass for one batch, [R, w, ...], by key."""
         # All passes of a batch before the next: a cache that holds one batch's encoding is enough.
         answers = []
         for pass_number in passes:
             seeds = contexts.seeds(pass_number, kind)
-            asked = _Batch(contexts=contexts, indices=indices, seeds=tuple(seeds[index] for index in indices))
+            of_batch = tuple(seeds[index] for index in indices)
+            asked = _Batch(contexts=contexts, indices=indices, seeds=of_batch, keys=tuple(keys))
             seconds = dict.fromkeys(STAGES, 0.0)
             answers.append(answer(asked, plan, seconds))
             for stage in STAGES:
@@ -173,59 +217,81 @@ class Evaluator:
             if seconds["encode"]:  # else the cache answered, and what was saved is no latency
                 self.fresh += len(indices)
                 self.fresh_s += sum(seconds.values())
-        joined = np.stack(answers)
-        bad = ~np.isfinite(joined).all(axis=(0, *range(2, joined.ndim)))
-        _check(contexts, indices, int(bad.argmax()) if bad.any() else None)
+        joined = {key: np.stack([each[key] for each in answers]) for key in keys}
+        for values in joined.values():
+            bad = ~np.isfinite(values).all(axis=(0, *range(2, values.ndim)))
+            _check(contexts, indices, int(bad.argmax()) if bad.any() else None)
         return joined
 
     def _points(self, params: Mapping[str, Any]) -> _Answer:
         """What answers with points, [w, H]. Raises ValueError for an unknown aggregate."""
         aggregate = parse(params.get("aggregate", "mean"))
 
-        def sampled(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> np.ndarray:
-            key, draw = self._draw(batch, plan, seconds)
-            with _timed(seconds, "aggregate"):
-                _check(batch.contexts, batch.indices, draw.non_finite_window(plan.count))
-                points = draw.aggregate(aggregate, plan.count)
-            self._cache.put(key, draw)  # after its use: sorting has made it larger
+        def sampled(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
+            points = {}
+            for key, (cache_key, draw) in self._draws(batch, plan, seconds).items():
+                with _timed(seconds, "aggregate"):
+                    _check(batch.contexts, batch.indices, draw.non_finite_window(plan.count))
+                    points[key] = draw.aggregate(aggregate, plan.count)
+                self._cache.put(cache_key, draw)  # after its use: sorting has made it larger
             return points
 
-        def exact(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> np.ndarray:
-            key, forecaster = self._encode_key(batch, plan), cast(ExactForecaster, self.forecaster)
-            with _naming(batch.contexts.symbol):
-                encoded = self._encoded(key, batch, plan, seconds)
-                with _timed(seconds, "draw"):
-                    answer = forecaster.exact(encoded, plan.draw_params, batch.seeds)
-                self._count_draw(batch, plan, lambda one: forecaster.exact(one, plan.draw_params, batch.seeds[:1]))
-                self._cache.put(key, encoded)
-                with _timed(seconds, "aggregate"):
-                    return exact_points(answer, aggregate)
+        def exact(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
+            points, exactly = {}, cast(ExactKeyedForecaster, self._keyed).exact_keys
+            for keys, encode_key in self._encodings(batch, plan):
+                with _naming(batch.contexts.symbol):
+                    encoded = self._encoded(encode_key, batch, plan, keys[0], seconds)
+                    with _timed(seconds, "draw"):
+                        answers = exactly(encoded, plan.draw_params, batch.seeds, keys)
+                    self._count_draw(batch, plan, exactly, plan.draw_params, keys)
+                    self._cache.put(encode_key, encoded)
+                    with _timed(seconds, "aggregate"):
+                        points |= {key: exact_points(each, aggregate) for key, each in zip(keys, answers, strict=True)}
+            return points
 
         return exact if self.exact else sampled
 
-    def _samples(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> np.ndarray:
-        """The samples that params ask for, [w, S, H]."""
-        key, draw = self._draw(batch, plan, seconds)
-        self._cache.put(key, draw)
-        return draw.samples(plan.count)
+    def _samples(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
+        """The samples that params ask for, [w, S, H], by key."""
+        found = self._draws(batch, plan, seconds)
+        for cache_key, draw in found.values():
+            self._cache.put(cache_key, draw)
+        return {key: draw.samples(plan.count) for key, (_, draw) in found.items()}
 
-    def _draw(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> tuple[Hashable, Draw]:
-        """Samples of a batch, at least as many as params ask for, and the key to keep them under."""
-        encode_key = self._encode_key(batch, plan)
-        key = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, batch.seeds)
-        draw = self._cache.get(key)
-        if not isinstance(draw, Draw) or (plan.count is not None and plan.count > draw.count):
+    def _draws(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, tuple[Hashable, Draw]]:
+        """By key samples of a batch, at least as many as params ask for, and what to keep them under."""
+        found: dict[str, tuple[Hashable, Draw]] = {}
+        for keys, encode_key in self._encodings(batch, plan):
+            asked = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, batch.seeds)
+            lacking = []
+            for key in keys:
+                draw = self._cache.get((*asked, key))
+                if isinstance(draw, Draw) and (plan.count is None or plan.count <= draw.count):
+                    found[key] = ((*asked, key), draw)
+                else:
+                    lacking.append(key)
+            if not lacking:
+                continue
             with _naming(batch.contexts.symbol):
-                encoded = self._encoded(encode_key, batch, plan, seconds)
+                encoded = self._encoded(encode_key, batch, plan, keys[0], seconds)
                 with _timed(seconds, "draw"):
-                    samples = self.forecaster.draw(encoded, plan.asked, batch.seeds)
-                    draw = Draw(samples)
-                self._count_draw(batch, plan, lambda one: self.forecaster.draw(one, plan.asked, batch.seeds[:1]))
+                    samples = self._keyed.draw_keys(encoded, plan.asked, batch.seeds, lacking)
+                    for key, of_key in zip(lacking, samples, strict=True):
+                        found[key] = ((*asked, key), Draw(of_key))
+                self._count_draw(batch, plan, self._keyed.draw_keys, plan.asked, lacking)
             self._cache.put(encode_key, encoded)  # after its use: what Kronos looked up has made it larger
-            expected = (len(batch.indices), draw.count if plan.drawn is None else plan.drawn, batch.contexts.horizon)
-            if samples.shape != expected:
-                raise ValueError(f"{self.forecaster.model} drew {list(samples.shape)} and not {list(expected)}")
-        return key, draw
+            count = samples[0].shape[1] if plan.drawn is None else plan.drawn
+            expected = (len(batch.indices), count, batch.contexts.horizon)
+            if samples[0].shape != expected:
+                raise ValueError(f"{self.forecaster.model} drew {list(samples[0].shape)} and not {list(expected)}")
+        return found
+
+    def _encodings(self, batch: _Batch, plan: _Plan) -> list[tuple[Sequence[str], tuple[Hashable, ...]]]:
+        """The encodings that answer the batch's keys: of each which keys, and what to keep it under."""
+        whole = self._encode_key(batch, plan)
+        if self._keyed.answers_together(plan.encode_params):
+            return [(batch.keys, whole)]
+        return [((key,), (*whole, key)) for key in batch.keys]
 
     def _encode_key(self, batch: _Batch, plan: _Plan) -> tuple[Hashable, ...]:
         # Whole batches, not windows, are kept: then no window is ever in a batch of other company.
@@ -236,24 +302,33 @@ class Evaluator:
             batch.contexts.digest(batch.indices),
         )
 
-    def _encoded(self, key: Hashable, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> Any:
-        encoded: Any = self._cache.get(key)
+    def _encoded(self, cache_key: Hashable, batch: _Batch, plan: _Plan, key: str, seconds: dict[str, float]) -> Any:
+        """The encoding that answers this key."""
+        encoded: Any = self._cache.get(cache_key)
         if encoded is None:
             with _timed(seconds, "encode"):
                 contexts = batch.contexts.contexts(batch.indices)
-                encoded = self.forecaster.encode(contexts, plan.encode_params, batch.contexts.horizon)
-            self._cache.put(key, encoded)
+                encoded = self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
+            self._cache.put(cache_key, encoded)
             if self.work is not None:
-                self.work.add("encode", len(batch.indices), lambda: None, lambda _: self._encode_one(batch, plan))
+                self.work.add("encode", len(batch.indices), lambda: None, lambda _: self._encode_one(batch, plan, key))
         return encoded
 
-    def _encode_one(self, batch: _Batch, plan: _Plan) -> Encoded:
+    def _encode_one(self, batch: _Batch, plan: _Plan, key: str) -> Encoded:
         contexts = batch.contexts.contexts(batch.indices[:1])
-        return self.forecaster.encode(contexts, plan.encode_params, batch.contexts.horizon)
+        return self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
 
-    def _count_draw(self, batch: _Batch, plan: _Plan, draw: Callable[[Any], object]) -> None:
+    def _count_draw(
+        self, batch: _Batch, plan: _Plan, draw: Callable[..., object], params: Mapping[str, Any], keys: Sequence[str]
+    ) -> None:
         if self.work is not None:
-            self.work.add("draw", len(batch.indices), lambda: self._encode_one(batch, plan), draw)
+            count, seeds = len(batch.indices), batch.seeds[:1]
+            self.work.add(
+                "draw",
+                count,
+                lambda: self._encode_one(batch, plan, keys[0]),
+                lambda one: draw(one, params, seeds, keys),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +338,7 @@ class _Batch:
     contexts: Contexts
     indices: Sequence[int]
     seeds: tuple[int, ...]  # one a window
+    keys: tuple[str, ...]  # which prices are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +370,8 @@ class _Plan:
         return {**self.draw_params, **({self.count_name: self.drawn} if self.count_name else {})}
 
 
-_Answer = Callable[[_Batch, _Plan, dict[str, float]], np.ndarray]  # of a batch, [w, ...]; adds to the seconds by stage
+# Of a batch, [w, ...] by key; adds to the seconds by stage.
+_Answer = Callable[[_Batch, _Plan, dict[str, float]], dict[str, np.ndarray]]
 
 
 def _check(contexts: Contexts, batch: Sequence[int], bad: int | None) -> None:

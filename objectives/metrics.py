@@ -1,10 +1,12 @@
 """Errors of point forecasts over windows, and the numbers that sum them up.
 
-Owns the metrics: the objective, its companions and skill against "no change". Knows nothing of how points came about.
+Owns the metrics: the objective, its companions and skill against "no change", each of the windows' own key and relative
+to the last close, whatever the key. Knows nothing of how points came about.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ class Measurement:
     mae: float  # mean |error| / last close before the window: pct_return_mae, the objective
     price_mae: float  # mean |error|
     mae_percent: float  # 100 * mean |error| / mean |actual|
-    no_change_mae: float  # `mae` of predicting the last close
+    no_change_mae: float  # `mae` of `Windows.no_change`: of the close, of predicting the last one
     skill: float  # 1 - mae / no_change_mae; 0 where no price moved and there is nothing to be better than
     errors: tuple[float, ...] = ()  # [W] in origin order, each window's share of `mae`; empty where it was not kept
     sampling_error: float | None = None  # standard error of `mae` by fresh seeds alone; None: one pass cannot tell
@@ -36,13 +38,13 @@ def skill(mae: float, no_change_mae: float) -> float:
 
 
 def measure_no_change(windows: Windows) -> float:
-    """The `mae` of predicting that the price stays at the last close."""
+    """The `mae` of `Windows.no_change`: of the close, of predicting that it stays at the last one."""
     return float(no_change_errors(windows).mean())
 
 
 def no_change_errors(windows: Windows) -> np.ndarray:
     """Each window's share of `measure_no_change`, float64 [W]."""
-    return relative_errors(windows, windows.last_closes[:, None])
+    return relative_errors(windows, windows.no_change[:, None])
 
 
 def relative_errors(windows: Windows, points: np.ndarray) -> np.ndarray:
@@ -93,6 +95,20 @@ def measurement_of(
         windows=len(windows),
         seconds={stage: round(spent, 6) for stage, spent in seconds.items()},
         latency_s=latency_s,
+    )
+
+
+def measurement_of_errors(errors: Sequence[float], *, mae: float, no_change_mae: float) -> Measurement:
+    """As much of a measurement as each window's share [W] of `mae` tells, without prices and times."""
+    return Measurement(
+        mae=mae,
+        price_mae=math.nan,
+        mae_percent=math.nan,
+        no_change_mae=no_change_mae,
+        skill=skill(mae, no_change_mae),
+        errors=tuple(errors),
+        windows=len(errors),
+        seconds={},
     )
 
 

@@ -7,16 +7,18 @@ params, errors of forecasts, studies or databases.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
-from forecasters import Bars
+from forecasters import CLOSE, Bars
 from objectives.bars import DataError, bars_fingerprint, content_hash, read_only, timestamp_text
 
 MIN_CONTEXT = 128  # bars before the first origin
+NO_CHANGE_BARS = 60  # whose median high or low, relative to the close before, goes on where nothing changes
 
 
 class SeedKind(Enum):
@@ -41,6 +43,7 @@ class Contexts:
     bars: Bars
     origins: tuple[int, ...]  # [W], ascending
     horizon: int  # bars to be forecast, from the origin on
+    key: str = CLOSE  # which price of them
     _digests: dict[tuple[int, ...], str] = field(default_factory=dict, init=False, repr=False)
     _seeds: dict[tuple[int, SeedKind], tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
 
@@ -61,6 +64,28 @@ class Contexts:
     def last_closes(self) -> np.ndarray:
         """The last close that each context knows, float64 [W], price."""
         return read_only(self.bars.close[np.array(self.origins) - 1])
+
+    @cached_property
+    def no_change(self) -> np.ndarray:
+        """What is forecast of the key, for every step, where nothing is known, float64 [W], price.
+
+        Of the close and the open it is the last close c; of the high and the low c (1 + m), m being the median of
+        k_t / c_(t-1) - 1 over the last NO_CHANGE_BARS bars, or as many as there are (0 where there is none).
+        """
+        last = self.last_closes
+        if self.key in (CLOSE, "open"):
+            return last
+        closes, prices = self.bars.close, getattr(self.bars, self.key)
+        moves = [
+            prices[first:origin] / closes[first - 1 : origin - 1] - 1
+            for origin in self.origins
+            for first in [max(1, origin - NO_CHANGE_BARS)]
+        ]
+        return read_only(last * (1 + np.array([np.median(each) if len(each) else 0.0 for each in moves])))
+
+    def of_key(self, key: str) -> Self:
+        """The same origins with their seeds, asking for another price."""
+        return self if key == self.key else replace(self, key=key)
 
     def origin_text(self, index: int) -> str:
         """The time of an origin's first target bar as text, or "the bar after TIME" where it has not come yet."""
@@ -133,9 +158,9 @@ class Windows(Contexts):
 
     @cached_property
     def actuals(self) -> np.ndarray:
-        """The closes to be forecast, float64 [W, H], price."""
+        """The prices to be forecast, float64 [W, H]."""
         steps = np.arange(self.horizon)
-        return read_only(self.bars.close[np.array(self.origins)[:, None] + steps])
+        return read_only(getattr(self.bars, self.key)[np.array(self.origins)[:, None] + steps])
 
     @property
     def timestamps(self) -> np.ndarray:

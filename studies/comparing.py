@@ -16,6 +16,7 @@ import numpy as np
 
 from forecasters import Bars
 from objectives.evaluation import STAGES, Evaluator
+from objectives.keys import key_forecasts
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
 from objectives.windows import Windows, recent_origins
 from studies import promotion
@@ -46,6 +47,7 @@ class MeasuredRow:
     measurement: Measurement
     by_step: np.ndarray  # float64 [H], mean |error| / last close of every step
     points: np.ndarray  # float64 [W, H], price, of the first pass
+    repaired: int | None = None  # windows whose forecast is served otherwise; None: no other key to compare with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +109,50 @@ def measure(
 
     on_batch: takes the number of windows of every batch that is done. Raises what `Evaluator.measure` raises.
     """
+    return measure_keys(evaluator, windows, params, (windows.key,), passes=passes, on_batch=on_batch)[windows.key]
+
+
+def measure_keys(
+    evaluator: Evaluator,
+    windows: Windows,
+    params: Mapping[str, Any],
+    keys: Sequence[str],
+    *,
+    passes: Sequence[int] = SEARCH_PASSES,
+    on_batch: Callable[[int], None] = lambda windows: None,
+) -> dict[str, MeasuredRow]:
+    """Measure one configuration on several prices of a bar at once: by key what `measure` says of `windows.of_key`.
+
+    The first key has the seconds of all. Raises what `Evaluator.measure` raises.
+    """
     before, fresh, fresh_s = dict(evaluator.seconds), evaluator.fresh, evaluator.fresh_s
-    errors, points = np.empty((len(passes), len(windows))), np.empty((len(windows), windows.horizon))
-    by_step = np.empty_like(points)
+    asked = {key: windows.of_key(key) for key in keys}
+    errors = {key: np.empty((len(passes), len(windows))) for key in keys}
+    points, by_step = ({key: np.empty((len(windows), windows.horizon)) for key in keys} for _ in range(2))
     for indices in evaluator.batches(windows):
-        found = evaluator.batch_points(windows, params, indices, passes=passes)
-        errors[:, indices] = price_errors(windows, indices, found)
-        points[indices] = found[0]
-        by_step[indices] = np.abs(found - windows.actuals[indices]).mean(axis=0)
+        for key, found in evaluator.batch_key_points(windows, params, indices, keys, passes=passes).items():
+            errors[key][:, indices] = price_errors(asked[key], indices, found)
+            points[key][indices] = found[0]
+            by_step[key][indices] = np.abs(found - asked[key].actuals[indices]).mean(axis=0)
         on_batch(len(indices))
-    measurement = measurement_of(
-        windows,
-        *over_passes(errors),
-        passes=len(passes),
-        seconds={stage: evaluator.seconds[stage] - before[stage] for stage in STAGES},
-        latency_s=(evaluator.fresh_s - fresh_s) / (evaluator.fresh - fresh) if evaluator.fresh > fresh else None,
-    )
-    return MeasuredRow(measurement=measurement, by_step=_by_step(windows, by_step), points=points)
+    spent = {stage: evaluator.seconds[stage] - before[stage] for stage in STAGES}
+    latency_s = (evaluator.fresh_s - fresh_s) / (evaluator.fresh - fresh) if evaluator.fresh > fresh else None
+    served = key_forecasts(points)
+    return {
+        key: MeasuredRow(
+            measurement=measurement_of(
+                asked[key],
+                *over_passes(errors[key]),
+                passes=len(passes),
+                seconds=spent if key == keys[0] else {},
+                latency_s=latency_s if key == keys[0] else None,
+            ),
+            by_step=_by_step(windows, by_step[key]),
+            points=points[key],
+            repaired=served.repairs_of(key) if len(keys) > 1 else None,
+        )
+        for key in keys
+    }
 
 
 def measure_points(windows: Windows, points: np.ndarray) -> MeasuredRow:
@@ -168,17 +197,17 @@ def paired_improvement(
 
 
 def no_change(windows: Windows) -> np.ndarray:
-    """The last close for every step, price [W, H]."""
-    return np.repeat(windows.last_closes[:, None], windows.horizon, axis=1)
+    """`Windows.no_change` for every step, price [W, H]."""
+    return np.repeat(windows.no_change[:, None], windows.horizon, axis=1)
 
 
 def drift(windows: Windows) -> np.ndarray:
-    """The last close going on with the mean log return of the last 250 bars, or of all there are, price [W, H]."""
+    """`Windows.no_change` going on with the mean log return of the last 250 closes, or of all, price [W, H]."""
     logs = np.log(windows.bars.close)
     last = np.array(windows.origins) - 1
     first = np.maximum(last - DRIFT_BARS, 0)
     slope = (logs[last] - logs[first]) / np.maximum(last - first, 1)
-    return windows.last_closes[:, None] * np.exp(slope[:, None] * np.arange(1, windows.horizon + 1))
+    return windows.no_change[:, None] * np.exp(slope[:, None] * np.arange(1, windows.horizon + 1))
 
 
 def block_persistence(closes: np.ndarray, horizon: int) -> float | None:

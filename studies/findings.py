@@ -61,9 +61,16 @@ class Finding:
         return None if params is None or self.evidence is None else self.evidence.find(params)
 
 
-def find(storage: RetryingStorage, symbols: Collection[str] = ()) -> dict[str, list[Finding]]:
-    """The newest study of every symbol, or of these, and model, with its evidence. Raises DatabaseUnavailable."""
-    studies = [study for study in studying.list_studies(storage) if not symbols or study.symbol in symbols]
+def find(storage: RetryingStorage, key: str, symbols: Collection[str] = ()) -> dict[str, list[Finding]]:
+    """The newest study of a key for every symbol, or for these, and model, with its evidence.
+
+    Raises DatabaseUnavailable.
+    """
+    studies = [
+        study
+        for study in studying.list_studies(storage)
+        if study.key == key and (not symbols or study.symbol in symbols)
+    ]
     progress = study_progress(storage, [study.study_id for study in studies])
     newest: dict[tuple[str, str], Study] = {}
     for study in sorted(studies, key=lambda study: study.as_of):

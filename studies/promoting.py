@@ -103,7 +103,7 @@ def promote(
     read or written, or that has no study, fails and does not keep the others. Raises NothingToPromote.
     """
     pools = rule.on == "pooled" and config.promotion.pool != "none"
-    found = findings.find(storage, () if pools else symbols)
+    found = findings.find(storage, config.search.key, () if pools else symbols)
     asked = {symbol: [one.study for one in found[symbol] if one.study.model in models] for symbol in found}
     wanted = list(symbols) or sorted(symbol for symbol, studies in asked.items() if studies)
     if not any(asked.get(symbol) for symbol in wanted):
@@ -157,18 +157,29 @@ def _judge(
     reference = findings.reference_of(asked)
     competing = [finding for finding in asked if findings.comparable(finding, reference)]
     beside = [finding for finding in everyone if findings.comparable(finding, reference)]
-    symbol, root = reference.study.symbol, config.hyperparams.dir
-    record = configs.read(root, "best", symbol)
+    symbol = reference.study.symbol
+    record = _in_use(config, "best", symbol)
     verdict = _decide(rule, reference, competing, beside, record, believed)
     holder = verdict.finding.study.model if verdict.decision.promote else record.model if record else None
     # Each model's own file keeps its own best; that of the model which `best` names says what `best` says.
     own = [
-        _decide(rule, finding, [finding], beside, configs.read(root, finding.study.model, symbol), believed)
+        _decide(rule, finding, [finding], beside, _in_use(config, finding.study.model, symbol), believed)
         for finding in competing
         if finding.study.model != holder and finding.evidence is not None
     ]
     left_out = [finding for finding in asked if finding not in competing]
     return SymbolCase(verdict=verdict, own=own, competing=competing, left_out=left_out)
+
+
+def _in_use(config: Config, folder: str, symbol: str) -> Record | None:
+    """What is promoted there. Raises ConfigFileError, also where it is of another key, which is not to be replaced."""
+    record = configs.read(config.hyperparams.dir, folder, symbol)
+    if record is not None and record.key != config.search.key:
+        raise ConfigFileError(
+            f"{record.path}: is of the {record.key} and [search] key is {config.search.key}; "
+            "give each key a [hyperparams] dir of its own"
+        )
+    return record
 
 
 def _decide(

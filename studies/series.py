@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from forecasters import Bars
-from objectives.bars import SUFFIXES, DataError, read_bars, timestamp_text, unfit
+from objectives.bars import SUFFIXES, DataError, read_bars, require_keys, timestamp_text, unfit
 from objectives.windows import Split, Windows, recent_origins
 from objectives.windows import split as split_bars
 from storage.symbols import check_symbol, is_symbol
@@ -61,6 +61,7 @@ def read_usable_series(
                 raise DataError(refused[symbol])
             path = files.get(symbol) or _missing(folder, symbol, files)
             bars, of_file = read_bars_once(path)
+            require_keys(bars, [config.search.key], path)
             split_windows(config, symbol, bars)  # too few bars are refused before anything is made
         except DataError as error:
             bad[symbol] = str(error)
@@ -138,8 +139,8 @@ def _unfit(path: Path) -> str:
 
 def split_windows(config: Config, symbol: str, bars: Bars) -> Split:
     """The validation and test windows of a symbol. Raises DataError where there are too few bars."""
-    counts = config.windows
-    return split_bars(
+    counts, key = config.windows, config.search.key
+    found = split_bars(
         bars,
         symbol=symbol,
         horizon=counts.horizon,
@@ -147,6 +148,7 @@ def split_windows(config: Config, symbol: str, bars: Bars) -> Split:
         test=counts.test,
         min_context=counts.min_context,
     )
+    return Split(validation=found.validation.of_key(key), test=found.test.of_key(key))
 
 
 def confirmation_windows(config: Config, symbol: str, bars: Bars) -> Windows:
@@ -163,7 +165,7 @@ def confirmation_windows(config: Config, symbol: str, bars: Bars) -> Windows:
         horizon=counts.horizon,
         min_context=counts.min_context,
         at_least=counts.validation,
-    )
+    ).of_key(config.search.key)
 
 
 def window_span(found: Windows) -> WindowSpan:

@@ -12,7 +12,7 @@ import pytest
 from places import index_bars
 
 from forecasters import Bars
-from forecasters.kronos_encoded import CLOSE, normalised
+from forecasters.kronos_encoded import COLUMNS, normalised
 from forecasters.kronos_model import KRONOS, clipped
 from forecasters.models import MODELS
 from studies.study import CLIP_ORIGINS, StudyRun
@@ -30,7 +30,7 @@ def share_by_normalising(history: Bars, origins: range, params: dict[str, Any]) 
     for origin in origins:
         context = history.slice(max(0, origin - params["max_context"]), origin)
         normal, _, _ = normalised(context, math.inf)
-        found.append(abs(normal[-1, CLOSE]) > params["clip"])
+        found.append(abs(normal[-1, COLUMNS.index("close")]) > params["clip"])
     return float(np.mean(found))
 
 

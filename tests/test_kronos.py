@@ -17,7 +17,7 @@ from benchmarks import plain_kronos
 from forecasters import Bars, CheckpointError, ForecastError, kronos, kronos_checkpoint, kronos_encoded, kronos_exact
 from forecasters.checkpoints import BUNDLED
 from forecasters.kronos import Kronos
-from forecasters.kronos_encoded import CLOSE, EncodedBars, KronosPrefix, Window, calendar_of, columns_of
+from forecasters.kronos_encoded import COLUMNS, EncodedBars, KronosPrefix, Window, calendar_of, columns_of
 from forecasters.kronos_sampling import Pick, Sampling, inverse_cdf, sampling_of, uniforms
 from forecasters.kronos_tree import paths
 from objectives.windows import split
@@ -511,7 +511,8 @@ def test_the_bundled_checkpoint_is_small_and_keeps_the_close():
     x = torch.randn(1, 300, 6, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     with torch.inference_mode():
         out = tokenizer.head(tokenizer.decoder.run(tokenizer.embed_tokens(tokenizer.tokens(x)))[0])
-    assert (out - x)[..., CLOSE].abs().max() < 0.6 * 6 / 256  # cells of 6 / 256, so half of one and rounding
+    closes = (out - x)[..., COLUMNS.index("close")]
+    assert closes.abs().max() < 0.6 * 6 / 256  # cells of 6 / 256, so half of one and rounding
 
 
 def test_the_bundled_checkpoint_is_about_as_good_as_no_change():

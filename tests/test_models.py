@@ -154,7 +154,7 @@ class Toy(naive.Naive):
 
     model, params = TOY.name, TOY.params
 
-    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> Any:
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = "close") -> Any:
         means = [context.close[-params["lookback"] :].mean() for context in contexts]
         return naive.EncodedSeasons(horizon=horizon, seasons=np.array(means)[:, None], residuals=())
 

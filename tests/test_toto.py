@@ -83,7 +83,7 @@ def continued(network: TotoNetwork, prices: np.ndarray, horizon: int, uniforms: 
     return torch.cat(parts, -1)[0, ..., :horizon].double().numpy()
 
 
-def cdf(encoded: toto.EncodedCloses, window: int, prices: np.ndarray) -> np.ndarray:
+def cdf(encoded: toto.EncodedPrices, window: int, prices: np.ndarray) -> np.ndarray:
     """Exact distribution function of a window's first step at prices [n]."""
     scaled = (prices - encoded.affine_loc[window]) / encoded.affine_scale[window]
     probs, df, loc, scale = (getattr(encoded, name)[window, 0] for name in ("probs", "df", "loc", "scale"))

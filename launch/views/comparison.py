@@ -27,6 +27,7 @@ from launch.views.tables import (
 from studies.promotion import MIN_WINDOWS
 
 BLOCKS = "block persistence"  # its error is of the whole file and compares with nothing else
+LEAST_SKILL = 9.99  # below minus this, a naive forecast is all but perfect and a skill says no more
 MANY_CLIPPED = 0.05  # share of windows from which on it is said
 SHOWN = 6  # names in one line
 STEPS = (1, 8)  # whose errors the table shows, beside the last one's
@@ -37,6 +38,7 @@ class ComparisonRow:
     """One configuration or baseline on one symbol's windows. What was not measured is None, and `error` says why."""
 
     symbol: str
+    key: str = "close"  # which price of a bar
     label: str
     model: str  # empty for a baseline
     source: str
@@ -55,6 +57,7 @@ class ComparisonRow:
     by_step: Sequence[float] = ()  # MAE of every step
     sampling_error: float | None = None  # standard error of `mae` by fresh seeds alone; None: one pass cannot tell
     seconds: float | None = None  # a stage shared with a row measured before takes next to none
+    repaired: int | None = None  # windows whose forecast is served otherwise, as no bar could have it beside the others
     improvement: float | None = None
     improvement_low: float | None = None  # 95 % interval
     improvement_high: float | None = None
@@ -65,11 +68,12 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Fan:
-    """The forecasts of one symbol's last window, price, and the closes before and after its origin."""
+    """The forecasts of one symbol's last window, price, and the actual prices before and after its origin."""
 
     symbol: str
     times: Sequence[str]  # [N] of the bars
-    closes: Sequence[float]  # [N], the last `ahead` of them what was forecast
+    key: str  # which price of a bar
+    prices: Sequence[float]  # [N], the last `ahead` of them what was forecast
     ahead: int
     points: Mapping[str, Sequence[float]]  # by label, [ahead]
     bands: Mapping[str, Sequence[Sequence[float]]]  # by label, low and high [2, ahead]: 80 % of the samples
@@ -99,6 +103,11 @@ def _price(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.5g}"
 
 
+def _skill(value: float | None) -> str:
+    """A skill; that of an open which is the close before has no size."""
+    return f"below {-LEAST_SKILL:.0%}" if value is not None and value < -LEAST_SKILL else percent_gain(value)
+
+
 def _steps(horizon: int) -> list[int]:
     """The steps whose errors a table shows; none of a single one."""
     return [step for step in dict.fromkeys((*STEPS, horizon)) if step <= horizon and horizon > 1]
@@ -112,11 +121,13 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
         columns=[
             Column(heading="symbol", cells=[row.symbol for row in rows]),
             Column(heading="configuration", cells=[row.label for row in rows], priority=11, wrap_width=16),
+            *_key_columns([row.key for row in rows]),
             numbers("MAE", [percent_error(row.mae) for row in rows], 10),
             numbers("price MAE", [_price(row.price_mae) for row in rows], 1),
             numbers("MAE%", [_percent(row.mae_percent) for row in rows], 4),
-            numbers("skill", [percent_gain(row.skill) for row in rows], 7),
+            numbers("skill", [_skill(row.skill) for row in rows], 7),
             *(numbers(f"MAE at {step}", [percent_error(step_error(row, step)) for row in rows], 2) for step in steps),
+            numbers("repaired", [NOTHING if row.repaired is None else str(row.repaired) for row in rows], 0),
             numbers("time", [duration(row.seconds) for row in rows], 3),
             numbers("improvement", [gain_text(row) for row in rows], 9),
             Column(
@@ -130,6 +141,11 @@ def table(rows: Sequence[ComparisonRow]) -> Table:
     )
 
 
+def _key_columns(keys: Sequence[str]) -> list[Column]:
+    """The column that says which price a row is about, where there are several."""
+    return [Column(heading="key", cells=list(keys))] if len(set(keys)) > 1 else []
+
+
 def blocks_line(rows: Sequence[ComparisonRow]) -> str:
     """What the predecessor's guide calls a baseline, beside the table since it is of the whole file."""
     found = ", ".join(f"{row.symbol} {_percent(row.mae_percent)}" for row in rows if row.label == BLOCKS)
@@ -141,19 +157,20 @@ def over_symbols(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
 
     Improvements are means of those at each symbol, whose verdicts are counted.
     """
-    by_symbol: dict[str, dict[str, ComparisonRow]] = defaultdict(dict)
+    by_symbol: dict[str, dict[tuple[str, str], ComparisonRow]] = defaultdict(dict)
     for row in rows:
         if row.error is None and row.label != BLOCKS:
-            by_symbol[row.symbol][row.label] = row
-    labels = list(dict.fromkeys(row.label for row in rows if row.label != BLOCKS))
+            by_symbol[row.symbol][row.key, row.label] = row
+    labels = list(dict.fromkeys((row.key, row.label) for row in rows if row.label != BLOCKS))
     shared = [found for found in by_symbol.values() if len(found) == len(labels)]
-    return [_over(label, [found[label] for found in shared]) for label in labels] if len(shared) > 1 else []
+    return [_over([found[label] for found in shared]) for label in labels] if len(shared) > 1 else []
 
 
-def _over(label: str, rows: Sequence[ComparisonRow]) -> dict[str, Any]:
+def _over(rows: Sequence[ComparisonRow]) -> dict[str, Any]:
     verdicts = [row.verdict for row in rows]
     return {
-        "label": label,
+        "label": rows[0].label,
+        "key": rows[0].key,
         "symbols": len(rows),
         **{name: _mean([getattr(row, name) for row in rows]) for name in ("mae", "mae_percent", "skill")},
         "by_step": np.mean([row.by_step for row in rows], axis=0).tolist() if rows[0].by_step else [],
@@ -189,9 +206,10 @@ def summary_table(found: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         columns=[
             Column(heading="configuration", cells=[one["label"] for one in found], wrap_width=20),
+            *_key_columns([one["key"] for one in found]),
             numbers("MAE", [percent_error(one["mae"]) for one in found], 10),
             numbers("MAE%", [_percent(one["mae_percent"]) for one in found], 4),
-            numbers("skill", [percent_gain(one["skill"]) for one in found], 8),
+            numbers("skill", [_skill(one["skill"]) for one in found], 8),
             *(numbers(f"MAE at {step}", [percent_error(at(one, step)) for one in found], 2) for step in steps),
             numbers("time", [duration(one["seconds"]) for one in found], 3),
             numbers("improvement", [gain(one) for one in found], 9),

@@ -35,7 +35,11 @@ def check(path: Path) -> None:
 def write(path: Path, rows: Sequence[ComparisonRow], fan: Fan) -> None:
     """Error by step, a mean over symbols, and the forecasts of the last window. Raises ConfigError."""
     steps = _steps(rows)
-    content = _png(steps, fan) if path.suffix.lower() == ".png" else _page(rows, steps, fan).encode()
+    save(path, _png(steps, fan) if path.suffix.lower() == ".png" else _page(rows, steps, fan).encode())
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write the file of --plot whole. Raises ConfigError."""
     try:
         replace_file(path, content)
     except OSError as error:
@@ -98,7 +102,7 @@ def error_by_step(steps: Mapping[str, np.ndarray]) -> go.Figure:
 def forecast_fan(fan: Fan) -> go.Figure:
     """The forecasts of one window and the bands of their samples, beside the actual closes."""
     ahead, colours, traces = list(fan.times[-fan.ahead - 1 :]), _colours(list(fan.points)), []
-    known = fan.closes[-fan.ahead - 1]  # lines begin at the last close that was known
+    known = fan.prices[-fan.ahead - 1]  # lines begin at the last close that was known
     for label, (low, high) in fan.bands.items():
         traces.append(
             {"x": [*ahead, *ahead[::-1]], "y": [known, *high, *low[::-1], known], "mode": "lines", "line": {"width": 0},
@@ -111,7 +115,7 @@ def forecast_fan(fan: Fan) -> go.Figure:
              "marker": {"size": 4}, "line": {"color": colours[label], "width": 1.8}}
         )  # fmt: skip
     traces.append(
-        {"x": list(fan.times), "y": list(fan.closes), "name": "actual", "mode": "lines",
+        {"x": list(fan.times), "y": list(fan.prices), "name": "actual", "mode": "lines",
          "line": {"color": COLOURS["actual"], "width": 1.4}}
     )  # fmt: skip
     return styled_figure(
@@ -119,7 +123,7 @@ def forecast_fan(fan: Fan) -> go.Figure:
         title="Forecast vs. actual",
         subtitle=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples",
         xaxis={"type": "category", "nticks": 6, "tickangle": 0},
-        yaxis={"title": "close"},
+        yaxis={"title": fan.key},
         showlegend=True,
     )
 
@@ -143,13 +147,13 @@ def _png(steps: Mapping[str, np.ndarray], fan: Fan) -> bytes:
     above.set(title="Error by step, a mean over symbols", xlabel="step", ylabel="MAE, % of the last close")
     above.set_ylim(0, 1.08 * max(values.max() for values in steps.values()))
     colours, count = _colours(list(fan.points)), len(fan.times)
-    ahead, known = np.arange(count - fan.ahead - 1, count), fan.closes[-fan.ahead - 1]
+    ahead, known = np.arange(count - fan.ahead - 1, count), fan.prices[-fan.ahead - 1]
     for label, (low, high) in fan.bands.items():
         below.fill_between(ahead, [known, *low], [known, *high], color=colours[label], alpha=0.15, linewidth=0)
     for label, points in fan.points.items():
         below.plot(ahead, [known, *points], color=colours[label], label=label, marker="o" if fan.ahead < 9 else None)
-    below.plot(np.arange(count), fan.closes, color=COLOURS["actual"], linewidth=1.4, label="actual")
-    below.set(title=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples", ylabel="close", xlim=(0, count - 1))
+    below.plot(np.arange(count), fan.prices, color=COLOURS["actual"], linewidth=1.4, label="actual")
+    below.set(title=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples", ylabel=fan.key, xlim=(0, count - 1))
     ticks = sorted({int(place) for place in np.linspace(0, count - 1, 6)})
     below.set_xticks(ticks, [fan.times[tick][:10] for tick in ticks])
     for axes in (above, below):
