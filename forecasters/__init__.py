@@ -229,6 +229,16 @@ class LoadedForecaster(Forecaster, Protocol):
     def graphs(self) -> GraphCounts: ...
 
 
+@runtime_checkable
+class SharingForecaster(Protocol):
+    """A forecaster whose `encode` can answer several origins of one series with one forward, where it is asked to.
+
+    The last bits of an answer then depend on what else is encoded with it.
+    """
+
+    shares_forwards: bool
+
+
 def load(model: str, *, device: str = "cpu", running: Running = BY_DEFAULT, **options: Any) -> LoadedForecaster:
     """Load a model onto a device ("cpu", "cuda:0").
 

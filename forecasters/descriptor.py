@@ -24,6 +24,14 @@ class Range:
     high: float
     step: float | None = None
 
+    def nearest(self, value: float) -> float:
+        """The number of the range that is nearest to this one."""
+        within = min(max(value, self.low), self.high)
+        if not self.step:
+            return within
+        steps = math.floor((self.high - self.low) / self.step + 1e-6)
+        return round(self.low + min(round((within - self.low) / self.step), steps) * self.step, 10)
+
     def __contains__(self, value: Any) -> bool:
         if type(value) not in (int, float) or not self.low <= value <= self.high:
             return False
@@ -32,6 +40,7 @@ class Range:
 
 
 Knob = tuple[Any, ...] | Range  # a tuple: one of these
+Volatility = Literal["stable", "medium", "volatile"]
 # Whole numbers above 0, whole numbers, numbers above 0, names of aggregates, or one of these names.
 Kind = Literal["count", "count or 0", "number", "aggregate"] | tuple[str, ...]
 
@@ -66,6 +75,8 @@ class Model:
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     by_default: Mapping[str, Any] = field(default_factory=dict)  # what params are that are neither said nor searched
     starting_points: Sequence[Mapping[str, Any]]  # configurations known to be sensible, the published default first
+    # What else to begin a search with, by how volatile a symbol is; what one leaves out is as the default says.
+    volatility_points: Mapping[Volatility, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     limits: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # what the settings allow of the published default
     # From the params of `kinds`, in its order, and the searched names.
     to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda params, searched: dict(params)
@@ -73,6 +84,9 @@ class Model:
     refuses: Callable[[Any, int], str | None] = lambda settings, horizon: None  # what is wrong with a horizon
     exact_horizon: int | None = 0  # steps, at most, that it answers without samples; None: the checkpoint decides
     window_bytes: Callable[[Mapping[str, Any], int], int] | None = None  # of an encoded window; None: weights decide
+    # The paths through the network that a reader of a promoted `config` runs for a forecast, and how many of them at
+    # once: published inference runs the whole context for every sample. None: there is no network.
+    reader_paths: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
     # The share of origins whose last close some params clip, from the closes; None: this model clips nothing.
     clipped: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float] | None = None
     baseline: bool = False  # something to compare with, searched only where it is asked for by name

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from forecasters import StageParams
-from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams
+from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams, Volatility
 from forecasters.settings import CHECKPOINT, LOADING, at_least, counts, interval, setting
 
 CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
@@ -83,6 +83,19 @@ PUBLISHED = {
     "temperature": 1.0, "top_p": 0.9, "top_k": 0, "sample_count": 1, "max_context": 512, "clip": 5.0,
 }  # fmt: skip
 
+
+def _point(temperature: float, top_p: float, sample_count: int, max_context: int, top_k: int = 0) -> dict[str, Any]:
+    """A point of the guide, but for its clip of 1.5 to 3: below 3 the network often cannot represent today's price."""
+    return {"temperature": temperature, "top_p": top_p, "top_k": top_k, "sample_count": sample_count,
+            "max_context": max_context, "clip": 3.0}  # fmt: skip
+
+
+VOLATILITY_POINTS: Mapping[Volatility, Sequence[Mapping[str, Any]]] = {
+    "stable": (_point(0.35, 0.95, 128, 320),),
+    "medium": (_point(0.25, 0.90, 256, 256), _point(0.30, DEAD_TOP_P, 256, 256, top_k=48)),
+    "volatile": (_point(0.20, 0.85, 512, 512), _point(0.25, 0.90, 256, 384)),
+}
+
 KRONOS = Model(
     name="kronos",
     module="forecasters.kronos_checkpoint",
@@ -104,8 +117,10 @@ KRONOS = Model(
     conditions={"top_p": Condition(param="top_k", value=0, otherwise=DEAD_TOP_P)},
     # The second is that repository's backtest on daily bars, finetune/config.py.
     starting_points=(PUBLISHED, {**PUBLISHED, "temperature": 0.6, "sample_count": 5, "max_context": 90}),
+    volatility_points=VOLATILITY_POINTS,
     limits=lambda settings: {"max_context": min(PUBLISHED["max_context"], settings.network_context)},
     refuses=_refuses,
     exact_horizon=1,
+    reader_paths=lambda config: (config["sample_count"], config["sample_count"]),
     clipped=clipped,
 )

@@ -12,9 +12,7 @@ Q points of a head, N samples or trajectories, H steps, h of them in the first p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -25,28 +23,25 @@ from forecasters import (
     BY_DEFAULT,
     CLOSE,
     Bars,
-    CheckpointError,
     ForecastError,
     Running,
     StudentMixture,
     halved,
     seed_of_key,
 )
-from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
+from forecasters.checkpoints import check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
-from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, first_patch, in_price, series_of
+from forecasters.toto_checkpoint import build, fingerprint_of, rename
+from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, first_patch, in_price, series_of, unpacked
 from forecasters.toto_model import KEY_INPUTS, PRICE, RATIO, TOTO, VARIATES
-from forecasters.toto_network import Statistics, TotoNetwork, TotoNetworkConfig, TotoPrefix
+from forecasters.toto_network import Statistics, TotoNetwork, TotoPrefix
 from forecasters.toto_sampling import stream
+from forecasters.toto_shared import answers, share
 
 TRAJECTORIES = 64  # a block; its size never depends on num_samples, so fewer samples are a prefix bit for bit
 BLOCK_TOKENS = 1024  # trajectories of all windows in one forward past the first patch
 BATCH_TOKENS = 16_384  # patches in one forward of encode: 250 windows of 4,096 points
 DRAW_BYTES = 64 << 20  # bound on the uniforms held at once
-
-_SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
-_MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
-_LOADER_KEYS = ("pre_xformers_checkpoint",)  # read by the reference's loader only; the tensor names say as much
 
 
 class Trajectories:
@@ -111,6 +106,9 @@ class Toto:
         self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
         identity = f"{network.config} {network.unembed.weight.dtype}"
+        # Whether contexts of one `encode` may share a forward (toto_shared.py). The last bits of an answer then depend
+        # on what else is asked for, so only for work that always asks for the same contexts together.
+        self.shares_forwards = False
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._chunk = chunk
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
@@ -147,6 +145,8 @@ class Toto:
         rows = [series_of(bars, int(params["context_length"]), keys, ratio=read == RATIO) for bars in contexts]
         if not rows:
             raise ForecastError("no contexts: at least one window is needed")
+        if self._may_share(contexts, rows, read, horizon):
+            return self._encode_shared([getattr(bars, key) for bars in contexts], horizon, key)
         # Of the forward's rows
         tokens = -(-max(row.shape[1] for row in rows) // self.network.config.patch_size) * len(keys)
         parts, start = [], 0
@@ -161,24 +161,37 @@ class Toto:
                 self._batch_tokens = fit * tokens
                 continue
             start += len(batch)
-        # Float64 on the CPU from here on, where a seed gives the same samples on every device.
-        packed = np.concatenate([part[0] for part in parts]).astype(np.float64)  # [W * V, 4 * h * K + 2]
-        shape = (len(packed), 4, min(horizon, self.network.config.patch_size), self.network.config.components)
-        probs, df, loc, scale = packed[:, :-2].reshape(shape).swapaxes(0, 1).copy()
-        affine_loc, affine_scale = packed[:, -2].copy(), packed[:, -1].copy()
-        if read == RATIO:
-            affine_loc, affine_scale = in_price(contexts, affine_loc, affine_scale)
-        return EncodedPrices(
-            keys=keys,
-            horizon=horizon,
-            probs=probs,
-            df=df,
-            loc=loc,
-            scale=scale,
-            affine_loc=affine_loc,
-            affine_scale=affine_scale,
-            prefixes=tuple(part[1] for part in parts if part[1] is not None),
-        )
+        packed = np.concatenate([part[0] for part in parts])
+        prefixes = tuple(part[1] for part in parts if part[1] is not None)
+        found = unpacked(packed, self.network.config.components, keys=keys, horizon=horizon, prefixes=prefixes)
+        return in_price(contexts, found) if read == RATIO else found
+
+    def _may_share(self, contexts: Sequence[Bars], rows: Sequence[np.ndarray], read: str, horizon: int) -> bool:
+        whole = all(row.shape[1] == len(bars) for row, bars in zip(rows, contexts, strict=True))
+        free = self.shares_forwards and not self.graphs.on and horizon <= self.network.config.patch_size
+        return free and whole and read == PRICE
+
+    def _encode_shared(self, series: Sequence[np.ndarray], horizon: int, key: str) -> EncodedPrices:
+        """`encode` of whole series with as few forwards as can be."""
+        groups = share(series, self.network.config.patch_size)
+        components = self.network.config.components
+        packed = np.empty((len(series), 4 * horizon * components + 2), np.float32)
+        start = 0
+        while start < len(groups):
+            patches = -(
+                -len(series[groups[start][-1]]) // self.network.config.patch_size
+            )  # of the longest that is left
+            batch = groups[start : start + max(1, self._batch_tokens // patches)]
+            try:
+                found = answers(self.network, series, batch, horizon)
+            except torch.OutOfMemoryError as error:
+                fit = halved(len(batch), self.device, f"one series of {patches} patches", error)
+                self._batch_tokens = fit * patches
+                continue
+            self.forwards += 1
+            packed[[place for group in batch for place in group]] = found
+            start += len(batch)
+        return unpacked(packed, components, keys=(key,), horizon=horizon, prefixes=())
 
     def draw(self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples of the first key that was encoded, float64 [W, N, H]; see `draw_keys`."""
@@ -377,52 +390,14 @@ def _finite(prices: np.ndarray) -> np.ndarray:
     return prices
 
 
-def read_config(checkpoint: Checkpoint) -> TotoNetworkConfig:
-    """The checkpoint's config.json. Raises CheckpointError on a key or a value that this network does not have."""
-    optional = [field.name for field in fields(TotoNetworkConfig) if field.default is not MISSING]
-    required = [field.name for field in fields(TotoNetworkConfig) if field.default is MISSING]
-    entries = checkpoint.config(required, (*optional, *_LOADER_KEYS))
-    path = checkpoint.folder / CONFIG
-
-    def need(key: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise CheckpointError(f"{path}: {key} is {entries[key]!r}, expected {expected}")
-
-    for key in ("patch_size", "stride", "embed_dim", "num_layers", "num_heads", "mlp_hidden_dim"):
-        need(key, type(entries[key]) is int and entries[key] > 0, "a positive whole number")
-    kwargs, every = entries["output_distribution_kwargs"], entries["spacewise_every_n_layers"]
-    components = kwargs.get("k_components") if isinstance(kwargs, dict) and len(kwargs) == 1 else None
-    need("output_distribution_kwargs", type(components) is int and components > 0, '{"k_components": a whole number}')
-    need("scaler_cls", entries["scaler_cls"] == _SCALER, _SCALER)
-    need("output_distribution_classes", entries["output_distribution_classes"] == [_MIXTURE], f"[{_MIXTURE}]")
-    need("stride", entries["stride"] == entries["patch_size"], "patch_size")
-    need("embed_dim", entries["embed_dim"] % (2 * entries["num_heads"]) == 0, "an even multiple of num_heads")
-    divides = type(every) is int and (every == -1 or (every > 0 and entries["num_layers"] % every == 0))
-    need("spacewise_every_n_layers", divides, "-1 or a divisor of num_layers")
-    return TotoNetworkConfig(**{key: value for key, value in entries.items() if key not in _LOADER_KEYS})
-
-
-def _rename(stored: str) -> str | None:
-    """A published tensor name to ours; None for the rotation's frequencies, which are computed."""
-    if stored.endswith("rotary_emb.freqs"):
-        return None
-    name = stored.removeprefix("model.")
-    return name.replace(".mlp.0.w12.", ".mlp.0.").replace(".mlp.0.w3.", ".mlp.2.")  # saved with a fused SwiGLU
-
-
-def _build(checkpoint: Checkpoint) -> TotoNetwork:
-    with torch.device("meta"):
-        return TotoNetwork(read_config(checkpoint))
-
-
 def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(TOTO.name, device=device, running=running)
     found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    network = _build(found)
-    load_into(found, network, _rename)
+    network = build(found)
+    load_into(found, network, rename)
     network = network.to(device=device, dtype=getattr(torch, running.dtype))
-    return Toto(network, fingerprint=_fingerprint(found, running.dtype), policy=policy, chunk=running.chunk)
+    return Toto(network, fingerprint=fingerprint_of(found, running.dtype), policy=policy, chunk=running.chunk)
 
 
 def inspect(checkpoint: str, *, revision: str | None = None, running: Running = BY_DEFAULT) -> str:
@@ -431,9 +406,5 @@ def inspect(checkpoint: str, *, revision: str | None = None, running: Running = 
     Raises CheckpointError where the checkpoint does not fit.
     """
     found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    check(found, _build(found), _rename)
-    return _fingerprint(found, running.dtype)
-
-
-def _fingerprint(found: Checkpoint, dtype: str) -> str:
-    return hashlib.sha256(f"{TOTO.name} {found.digest} {dtype}".encode()).hexdigest()
+    check(found, build(found), rename)
+    return fingerprint_of(found, running.dtype)

@@ -7,7 +7,7 @@ runs, or of what follows the first patch. Dimensions: W windows, V keys, h steps
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,10 +60,32 @@ def series_of(bars: Bars, length: int, keys: Sequence[str], *, ratio: bool) -> n
     return rows
 
 
-def in_price(contexts: Sequence[Bars], loc: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The affine transform [W] of ratios to the last close as that of prices."""
+def unpacked(
+    packed: np.ndarray, components: int, *, keys: tuple[str, ...], horizon: int, prefixes: tuple[TotoPrefix, ...]
+) -> EncodedPrices:
+    """What `TotoNetwork.answer` packed for W windows, fp32 [W * V, 4 * h * K + 2]."""
+    # Float64 on the CPU from here on, where a seed gives the same samples on every device.
+    packed = packed.astype(np.float64)
+    shape = (len(packed), 4, (packed.shape[1] - 2) // (4 * components), components)
+    probs, df, loc, scale = packed[:, :-2].reshape(shape).swapaxes(0, 1).copy()
+    return EncodedPrices(
+        keys=keys,
+        horizon=horizon,
+        probs=probs,
+        df=df,
+        loc=loc,
+        scale=scale,
+        affine_loc=packed[:, -2].copy(),
+        affine_scale=packed[:, -1].copy(),
+        prefixes=prefixes,
+    )
+
+
+def in_price(contexts: Sequence[Bars], ratios: EncodedPrices) -> EncodedPrices:
+    """The answers for ratios to the last close [W] as those for prices."""
     closes = np.array([bars.close[-1] for bars in contexts])
-    return closes * (1 + loc / RATIO_SCALE), closes * scale / RATIO_SCALE
+    loc, scale = closes * (1 + ratios.affine_loc / RATIO_SCALE), closes * ratios.affine_scale / RATIO_SCALE
+    return replace(ratios, affine_loc=loc, affine_scale=scale)
 
 
 def first_patch(encoded: EncodedPrices, rows: slice, uniforms: np.ndarray) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forecasters import StageParams
-from forecasters.descriptor import Knob, Model, SearchedParams
+from forecasters.descriptor import Knob, Model, SearchedParams, Volatility
 from forecasters.settings import AGGREGATES, CHECKPOINT, LOADING, choices, counts, setting
 
 # The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
@@ -66,6 +66,17 @@ BY_DEFAULT = {"key_input": PRICE}  # params that are not written down where they
 # The quick start of github.com/DataDog/toto: 4,096 points, 256 samples, their median as the point forecast.
 PUBLISHED = {"context_length": 4096, "num_samples": 256, "aggregate": "median"}
 
+# The guide of the scripts that this package replaces, by class of volatility.
+VOLATILITY_POINTS: Mapping[Volatility, Sequence[Mapping[str, Any]]] = {
+    "stable": ({"aggregate": "mean", "num_samples": 512},),
+    "medium": ({"aggregate": "mean", "num_samples": 2048}, {"aggregate": "trimmed_mean_5", "num_samples": 2048}),
+    "volatile": (
+        {"aggregate": "trimmed_mean_5", "num_samples": 2048},
+        {"aggregate": "trimmed_mean_10", "num_samples": 2048},
+        {"aggregate": "median", "num_samples": 4096},
+    ),
+}
+
 
 def _limits(settings: TotoSettings) -> dict[str, Any]:
     """The longest context that is not above the published one, or the shortest of those above; prices if allowed."""
@@ -89,9 +100,11 @@ TOTO = Model(
     by_default=BY_DEFAULT,
     search=_search,
     starting_points=(PUBLISHED,),
+    volatility_points=VOLATILITY_POINTS,
     limits=_limits,
     refuses=_refuses,
     to_promoted=_to_promoted,
     implied=_implied,
+    reader_paths=lambda config: (config["num_samples"], config["samples_per_batch"]),
     exact_horizon=None,  # up to the first patch, whose length the checkpoint says
 )

@@ -274,6 +274,20 @@ class TotoNetwork(nn.Module):
             return packed, (), (), ()
         return packed, prefix.keys, prefix.values, tuple(prefix.statistics)
 
+    def answers_along(self, series: Tensor, pads: Tensor, rows: Tensor, patches: Tensor, steps: int) -> Tensor:
+        """`answer` for one variate as if its row ended with this patch, for n of them in one forward.
+
+        No patch sees a later one. rows and patches: int64 [n]. Returns fp32 [n, 4 * steps * K + 2].
+        """
+        ids = torch.zeros_like(series[..., 0], dtype=torch.long)
+        loc, scale = running_statistics(series, pads, self.config, whole=False).affine()
+        whole_pads = pads // self.config.patch_size
+        x, _, _ = self._trunk(self._embed(series, loc, scale), whole_pads, ids, every_patch=True)
+        mixture = self._mixture(x[rows, 0, patches], steps)
+        parts = (mixture.probs, mixture.df, mixture.loc, mixture.scale)
+        affine = torch.stack((loc[rows, 0, patches], scale[rows, 0, patches]), -1)
+        return torch.cat((*(part.flatten(1) for part in parts), affine), -1)
+
     def _embed(self, series: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """[B, V, T] to [B, V, S, D]. Padded points of a row's first patch enter as (0 - loc) / scale."""
         patches = series.unflatten(-1, (-1, self.config.patch_size))
@@ -363,10 +377,11 @@ class TotoNetwork(nn.Module):
         )
 
 
-def running_statistics(series: Tensor, pads: Tensor, config: TotoNetworkConfig) -> Statistics:
+def running_statistics(series: Tensor, pads: Tensor, config: TotoNetworkConfig, *, whole: bool = True) -> Statistics:
     """The statistics of everything up to each patch's last point, [B, V, S], padded points left out.
 
-    Welford's recurrence as cumulative sums in float64; the bounds are of the whole row (scaler.py:148-271).
+    Welford's recurrence as cumulative sums in float64; the bounds are of the whole row (scaler.py:148-271), or of the
+    points up to each patch's last, which differs only where some scale is 10**10 times another.
     """
     x = series.double()
     valid = (torch.arange(x.shape[-1], device=x.device) >= pads[:, None])[:, None].double()  # [B, 1, T]
@@ -377,9 +392,10 @@ def running_statistics(series: Tensor, pads: Tensor, config: TotoNetworkConfig) 
     ends = slice(config.patch_size - 1, None, config.patch_size)
     lowest, highest = torch.zeros_like(mean[..., :1]), torch.full_like(mean[..., :1], torch.inf)
     if config.stabilize_with_global:
-        whole = (m2[..., -1:] / count[..., -1:].clamp_min(1) + MINIMUM_VARIANCE).sqrt()
-        lowest = (whole * 10.0**-config.scale_factor_exponent).clamp_min(MINIMUM_VARIANCE)
-        highest = whole * 10.0**config.scale_factor_exponent
+        last = slice(-1, None) if whole else ends
+        spread = (m2[..., last] / count[..., last].clamp_min(1) + MINIMUM_VARIANCE).sqrt()
+        lowest = (spread * 10.0**-config.scale_factor_exponent).clamp_min(MINIMUM_VARIANCE)
+        highest = spread * 10.0**config.scale_factor_exponent
     ended = mean[..., ends]
     return Statistics(
         points=count[..., ends].expand_as(ended),

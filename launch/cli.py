@@ -182,20 +182,17 @@ def promote(
 
 @click.group(
     cls=SectionedGroup,
+    commands=learning.COMMANDS,
     context_settings=HELP,
     sections={
         "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
-        "Learn": ("compare", "replay"),
+        "Learn": [str(one.name) for one in learning.COMMANDS],
         "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
     },
 )
 @version_option
 def studies() -> None:
     """Look at studies, and manage the server that stores them."""
-
-
-for learned in (learning.compare, learning.replay):
-    studies.add_command(learned)
 
 
 @studies.command(name="list")

@@ -243,7 +243,7 @@ def pilot(job: Job, device: str) -> tuple[float, Profile]:
 
 
 def _evaluator(job: Job, device: str) -> Evaluator:
-    evaluator = processes.evaluator(job.settings, job.model, device, job.profile)
+    evaluator = processes.evaluator(job.settings, job.model, device, profile=job.profile)
     evaluator.max_num_samples = 0  # nothing is drawn ahead for trials
     return evaluator
 

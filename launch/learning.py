@@ -12,9 +12,11 @@ from pathlib import Path
 
 import click
 
+from forecasters.models import MODELS
 from launch.options import (
     FILE,
     HELP,
+    Fraction,
     Names,
     check_devices,
     checked_keys,
@@ -43,6 +45,8 @@ from studies.config import Config
 @click.option("--rule", "rules", type=Names(), multiple=True, help="pooled, confirmation, validation.  [default: all]")
 @click.option("--sample", default=24, show_default=True, type=click.IntRange(1),
               help="Configurations of a model that has no grid.")  # fmt: skip
+@click.option("--start", default="default", show_default=True, type=click.Choice(["default", "in-use"]),
+              help="What is in use at the first date: the model's default, or today's promoted file.")  # fmt: skip
 @gpus_option
 @click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
 @click.option("--report", "report_path", type=FILE, help="HTML file to write curves and promotions to.")
@@ -58,6 +62,7 @@ def replay(
     after: int,
     rules: Sequence[Sequence[str]],
     sample: int,
+    start: str,
     gpus: Sequence[Sequence[int]],
     cpus: int | None,
     report_path: Path | None,
@@ -85,6 +90,7 @@ def replay(
             every=every,
             after=after,
             sample=sample,
+            start=start,
         ),
         gpus=flat(gpus),
         cpus=cpus,
@@ -152,3 +158,106 @@ def compare(
         profile=profile,
     )
     comparing.command(config, asked, gpus=flat(gpus), cpus=cpus, plot=plot, as_json=as_json)
+
+
+@click.command(context_settings=HELP)
+@symbols_option
+@models_option
+@click.option("--max-cost", default=0.005, show_default=True, type=Fraction(0, 1, min_open=True, max_open=True),
+              help="Relative rise of the MAE that fewer samples may cost.")  # fmt: skip
+@click.option("--apply", is_flag=True, help="Promote the configurations with fewer samples.")
+@gpus_option
+@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@json_option
+@shared
+def reduce(
+    config: Config,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    max_cost: float,
+    apply: bool,
+    gpus: Sequence[Sequence[int]],
+    cpus: int | None,
+    as_json: bool,
+) -> None:
+    """Find how few samples the promoted configurations need, and what readers of the files save by that.
+
+    The cost of fewer samples is measured against the exact answer where the model has one, else against the number in
+    use. With --apply each symbol's file is promoted with the fewest that cost less than --max-cost with 95 %
+    confidence; promote --rollback undoes it.
+
+    \b
+    studies reduce --symbols BTCUSD,AAPL --max-cost 0.005
+    """
+    from launch import reducing
+
+    check_devices(gpus, cpus)
+    reducing.command(
+        config,
+        symbols=checked_symbols(symbols),
+        models=checked_models(models, config),
+        max_cost=max_cost,
+        apply=apply,
+        gpus=flat(gpus),
+        cpus=cpus,
+        as_json=as_json,
+    )
+
+
+@click.command(context_settings=HELP)
+@click.argument("symbol")
+@click.argument("model", type=click.Choice(list(MODELS)))
+@click.argument("values", nargs=-1, required=True, metavar="PARAM=V1,V2,.. [PARAM=V1,V2,..]")
+@click.option("--from", "start", default="best", show_default=True, metavar="WHICH",
+              help="What the rest is from: best, stored, default, a promoted file, or STUDY#TRIAL.")  # fmt: skip
+@click.option("--windows", default=30, show_default=True, type=click.IntRange(1), help="Number of windows before test.")
+@click.option("--horizon", type=click.IntRange(1), help="Steps to forecast.  [default: the settings']")
+@click.option("--stride", type=click.IntRange(1), help="Bars between two windows.  [default: a quarter of the horizon]")
+@click.option("--passes", default=1, show_default=True, type=click.IntRange(1),
+              help="Draws to average over; one has the seeds of a search, more are fresh.")  # fmt: skip
+@click.option("--plot", type=FILE, help="PNG or HTML file for a figure; of two parameters it is a heat map.")
+@json_option
+@shared
+def sweep(
+    config: Config,
+    symbol: str,
+    model: str,
+    values: Sequence[str],
+    start: str,
+    windows: int,
+    horizon: int | None,
+    stride: int | None,
+    passes: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Vary one parameter of a configuration, or two, and keep the rest.
+
+    All values are measured on the same windows with the same seeds. Each is compared with the current value window by
+    window; the p-value allows for the number of values tried. It changes nothing: promotions rest on searches.
+
+    \b
+    studies sweep BTCUSD toto num_samples=64,128,256,512 --plot samples.png
+    studies sweep BTCUSD kronos temperature=0.1,0.2,0.3 top_k=0,16,32 --from default
+    """
+    from launch import sweeping
+
+    horizon = horizon or config.windows.horizon
+    sweeping.command(
+        config,
+        sweeping.Asked(
+            symbol=checked_symbols([[symbol]])[0],
+            model=model,
+            axes=sweeping.checked_axes(model, values),
+            start=start,
+            horizon=horizon,
+            windows=windows,
+            stride=stride or max(1, horizon // 4),
+            passes=passes,
+        ),
+        plot=plot,
+        as_json=as_json,
+    )
+
+
+COMMANDS = (compare, sweep, reduce, replay)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +23,30 @@ def say(line: str) -> None:
     """Print one line to stderr."""
     with streams.ignore_broken_pipe():
         click.echo(line, err=True)
+
+
+class SayOnce:
+    """Says what goes wrong in work that is tried again and again: each error once, until all goes well again.
+
+    say: takes one line for the user. log: gets the traceback of an error that nobody expects.
+    """
+
+    def __init__(self, say: Callable[[str], None], log: Path) -> None:
+        self._say, self._log = say, log
+        self._said: set[str] = set()
+
+    def error(self, line: str, unexpected: Exception | None = None) -> None:
+        if line in self._said:
+            return
+        self._said.add(line)
+        self._say(f"{line}; see {self._log}" if unexpected else line)
+        if unexpected:
+            with suppress(OSError), self._log.open("a") as log:  # a full disk does not end the work either
+                told = "".join(traceback.format_exception(unexpected))
+                log.write(f"{time.strftime('%H:%M:%S')} {told}")
+
+    def well(self) -> None:
+        self._said.clear()
 
 
 def show(rows: Sequence[Any], table: Callable[[Any], Table], *, as_json: bool, plain: bool = False) -> None:

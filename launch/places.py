@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from launch.output import SayOnce
 from storage import DatabaseUnavailable
 from storage.commands import command
 from studies.config import Config, ConfigError
@@ -77,11 +78,12 @@ def open_storage(config: Config, *, start: bool = False, write: bool = False) ->
 
 @contextmanager
 def private_server_kept_alive(
-    config: Config, *, say: Callable[[str], None], on_stop: Callable[[], None]
+    config: Config, *, say: Callable[[str], None], log: Path, on_stop: Callable[[], None]
 ) -> Iterator[None]:
     """Start the private server again if anything but `studies stop` ends it within the block.
 
-    on_stop: called once, from another thread, after `studies stop`.
+    log: gets the traceback of an error that nobody expects. on_stop: called once, from another thread, after
+    `studies stop`.
     """
     if config.storage.url:
         yield
@@ -92,7 +94,7 @@ def private_server_kept_alive(
     folder, ended = server_folder(config), threading.Event()
 
     def check() -> None:
-        reported = ""
+        say_once = SayOnce(say, log)
         while not ended.wait(CHECK_S):
             try:
                 if embedded.was_stopped(folder):
@@ -101,12 +103,11 @@ def private_server_kept_alive(
                     return
                 if embedded.revive(folder, listen=config.storage.listen):
                     say("the private server had ended; started it again")
-                    reported = ""
+                say_once.well()
+            except DatabaseUnavailable as error:
+                say_once.error(str(error))
             except Exception as error:  # noqa: BLE001 - without this thread nobody would start the server again
-                line = str(error) if isinstance(error, DatabaseUnavailable) else one_line(error)
-                if line != reported:  # each check tries again, but the same error is reported once
-                    reported = line
-                    say(reported)
+                say_once.error(f"the private server is not watched: {one_line(error)}", error)
 
     threading.Thread(target=check, name="server", daemon=True).start()
     try:

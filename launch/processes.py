@@ -18,7 +18,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from forecasters import measure_matrix_product
+from forecasters import LoadedForecaster, measure_matrix_product
 from launch.devices import DeviceSlot
 from objectives.evaluation import Evaluator
 from studies import config as configuration
@@ -104,14 +104,20 @@ def settings_text(config: Config) -> str:
 
 
 @functools.cache
-def evaluator(settings: str, model: str, device: str, profile: bool = False) -> Evaluator:
-    """The evaluator of this process for such work. settings: as of `settings_text`. profile: count its operations.
+def forecaster(settings: str, model: str, device: str) -> LoadedForecaster:
+    """The forecaster of this process for such work. settings: as of `settings_text`. Raises what loading raises."""
+    return evaluators.load_forecaster(configuration.from_json(json.loads(settings)), model, device=device)
 
-    Raises what loading raises.
+
+@functools.cache
+def evaluator(settings: str, model: str, device: str, *, profile: bool = False, together: int = 0) -> Evaluator:
+    """The evaluator of that forecaster. profile: count its operations.
+
+    together: as `evaluators.evaluator_of` takes it; a forecaster that shares forwards serves nothing else.
     """
     config = configuration.from_json(json.loads(settings))
-    forecaster = evaluators.load_forecaster(config, model, device=device)
-    return evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES, profile=profile)
+    found = (forecaster.__wrapped__ if together else forecaster)(settings, model, device)
+    return evaluators.evaluator_of(config, found, cache_bytes=CACHE_BYTES, profile=profile, together=together)
 
 
 @functools.cache

@@ -20,9 +20,8 @@ from launch import processes
 from launch.devices import DeviceSlot, device_slots
 from launch.output import counted, say, show
 from launch.processes import Processes
-from launch.verify import random_trials
 from launch.views import figures, report
-from launch.views.tables import NOTHING, Column, Table, percent_gain, percent_interval, percent_share
+from launch.views.tables import NOTHING, Column, Table, numbers, percent_gain, percent_interval, percent_share
 from objectives.bars import DataError
 from storage.commands import this_command
 from studies import evaluators, history_errors, promoting, replay
@@ -32,8 +31,11 @@ from studies.evidence import params_text
 from studies.history_errors import Block, Candidate, History
 from studies.replay import Play, ReplayPlan, RuleOutcome
 from studies.series import Series, read_usable_series
+from studies.space import random_params
+from studies.study import INCUMBENT, configurations_in_use
 
 RULES = ("pooled", "confirmation", "validation")
+IN_USE = "in-use"
 SAMPLE = 24  # configurations of a model that has no grid, drawn from its space with seed 0
 
 
@@ -49,6 +51,7 @@ class Asked:
     every: int
     after: int
     sample: int
+    start: str  # IN_USE: today's promoted files, where there are any
 
 
 def checked_rules(names: Sequence[str]) -> Sequence[str]:
@@ -114,12 +117,19 @@ class _Work:
     model: str
     checkpoint: str
     origins: range
+    min_context: int
     candidates: Sequence[Candidate]
     blocks: Sequence[Block]
 
     def history(self) -> History:
         return history_errors.join(
-            self.series, self.origins, self.candidates, self.blocks, model=self.model, checkpoint=self.checkpoint
+            self.series,
+            self.origins,
+            self.candidates,
+            self.blocks,
+            model=self.model,
+            checkpoint=self.checkpoint,
+            min_context=self.min_context,
         )
 
 
@@ -133,7 +143,13 @@ def _works(config: Config, asked: Asked, series: Sequence[Series], plan: ReplayP
             say(f"{each.symbol}: has {len(each.bars)} bars, too few for any date; left out")
             continue
         for model, space in spaces_of.items():
-            candidates = history_errors.candidates_of(config, space, random_trials(space, asked.sample))
+            in_use, notes = (
+                configurations_in_use(config, each.symbol, model, space) if asked.start == IN_USE else ({}, ())
+            )
+            for note in notes:
+                say(note)
+            sample = random_params(space, asked.sample)
+            candidates = history_errors.candidates_of(config, space, sample, in_use.get(INCUMBENT))
             found = history_errors.blocks(
                 config, each, origins, candidates, model=model, checkpoint=checkpoints[model], folder=folder
             )
@@ -142,6 +158,7 @@ def _works(config: Config, asked: Asked, series: Sequence[Series], plan: ReplayP
                 model=model,
                 checkpoint=checkpoints[model],
                 origins=origins,
+                min_context=config.windows.min_context,
                 candidates=candidates,
                 blocks=found,
             )
@@ -170,7 +187,8 @@ def _measure_all(config: Config, works: Sequence[_Work], slots: Sequence[DeviceS
 def _measure(job: tuple[str, str, Block, Sequence[Candidate]], device: str) -> None:
     """In a process that keeps its evaluator."""
     settings, model, block, candidates = job
-    history_errors.measure(processes.evaluator(settings, model, device), block, candidates)
+    evaluator = processes.evaluator(settings, model, device, together=history_errors.BLOCK)
+    history_errors.measure(evaluator, block, candidates)
 
 
 def table(outcomes: Sequence[RuleOutcome]) -> Table:
@@ -178,9 +196,6 @@ def table(outcomes: Sequence[RuleOutcome]) -> Table:
 
     def gain(value: float, interval: tuple[float, float]) -> str:
         return f"{percent_gain(value)} ({percent_interval(*interval)})"
-
-    def numbers(heading: str, cells: Sequence[str], priority: int) -> Column:
-        return Column(heading=heading, cells=cells, right=True, priority=priority)
 
     return Table(
         columns=[
@@ -192,7 +207,8 @@ def table(outcomes: Sequence[RuleOutcome]) -> Table:
             ),
             numbers("realised a promotion", [percent_gain(one.realised) for one in outcomes], 4),
             numbers("realised a decision", [gain(one.a_decision, one.a_decision_interval) for one in outcomes], 10),
-            numbers("over the default", [gain(one.over_default, one.over_default_interval) for one in outcomes], 8),
+            numbers("over the start", [gain(one.over_start, one.over_start_interval) for one in outcomes], 8),
+            numbers("over the default", [gain(one.over_default, one.over_default_interval) for one in outcomes], 6),
             numbers("skill", [percent_gain(one.skill) for one in outcomes], 5),
         ]
     )

@@ -66,7 +66,8 @@ def run_workers(
         make_supervisor = functools.partial(ray_cluster.RaySupervisor, cluster)
         secret = database.password_in_use(storage)  # even if this machine reads it from a file
     view = live.LiveView(storage, names, plain=plain)
-    note_writer = notes.NoteWriter(storage, artifacts_folder(config), unfinished, report=view, say=view.say)
+    log = folder / "supervisor.log"  # tracebacks of what nobody expects
+    note_writer = notes.NoteWriter(storage, artifacts_folder(config), unfinished, report=view, say=view.say, log=log)
     run = make_supervisor(
         plan,
         folder,
@@ -78,7 +79,7 @@ def run_workers(
         report=note_writer,
     )
     view.watch(run.children)
-    with view, private_server_kept_alive(config, say=view.say, on_stop=run.stop_at_once):
+    with view, private_server_kept_alive(config, say=view.say, log=log, on_stop=run.stop_at_once):
         status = run.run()
     if cluster is not None:
         cluster.end()

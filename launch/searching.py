@@ -10,10 +10,14 @@ from launch.places import check_log_dir, open_storage
 from launch.results import print_results
 from objectives.bars import DataError
 from storage import urls
+from studies import candidates
+from studies import space as spaces
 from studies import study as studying
 from studies.config import Config
 from studies.evaluators import checkpoint_fingerprint
 from studies.series import oddities, read_series, read_usable_series
+
+IN_USE = 2  # configurations of a symbol that a model can have in use: the promoted one and its own stored one
 
 
 def search(
@@ -72,6 +76,8 @@ def search(
         say(f"nothing to do: {counted(len(opened), 'study')} finished at the newest bar{left}")
         return print_results(storage, shown, skipped, plain=plain)
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
+    models_left = {study.model for study in unfinished}
+    say(confirmation_cost(config, [model for model in models if model in models_left]))
     from launch.run import run_workers  # here: it imports Plotly, which takes a while
 
     return run_workers(
@@ -86,3 +92,14 @@ def search(
         plain=plain,
         profile=profile,
     )
+
+
+def confirmation_cost(config: Config, models: Sequence[str]) -> str:
+    """What the confirmation of a study with each of these models asks of its network at most, in one line."""
+    counts = config.windows
+    windows = counts.confirmation + counts.test + counts.validation
+    parts = []
+    for model in models:
+        most = candidates.most_encodings(spaces.make(model, config), in_use=IN_USE)
+        parts.append(f"{windows} x {most} = {windows * most} encodings with {model}")
+    return f"each confirmation needs at most {', '.join(parts)}"

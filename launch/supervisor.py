@@ -12,16 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, Protocol
 
 from launch.devices import DeviceSlot
+from launch.output import SayOnce
 from launch.worker import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, RUN_ID, RunPlan, worker_name
 from storage import DatabaseUnavailable, slots
 from storage.retrying import RetryingStorage, one_line
@@ -74,9 +73,7 @@ class DatabaseReporter(threading.Thread):
         """log: gets the traceback of an error that nobody expects."""
         super().__init__(name="database-reporter", daemon=True)
         self._storage, self._study_ids, self._lease_s = storage, study_ids, lease_s
-        self._log, self._say, self._report = log, say, report
-        self._said = ""  # what the last round reported
-        self._logged: set[str] = set()  # what has its traceback in the log
+        self._say_once, self._report = SayOnce(say, log), report
         self._dead: deque[str] = deque()
         self._ended = threading.Event()
 
@@ -92,25 +89,19 @@ class DatabaseReporter(threading.Thread):
         last = False
         while not last:
             last = self._ended.wait(POLL_S)
-            said = ""
+            well = True
             for work in (self._free_slots_of_the_dead, self._report):
                 try:
                     work()
                 except DatabaseUnavailable as error:
-                    said = str(error)
+                    well = False
+                    self._say_once.error(str(error))
                     break  # it was waited for; the other would wait as long
                 except Exception as error:  # noqa: BLE001 - without this thread nobody learns how the run stands
-                    said = f"the run goes on after an error: {one_line(error)}; see {self._log}"
-                    if said not in self._logged:
-                        self._logged.add(said)
-                        self._write_traceback()
-            if said and said != self._said:  # each round tries again, but the same error is reported once
-                self._say(said)
-            self._said = said
-
-    def _write_traceback(self) -> None:
-        with suppress(OSError), self._log.open("a") as log:  # a full disk does not end the thread either
-            log.write(f"{time.strftime('%H:%M:%S')} {traceback.format_exc()}")
+                    well = False
+                    self._say_once.error(f"the run goes on after an error: {one_line(error)}", error)
+            if well:
+                self._say_once.well()
 
     def _free_slots_of_the_dead(self) -> None:
         while self._dead:

@@ -118,7 +118,7 @@ def jobs(
                 model=model,
                 device=device,
                 windows=windows,
-                trials=random_trials(spaces.make(model, config), trials),
+                trials=spaces.random_params(spaces.make(model, config), trials),
                 repeats=repeats,
             )
 
@@ -265,20 +265,3 @@ def table(rows: Sequence[ModeRow]) -> Table:
 
 def _mae(job: VerifyJob, points: np.ndarray) -> float:
     return float(relative_errors(job.windows, points).mean())
-
-
-def random_trials(knobs: Any, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Random params of a search space (`studies.space.Space`), the same ones for every mode."""
-    from forecasters.descriptor import Range
-
-    rng = np.random.default_rng(seed)
-
-    def one(knob: Any) -> Any:
-        if not isinstance(knob, Range):
-            return knob[int(rng.integers(len(knob)))]
-        if knob.step is None:
-            return float(rng.uniform(knob.low, knob.high))
-        return float(knob.low + knob.step * rng.integers(round((knob.high - knob.low) / knob.step) + 1))
-
-    drawn = [{name: one(knob) for name, knob in knobs.knobs.items()} for _ in range(count)]
-    return [knobs.complete(knobs.searched(each)) for each in drawn]

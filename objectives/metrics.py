@@ -6,6 +6,7 @@ to the last close, whatever the key. Knows nothing of how points came about.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,20 @@ def measurement_of(
         windows=len(windows),
         seconds={stage: round(spent, 6) for stage, spent in seconds.items()},
         latency_s=latency_s,
+    )
+
+
+def measurement_of_errors(errors: Sequence[float], *, mae: float, no_change_mae: float) -> Measurement:
+    """As much of a measurement as each window's share [W] of `mae` tells, without prices and times."""
+    return Measurement(
+        mae=mae,
+        price_mae=math.nan,
+        mae_percent=math.nan,
+        no_change_mae=no_change_mae,
+        skill=skill(mae, no_change_mae),
+        errors=tuple(errors),
+        windows=len(errors),
+        seconds={},
     )
 
 

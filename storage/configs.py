@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from forecasters import ExpectedError
-from storage.symbols import check_symbol
+from storage.symbols import check_symbol, is_symbol
 
 CHOSEN = ("optimized_compiled", "best")  # in the order they are replaced: readers trust `best`
 RESERVED = (*CHOSEN, "history", "promoted", "step")  # no models: folders, and files of a step, have these names
@@ -74,6 +74,11 @@ def file_path(root: Path, folder: str, symbol: str) -> Path:
     if folder not in CHOSEN and not is_model(folder):
         raise ValueError(f"{folder!r} is not a folder of promoted files: a model's name, {' or '.join(CHOSEN)}")
     return root / folder / f"{symbol}.json"
+
+
+def symbols_in(root: Path, folder: str) -> list[str]:
+    """The symbols that a folder has a file of, sorted; names that can be no symbol's are passed over."""
+    return sorted(path.stem for path in (root / folder).glob("*.json") if is_symbol(path.stem))
 
 
 def read_bytes(path: Path) -> bytes | None:

@@ -127,9 +127,9 @@ def stop(data_dir: Path) -> bool:
             (folder / STOPPED).touch(0o600)  # before it ends: who sees it gone knows that somebody wanted that
             if _server_gone(place):
                 return False
-            command = [_binaries(place).folder / "pg_ctl", "stop", "-s", "-m", "fast", "-t", f"{_START_TIMEOUT_S:.0f}"]
+            stop = [_binaries(place).folder / "pg_ctl", "stop", "-s", "-m", "fast", "-t", f"{_START_TIMEOUT_S:.0f}"]
             owner = postgres.owner_of(place.cluster)
-            postgres.run(command, owner, place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            postgres.run(stop, owner, place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             deadline = time.monotonic() + _START_TIMEOUT_S
             while not _server_gone(place):
                 if time.monotonic() > deadline:

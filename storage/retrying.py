@@ -50,6 +50,7 @@ CLAIM_ATTR = trials.CLAIM_ATTR
 TRANSIENT_STATES = {
     "08": "the connection broke or was refused",
     "25006": "read-only: a failover is under way, and this connection is to the server that was demoted",
+    "25P02": "a timeout cut the BEGIN: the server's transaction is aborted, while psycopg2 knows of none",
     "25P03": "the transaction paused for longer than IDLE_TRANSACTION_S: its process was frozen",
     "40001": "a serialization failure: one of two transactions has to repeat",
     "40P01": "a deadlock: one of two transactions has to repeat",
@@ -61,7 +62,7 @@ TRANSIENT_STATES = {
     "57P03": "the server is starting",
     "57P05": "the server's idle_session_timeout",
 }
-READ_ONLY, DENIED = "25006", "42501"
+READ_ONLY, ABORTED, DENIED = "25006", "25P02", "42501"
 # What libpq says of a connection that no waiting mends; it gives no SQLSTATE.
 PERMANENT_CONNECT_ERRORS = re.compile(
     r"authentication failed|no password supplied|does not exist|no pg_hba.conf entry|"
@@ -154,8 +155,8 @@ class RetryingStorage(RDBStorage):
                 if not is_transient(error):
                     raise
                 self.scoped_session.remove()
-                if sqlstate_of(error) == READ_ONLY:
-                    self.engine.dispose()  # the next connection is to the server that was promoted
+                if sqlstate_of(error) in (READ_ONLY, ABORTED):
+                    self.engine.dispose()  # the next connection is to the server that was promoted, and has no past
                 if time.monotonic() > give_up_at:
                     raise DatabaseUnavailable(
                         f"{without_password(self.engine.url)}: no answer for {wait_s:.0f} s: {first_line(error)}"

@@ -63,11 +63,11 @@ def read_words(words: Sequence[str], open_storage: Callable[[], RetryingStorage]
 def _trial(storage: RetryingStorage, word: str, name: str, number: int) -> Chosen:
     study = next((one for one in studying.list_studies(storage) if one.name == name), None)
     if study is None:
-        raise ConfigError(f"--params {word}: no study {name!r}; see: {command('studies list')}")
+        raise ConfigError(f"{word}: no study {name!r}; see: {command('studies list')}")
     trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
     trial = next((one for one in trials if one.number == number and one.params), None)
     if trial is None:
-        raise ConfigError(f"--params {word}: no such trial; see: {command(f'studies show {name}')}")
+        raise ConfigError(f"{word}: no such trial; see: {command(f'studies show {name}')}")
     params = Space.from_json(study.model, study.definition["space"]).complete(trial.params)
     return Chosen(word=word, model=study.model, config=params, metadata={})
 
@@ -78,7 +78,7 @@ def _file(word: str) -> Chosen:
         content = configs.read_bytes(path)
     if content is None:
         known = f"{BEST}, {STORED}, {DEFAULT}, a promoted file or STUDY#TRIAL"
-        raise ConfigError(f"--params {word}: no such file; each of the list is {known}")
+        raise ConfigError(f"{word}: no such file; there are {known}")
     try:  # whichever symbol it was made for
         symbol = json.loads(content).get("symbol", path.stem)
     except (ValueError, AttributeError):
@@ -175,7 +175,7 @@ def _params(config: Config, one: Chosen) -> dict[str, Any]:
     try:
         return spaces.from_promoted({**more, **one.config}, one.metadata, space)
     except ValueError as error:
-        raise ConfigError(f"--params {one.word}: cannot be measured: {error}") from None
+        raise ConfigError(f"{one.word}: cannot be measured: {error}") from None
 
 
 # --- the environment ----------------------------------------------------------------------------------------
@@ -202,17 +202,10 @@ def environment_overrides(
 
 
 def _value(variable: str, kind: Kind, name: str, text: str) -> Any:
-    value: Any = text
-    if kind != "aggregate":
-        try:
-            value = float(text) if kind == "number" else int(text)
-        except ValueError:
-            value = text  # which no number is
     try:
-        spaces.check_value(name, kind, value)
+        return spaces.parse_value(name, kind, text)
     except ValueError as error:
         raise ConfigError(f"{variable} in the environment: {error}; correct or unset it") from None
-    return value
 
 
 def with_horizon(config: Config, horizon: int, models: Sequence[str]) -> Config:

@@ -12,14 +12,18 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from forecasters import COMPILE_MODES, DTYPES, KEYS, ExpectedError
 from forecasters.models import MODELS
 from forecasters.settings import AGGREGATES, CHECKPOINT, PATTERNS, at_least, kind_of, one_of, setting
 from objectives import aggregation
+from objectives.costs import AssetClass, bars_a_day
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
 DEMO_PATH = Path(__file__).with_name("demo.toml")
@@ -91,6 +95,7 @@ class Search:
     rung: int = setting(at_least(1))
     batch: int = setting(at_least(0))  # 0: as many as a rung
     prune_worst: float = setting(_share)
+    starts: str = setting(one_of("none", "volatility"))
 
     @property
     def batch_size(self) -> int:
@@ -136,6 +141,38 @@ class Promotion:
     results_dir: Path
 
 
+def _fee(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be a share of the traded value, from 0 up to but not including 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backtest:
+    crypto: tuple[str, ...] = setting(one_or_list=True)
+    equity_limit_fee: float = setting(_fee)
+    equity_market_fee: float = setting(_fee)
+    equity_half_spread: float = setting(_fee)
+    equity_borrow: float = setting(at_least(0))
+    crypto_limit_fee: float = setting(_fee)
+    crypto_market_fee: float = setting(_fee)
+    crypto_half_spread: float = setting(_fee)
+
+    def asset_class(self, symbol: str, timestamps: np.ndarray) -> AssetClass:
+        """What trading a symbol costs, and how many bars it has a year, from the times of its bars [T]."""
+        crypto = any(fnmatchcase(symbol, pattern) for pattern in self.crypto)
+        kind = "crypto" if crypto else "equity"
+        days_a_year = 365 if crypto else 252
+        return AssetClass(
+            name=kind,
+            days_a_year=days_a_year,
+            shorts=not crypto,
+            limit_fee=getattr(self, f"{kind}_limit_fee"),
+            market_fee=getattr(self, f"{kind}_market_fee"),
+            half_spread=getattr(self, f"{kind}_half_spread"),
+            borrow=0.0 if crypto else self.equity_borrow,
+            bars_a_day=bars_a_day(timestamps, days_a_year),
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a command. `source` names the file they came from, for messages."""
@@ -150,6 +187,7 @@ class Config:
     compile: Compile
     hyperparams: Hyperparams
     promotion: Promotion
+    backtest: Backtest
 
 
 PARTS = {name: kind for name, kind in get_type_hints(Config).items() if name not in ("source", "models")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import forecasters
-from forecasters import LoadedForecaster, Running
+from forecasters import LoadedForecaster, Running, SharingForecaster
 from forecasters.models import MODELS
 from objectives.evaluation import Evaluator
 from objectives.work import WorkCounter
@@ -16,16 +16,22 @@ from studies import space as spaces
 from studies.config import Config
 
 
-def evaluator_of(config: Config, forecaster: LoadedForecaster, *, cache_bytes: int, profile: bool = False) -> Evaluator:
+def evaluator_of(
+    config: Config, forecaster: LoadedForecaster, *, cache_bytes: int, profile: bool = False, together: int = 0
+) -> Evaluator:
     """The evaluator of a forecaster. cache_bytes: bound on what it keeps between measurements.
 
     profile: count the network's operations, unless it is compiled, where they cannot be seen.
+    together: windows that are always measured together, and share forwards where the model can; 0: as a study's are.
     """
+    batch = config.search.batch_size
+    if together and isinstance(forecaster, SharingForecaster):
+        forecaster.shares_forwards, batch = True, together
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
         rung=config.search.rung,
-        batch=config.search.batch_size,
+        batch=batch,
         # Drawn ahead for later trials, of which nothing is left where nothing is kept.
         max_num_samples=spaces.most_samples(forecaster.model, config) if cache_bytes else None,
         exact=config.search.objective == "exact",

@@ -6,14 +6,13 @@ Everything that decides on a confirmation or shows one reads these. Knows nothin
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from objectives.metrics import Measurement, skill
+from objectives.metrics import Measurement, measurement_of_errors, skill
 from storage import slots
 from storage.progress import pick_results
 from storage.retrying import RetryingStorage
@@ -137,7 +136,10 @@ class StudyEvidence:
     @property
     def no_change_configuration(self) -> MeasuredConfiguration:
         """The forecast that the price stays, as if it were a configuration."""
-        parts = {part: _measured(one) for part, one in self.no_change.items()}
+        parts = {
+            part: measurement_of_errors(one.errors, mae=one.mae, no_change_mae=one.mae)
+            for part, one in self.no_change.items()
+        }
         return MeasuredConfiguration(
             model="no change",
             params={},
@@ -157,21 +159,6 @@ class StudyEvidence:
     def find(self, params: Mapping[str, Any]) -> MeasuredConfiguration | None:
         """The configuration with these params, where it is among those measured."""
         return next((one for one in (*self.in_use.values(), *self.candidates) if one.params == params), None)
-
-
-def _measured(no_change: NoChange) -> Measurement:
-    return Measurement(
-        mae=no_change.mae,
-        price_mae=math.nan,
-        mae_percent=math.nan,
-        no_change_mae=no_change.mae,
-        skill=0.0,
-        errors=no_change.errors,
-        sampling_error=None,
-        windows=len(no_change.errors),
-        seconds={},
-        latency_s=None,
-    )
 
 
 def lowest(items: Iterable[T], value: Callable[[T], float | None]) -> T | None:

@@ -29,10 +29,10 @@ from studies.config import Config
 from studies.evidence import Source
 from studies.series import Series
 from studies.space import Space, default, most_samples
-from studies.study import CLIP_ORIGINS
+from studies.study import clipped_share
 
 SEARCH, FRESH = (0,), (1, 2)  # passes whose seeds the search and the confirmation measure with
-BLOCK = 120  # origins measured together
+BLOCK = 480  # origins measured together, of which Toto's patches of 64 let 7 share a forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +59,28 @@ class History:
     model: str
     checkpoint: str
     series: Series
+    min_context: int
     first: int  # origin of the first column
     candidates: Sequence[Candidate]
     search: np.ndarray  # [C, W], with the seeds of a search
     fresh: np.ndarray  # [C, W], with those of a confirmation
     no_change: np.ndarray  # [W]
-    _clipped: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False)
+    _clipped: dict[tuple[int, int], float | None] = field(default_factory=dict, init=False, repr=False)
 
     def clipped(self, place: int, end: int) -> float | None:
-        """The share of the last CLIP_ORIGINS origins before bar `end` whose last close a candidate clips."""
-        if (share := MODELS[self.model].clipped) is None:
-            return None
+        """What `StudyRun.clipped` says of a candidate where the bars end at bar `end`."""
         if (place, end) not in self._clipped:
-            origins = range(max(end - CLIP_ORIGINS, 2), end + 1)
-            closes = self.series.bars.close[:end]
-            self._clipped[place, end] = share(closes, origins, self.candidates[place].params)
+            closes, params = self.series.bars.close[:end], self.candidates[place].params
+            self._clipped[place, end] = clipped_share(self.model, closes, params, min_context=self.min_context)
         return self._clipped[place, end]
 
 
-def candidates_of(config: Config, space: Space, sample: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+def candidates_of(
+    config: Config, space: Space, sample: Sequence[Mapping[str, Any]], in_use: Mapping[str, Any] | None = None
+) -> list[Candidate]:
     """What a replay tries in place of a sampler: the default, and the grid of what shares its draws, else a sample.
 
-    sample: configurations of the space, taken where nothing shares its draws.
+    sample: configurations of the space, taken where nothing shares its draws. in_use: what a replay begins with.
     """
     first = default(space, config)
     [shared] = shared_knobs(space) or [None]
@@ -93,7 +93,8 @@ def candidates_of(config: Config, space: Space, sample: Sequence[Mapping[str, An
         assert isinstance(knob, tuple)
         others = [{**first, shared: value} for value in knob]
     found = [Candidate(params=first, source="default")]
-    return found + [Candidate(params=params, source="grid") for params in others if params != first]
+    found += [Candidate(params=params, source="grid") for params in others if params != first]
+    return found + ([Candidate(params=in_use, source="in use")] if in_use is not None else [])
 
 
 def blocks(
@@ -119,6 +120,7 @@ def blocks(
             "bars": bars_fingerprint(bars),
             "origins": [asked.start, asked.stop],
             "horizon": horizon,
+            "together": BLOCK,
             "search": [config.search.rung, config.search.batch_size, config.search.objective],
             "candidates": [dict(one.params) for one in candidates],
             **({} if key == CLOSE else {"key": key}),
@@ -158,6 +160,7 @@ def join(
     *,
     model: str,
     checkpoint: str,
+    min_context: int,
 ) -> History:
     """The history of blocks that are measured. Raises LookupError where one is not."""
     errors, no_change = [], []
@@ -174,6 +177,7 @@ def join(
         model=model,
         checkpoint=checkpoint,
         series=series,
+        min_context=min_context,
         first=origins.start,
         candidates=candidates,
         search=search,

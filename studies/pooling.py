@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from objectives.bootstrap import ERRORS_95, mean_errors
+
 SHARED_BY = 3  # symbols that measured a configuration, from which on it is pooled by itself and not with its kind
-ERRORS_95 = 1.959964  # standard errors on each side of a 95 % interval
 LEAST_ERROR = 1e-9  # of a gain on the log scale: what rounding leaves of one that is certain
 
 
@@ -194,34 +195,6 @@ def _gains(symbol: SymbolErrors) -> tuple[list[_Gain], dict[str, _Gain]]:
         for before, after, error, row in zip(old_means, new_means, mean_errors(series), series, strict=True)
     ]
     return gains[: len(symbol.measured)], dict(zip(others, gains[len(symbol.measured) :], strict=True))
-
-
-def mean_errors(series: np.ndarray, block: float | None = None) -> np.ndarray:
-    """The standard error of each row's mean, [C] of [C, W], that the stationary bootstrap tends to.
-
-    In closed form (Politis and Romano, 1994, lemma 1). block: its mean length, by default that of Politis and
-    White (2004).
-    """
-    from arch.bootstrap import optimal_block_length  # 0.8 s that only a decision should pay
-
-    count = series.shape[1]
-    centred = series - series.mean(axis=1, keepdims=True)
-    found = np.zeros(len(series))
-    varies = np.flatnonzero(centred.std(axis=1) > 1e-12)  # of errors of about 1: what rounding leaves of a constant
-    if not len(varies):
-        return found
-    if block is None:
-        blocks = optimal_block_length(centred[varies].T)["stationary"].to_numpy()
-    else:
-        blocks = np.full(len(varies), block)
-    ends = 1 / np.clip(np.ceil(np.nan_to_num(blocks, nan=1.0)), 1, count)[:, None]  # chance that a block ends, [V, 1]
-    spectrum = np.abs(np.fft.rfft(centred[varies], 2 * count)) ** 2
-    covariances = np.fft.irfft(spectrum, 2 * count)[:, :count] / count  # [V, W], by lag
-    lags = np.arange(count)
-    kept = (1 - lags / count) * (1 - ends) ** lags + lags / count * (1 - ends) ** (count - lags)
-    variances = covariances[:, 0] + 2 * (kept * covariances)[:, 1:].sum(axis=1)
-    found[varies] = np.sqrt(np.maximum(variances, 0) / count)
-    return found
 
 
 def _extra(own: _Gain, stands: _Gain) -> float:

@@ -117,7 +117,7 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
         "symbol": study.symbol,
         "model": study.model,
         "config": space.to_promoted(candidate.params, finding.space, config),
-        **{part: _metrics(measured) for part in PARTS if (measured := candidate.on(part))},
+        **{part: metrics(measured) for part in PARTS if (measured := candidate.on(part))},
         "windows": {
             "val_window": counts["validation"],
             "confirmation_window": evidence.windows["confirmation"].count,
@@ -157,12 +157,13 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
             "checkpoint": definition["checkpoint"],
             "bars": definition["bars"],
             "seeds": "symbol, origin, pass",
-            "versions": {name: version(name) for name in ("forecast-studies", "optuna", "torch", "numpy")},
+            "versions": versions(),
         },
     }
 
 
-def _metrics(measured: Measurement) -> dict[str, Any]:
+def metrics(measured: Measurement) -> dict[str, Any]:
+    """A measurement as a promoted file says it."""
     # The latency is unknown where the cache answered, and in older results.
     latency = {} if measured.latency_s is None else {"latency_s": round(measured.latency_s, 6)}
     return {
@@ -173,3 +174,8 @@ def _metrics(measured: Measurement) -> dict[str, Any]:
         **latency,
         "num_predictions": measured.windows,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    return {name: version(name) for name in ("forecast-studies", "optuna", "torch", "numpy")}

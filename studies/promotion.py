@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -297,14 +298,20 @@ def resampled_gains(old: np.ndarray, new: np.ndarray, *, least_block: int = 1) -
     be, and the ratio of two means of the same windows is nearly symmetric, so that there is little for a corrected
     interval to correct.
     """
-    from arch.bootstrap import StationaryBootstrap
-
-    if (block := _block_length(old - new)) is None:
+    if (block := block_length(old - new)) is None:
         return None
-    bootstrap = StationaryBootstrap(max(block, least_block), old, seed=SEED)
-    indices = np.stack([bootstrap.update_indices() for _ in range(INTERVAL_REPETITIONS)])  # [R, W]
+    indices = resampled_indices(len(old), max(block, least_block))
     improvements = 1 - new[indices].sum(axis=1) / old[indices].sum(axis=1)
     return improvements if np.isfinite(improvements).all() else None
+
+
+@lru_cache(maxsize=32)
+def resampled_indices(count: int, block: int) -> np.ndarray:
+    """Indices of windows, [R, count], as the stationary bootstrap draws them in blocks of this length on average."""
+    from arch.bootstrap import StationaryBootstrap
+
+    bootstrap = StationaryBootstrap(block, np.zeros(count), seed=SEED)
+    return np.stack([bootstrap.update_indices() for _ in range(INTERVAL_REPETITIONS)])
 
 
 def interval_of(resampled: np.ndarray) -> tuple[float, float]:
@@ -313,7 +320,7 @@ def interval_of(resampled: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _block_length(differences: np.ndarray) -> int | None:
+def block_length(differences: np.ndarray) -> int | None:
     """Windows that a block has on average, by Politis and White (2004); None where nothing varies."""
     from arch.bootstrap import optimal_block_length  # 0.8 s that only a comparison should pay
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from objectives.metrics import Measurement
+from objectives.bootstrap import mean_errors
+from objectives.metrics import Measurement, measurement_of_errors
 from studies import promotion
 from studies.beliefs import Case, beliefs_of
 from studies.config import Config
-from studies.evidence import MeasuredConfiguration
-from studies.history_errors import History
-from studies.pooling import mean_errors
+from studies.evidence import MeasuredConfiguration, Source
+from studies.history_errors import Candidate, History
 from studies.promotion import Decision, Rule
 from studies.series import Series
 
@@ -53,7 +53,8 @@ class Play:
     params: Mapping[str, Any]
     improvement: float | None  # as decided
     realised: float | None  # over what was in use before; None: nothing was promoted
-    over_default: float  # of what is in use after it
+    over_start: float  # of what is in use after it, over what was in use at first
+    over_default: float
     skill: float
 
 
@@ -103,7 +104,7 @@ def _fits(config: Config, series: Series, plan: ReplayPlan, end: int) -> bool:
 
 @dataclass(kw_only=True)
 class _Held:
-    """What one rule has in use at one symbol; at first the default of the first model."""
+    """What one rule has in use at one symbol; at first what the replay begins with, else the first model's default."""
 
     place: tuple[int, int]  # history and candidate
     began: tuple[int, int]
@@ -124,7 +125,9 @@ def play(config: Config, plan: ReplayPlan, histories: Sequence[History]) -> list
         ]
         for name, rule in plan.rules.items():
             states = [
-                held.setdefault((name, study.symbol), _Held(place=(place := study.default), began=place))
+                held.setdefault(
+                    (name, study.symbol), _Held(place=(place := study.place_of("in use", "default")), began=place)
+                )
                 for study in studies
             ]
             asked = [study.candidates(rule) for study in studies]
@@ -188,16 +191,22 @@ class _Study:
             end=end,
         )
 
-    @property
-    def default(self) -> tuple[int, int]:
-        """The place of the first model's default configuration."""
-        return 0, next(c for c, one in enumerate(self.histories[0].candidates) if one.source == "default")
+    def place_of(self, *sources: Source) -> tuple[int, int]:
+        """The place of the first configuration of the first of these sources that there is."""
+        found = {one.source: (h, c) for h, c, one in reversed(list(self._everything()))}
+        return next(found[source] for source in sources if source in found)
+
+    def _everything(self) -> Iterator[tuple[int, int, Candidate]]:
+        for h, history in enumerate(self.histories):
+            for c, one in enumerate(history.candidates):
+                yield h, c, one
 
     def candidates(self, rule: Rule) -> list[tuple[tuple[int, int], MeasuredConfiguration]]:
         """What the rule may choose from, and its places: all, or for "confirmation" each model's best of the search."""
         found = []
         for h, history in enumerate(self.histories):
-            places = np.argsort(history.search[:, self.validation].mean(axis=1), kind="stable")
+            ranked = np.argsort(history.search[:, self.validation].mean(axis=1), kind="stable")
+            places = [c for c in ranked if history.candidates[c].source != "in use"]
             found += [
                 ((h, int(c)), self.measured((h, int(c))))
                 for c in (places[:TOP] if rule.on == "confirmation" else places)
@@ -251,26 +260,14 @@ class _Study:
             params=dict(one.params),
             improvement=decision.improvement,
             realised=1 - now / error(before) if decision.promote else None,
-            over_default=1 - now / error(state.began),
+            over_start=1 - now / error(state.began),
+            over_default=1 - now / error(self.place_of("default")),
             skill=1 - now / float(self.histories[0].no_change[self.after].mean()),
         )
 
 
 def _measurement(errors: np.ndarray, no_change: np.ndarray) -> Measurement:
-    """As much of a measurement as the rules look at."""
-    mae, still = float(errors.mean()), float(no_change.mean())
-    return Measurement(
-        mae=mae,
-        price_mae=math.nan,
-        mae_percent=math.nan,
-        no_change_mae=still,
-        skill=1 - mae / still if still > 0 else 0.0,
-        errors=tuple(errors.tolist()),
-        sampling_error=None,
-        windows=len(errors),
-        seconds={},
-        latency_s=None,
-    )
+    return measurement_of_errors(errors.tolist(), mae=float(errors.mean()), no_change_mae=float(no_change.mean()))
 
 
 # --- what came of it ----------------------------------------------------------------------------------------
@@ -287,10 +284,12 @@ class RuleOutcome:
     realised: float | None  # gain a promotion, over what it replaced
     a_decision: float  # the same, 0 where nothing was promoted
     a_decision_interval: tuple[float, float]
-    over_default: float  # of what was in use after each decision
+    over_start: float  # of what was in use after each decision, over keeping what was in use at first
+    over_start_interval: tuple[float, float]
+    over_default: float
     over_default_interval: tuple[float, float]
     skill: float
-    curve: Sequence[tuple[str, float]] = field(default=())  # by date, mean gain over the default of what is in use
+    curve: Sequence[tuple[str, float]] = field(default=())  # by date, mean gain over the start of what is in use
 
 
 def summarise(plays: Sequence[Play], *, overlap: float) -> list[RuleOutcome]:
@@ -304,6 +303,7 @@ def summarise(plays: Sequence[Play], *, overlap: float) -> list[RuleOutcome]:
 def _outcome(rule: str, plays: Sequence[Play], overlap: float) -> RuleOutcome:
     gains = [one.realised for one in plays if one.realised is not None]
     a_decision = _by_date(plays, lambda one: one.realised or 0.0)
+    over_start = _by_date(plays, lambda one: one.over_start)
     over_default = _by_date(plays, lambda one: one.over_default)
     return RuleOutcome(
         rule=rule,
@@ -313,10 +313,12 @@ def _outcome(rule: str, plays: Sequence[Play], overlap: float) -> RuleOutcome:
         realised=float(np.mean(gains)) if gains else None,
         a_decision=float(np.mean([one.realised or 0.0 for one in plays])),
         a_decision_interval=_interval(a_decision, overlap),
+        over_start=float(np.mean([one.over_start for one in plays])),
+        over_start_interval=_interval(over_start, overlap),
         over_default=float(np.mean([one.over_default for one in plays])),
         over_default_interval=_interval(over_default, overlap),
         skill=float(np.mean([one.skill for one in plays])),
-        curve=tuple(over_default.items()),
+        curve=tuple(over_start.items()),
     )
 
 

@@ -113,12 +113,14 @@ class _AsRead:
         return self.complete
 
 
-def make_sampler(*, conditional: bool) -> optuna.samplers.BaseSampler:
-    """Unseeded: two workers with one seed would propose the same trials (measured).
+def make_sampler(*, conditional: bool, seed: int | None = None) -> optuna.samplers.BaseSampler:
+    """Unseeded unless a benchmark asks: two workers with one seed would propose the same trials (measured).
 
     conditional: some knob is not in every trial.
     """
-    return DistinctTPESampler(multivariate=True, constant_liar=True, group=conditional, n_startup_trials=STARTUP_TRIALS)
+    return DistinctTPESampler(
+        multivariate=True, constant_liar=True, group=conditional, n_startup_trials=STARTUP_TRIALS, seed=seed
+    )
 
 
 def make_pruner(prune_worst: float) -> optuna.pruners.BasePruner:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 
 from forecasters.descriptor import Kind, Knob, Range
@@ -72,6 +73,24 @@ class Space:
     def searched_names(self, params: Mapping[str, Any]) -> list[str]:
         """The knobs that count beside these params."""
         return [name for name in self.knobs if MODELS[self.model].counts(name, params)]
+
+    def nearest(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
+        """These params as a search could propose them, each number at its nearest choice; None where there is none.
+
+        A name has no nearest choice, nor has a number that means something else, as a top_k of 0 does.
+        """
+        model = MODELS[self.model]
+        found = {**params, **self.fixed}
+        special = {(rule.param, rule.value) for rule in model.conditions.values()}
+        for name, knob in self.knobs.items():
+            value = params[name]
+            if isinstance(knob, Range):
+                found[name] = knob.nearest(value)
+            elif value not in knob:
+                if isinstance(value, str) or (name, value) in special:
+                    return None
+                found[name] = min(knob, key=lambda choice: (abs(choice - value), choice))
+        return {name: value for name, value in model.settled(found).items() if name in (*self.knobs, *self.fixed)}
 
     def to_json(self) -> dict[str, Any]:
         knobs = {name: asdict(knob) if isinstance(knob, Range) else list(knob) for name, knob in self.knobs.items()}
@@ -145,6 +164,18 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     return params
 
 
+def parse_value(name: str, kind: Kind, text: str) -> Any:
+    """A param's value as people write it. Raises ValueError for one that no configuration can have."""
+    value: Any = text
+    if kind != "aggregate":
+        try:
+            value = float(text) if kind == "number" else int(text)
+        except ValueError:
+            value = text  # which no number is
+    check_value(name, kind, value)
+    return value
+
+
 def check_value(name: str, kind: Kind, value: Any) -> None:
     """Raises ValueError where a promoted file cannot say this of a param."""
     if kind == "aggregate":
@@ -173,3 +204,18 @@ def to_promoted(params: Mapping[str, Any], space: Space, config: Config) -> dict
     if missing := [name for name in model.kinds if name not in params and name not in model.by_default]:
         raise ValueError(f"{space.model}: a configuration without {', '.join(missing)} cannot be promoted")
     return model.to_promoted({name: params[name] for name in model.kinds if name in params}, tuple(space.knobs))
+
+
+def random_params(space: Space, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Params drawn uniformly from a space, equal for equal seeds."""
+    rng = np.random.default_rng(seed)
+
+    def one(knob: Knob) -> Any:
+        if not isinstance(knob, Range):
+            return knob[int(rng.integers(len(knob)))]
+        if knob.step is None:
+            return float(rng.uniform(knob.low, knob.high))
+        return float(knob.low + knob.step * rng.integers(round((knob.high - knob.low) / knob.step) + 1))
+
+    drawn = [{name: one(knob) for name, knob in space.knobs.items()} for _ in range(count)]
+    return [space.complete(space.searched(each)) for each in drawn]

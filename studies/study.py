@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 
 from forecasters import CLOSE, ExpectedError
@@ -31,6 +32,7 @@ from studies.config import Config, ConfigError
 from studies.evidence import INCUMBENT, MEASURED_PATHS, STORED
 from studies.series import Series, confirmation_windows, split_windows, window_span
 from studies.space import Space
+from studies.starts import volatility_starts
 
 METRIC = "pct_return_mae"  # of the close; of another key, that is at its end
 DEFINITION = "definition"  # study user attribute
@@ -207,7 +209,7 @@ def _extension(
     check_definition(study, _define_at(config, item, study.model, study.as_of, checkpoint))
     if confirmation is None:
         raise _no_work(study)
-    baselines, _ = _baselines(config, item.symbol, study.model, spaces.make(study.model, config))
+    baselines, _ = configurations_in_use(config, item.symbol, study.model, spaces.make(study.model, config))
     asked = confirmation_windows(config, item.symbol, bars_until(item.bars, study.as_of))
     outdated = not _confirms(confirmation, baselines, asked)
     # What another machine found in use stays in the comparison.
@@ -217,11 +219,18 @@ def _extension(
 def _creation(config: Config, item: Series, model: str, checkpoint: str) -> _Creation:
     """What making a study at the newest bar asks for. Raises DataError, ConfigFileError."""
     definition = _define_at(config, item, model, timestamp_text(item.bars.timestamps[-1]), checkpoint)
-    baselines, notes = _baselines(config, item.symbol, model, spaces.make(model, config))
-    asked, wanted = len(confirmation_windows(config, item.symbol, item.bars)), config.windows.confirmation
-    if asked < wanted:
-        notes += (f"{item.path}: has {asked} windows to confirm on, not {wanted}",)
-    return _Creation(definition=definition, baselines=baselines, notes=notes)
+    space = spaces.make(model, config)
+    baselines, notes = configurations_in_use(config, item.symbol, model, space)
+    confirmed_on, wanted = confirmation_windows(config, item.symbol, item.bars), config.windows.confirmation
+    if len(confirmed_on) < wanted:
+        notes += (f"{item.path}: has {len(confirmed_on)} windows to confirm on, not {wanted}",)
+    # What is known to work starts the search, where the search could have proposed it.
+    starts = {label: params for label, params in baselines.items() if space.contains(params)}
+    if config.search.starts == "volatility":
+        for label, params in volatility_starts(config, space, item.bars.slice(0, confirmed_on.origins[0])).items():
+            if params not in starts.values():
+                starts[label] = params
+    return _Creation(definition=definition, baselines=baselines, starts=starts, notes=notes)
 
 
 def _define_at(config: Config, item: Series, model: str, as_of: str, checkpoint: str) -> dict[str, Any]:
@@ -307,7 +316,7 @@ def reconfirm(
     """
     check_definition(study, define(config, series, study.model, study.as_of, checkpoint))
     space = spaces.make(study.model, config)
-    baselines, notes = _baselines(config, study.symbol, study.model, space)
+    baselines, notes = configurations_in_use(config, study.symbol, study.model, space)
     confirmation = read_confirmations(storage, [study.study_id], paths={}).get(study.study_id)
     if confirmation is None:
         raise _no_work(study)
@@ -331,6 +340,7 @@ class _Creation:
 
     definition: Mapping[str, Any]
     baselines: Mapping[str, dict[str, Any]]
+    starts: Mapping[str, dict[str, Any]]  # params of the first trials, by label
     notes: tuple[str, ...]
 
     @property
@@ -363,9 +373,7 @@ def _first_slots(config: Config, new: _Creation, study_id: int) -> Iterator[slot
     space = spaces.make(new.definition["model"], config)
     for number, (label, params) in enumerate(new.baselines.items()):
         yield slots.NewSlot(study_id=study_id, stage=slots.BASELINE, number=number, label=label, params=params)
-    # What is known to work starts the search, where the search could have proposed it.
-    starts = {json.dumps(params): (label, params) for label, params in new.baselines.items() if space.contains(params)}
-    for number, (label, params) in enumerate(list(starts.values())[: config.search.trials]):
+    for number, (label, params) in enumerate(list(new.starts.items())[: config.search.trials]):
         searched = space.searched(params)
         yield slots.NewSlot(study_id=study_id, stage=slots.TRIAL, number=number, label=label, params=searched)
     yield slots.NewSlot(
@@ -373,7 +381,7 @@ def _first_slots(config: Config, new: _Creation, study_id: int) -> Iterator[slot
     )
 
 
-def _baselines(
+def configurations_in_use(
     config: Config, symbol: str, model: str, space: Space
 ) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """The configurations in use that this model can measure: the incumbent and the model's stored one."""
@@ -416,11 +424,15 @@ class StudyRun:
 
         No network is run. None for a model that clips nothing.
         """
-        if (share := MODELS[self.study.model].clipped) is None:
-            return None
-        closes = self.confirmation.bars.close
-        first = self.study.definition["windows"]["min_context"]
-        return round(share(closes, range(max(first, len(closes) - CLIP_ORIGINS), len(closes)), params), 6)
+        min_context = self.study.definition["windows"]["min_context"]
+        return clipped_share(self.study.model, self.confirmation.bars.close, params, min_context=min_context)
+
+
+def clipped_share(model: str, closes: np.ndarray, params: Mapping[str, Any], *, min_context: int) -> float | None:
+    """As `StudyRun.clipped`, of closes [T]; an origin has at least `min_context` bars before it."""
+    if (share := MODELS[model].clipped) is None:
+        return None
+    return round(share(closes, range(max(min_context, len(closes) - CLIP_ORIGINS), len(closes)), params), 6)
 
 
 def start(storage: RetryingStorage, config: Config, study: Study, series: Series, checkpoint: str) -> StudyRun:

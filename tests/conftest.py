@@ -121,6 +121,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, database_url: str) -> 
 
 
 @pytest.fixture
+def folder(place: StudyPlace) -> Path:
+    """Where the images that the dashboard shows are kept."""
+    return place.folder / "artifacts"
+
+
+@pytest.fixture
 def study(place: StudyPlace) -> Study:
     """A study that is confirmed, with an incumbent."""
     from places import INCUMBENT

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forecasters import CheckpointError, toto
+from forecasters import CheckpointError, toto, toto_checkpoint
 from forecasters.checkpoints import BUNDLED, resolve
 
 GOLDEN = Path(__file__).parent / "goldens" / "toto-a"
@@ -143,7 +143,7 @@ def test_a_wrong_config_names_its_key(folder: Path, changes: dict[str, Any], sai
 def test_keys_with_a_published_default_may_be_absent(folder: Path):
     reconfigure(folder, scale_factor_exponent="-", stabilize_with_global="-", pre_xformers_checkpoint=True)
     assert toto.inspect(str(folder))
-    assert toto.read_config(resolve(str(folder))).scale_factor_exponent == 10.0
+    assert toto_checkpoint.read_config(resolve(str(folder))).scale_factor_exponent == 10.0
 
 
 def test_shards_are_read_through_their_index(folder: Path):
@@ -193,7 +193,7 @@ def test_checking_reads_no_weights(folder: Path):
     path.write_bytes(whole[:header])
     os.truncate(path, len(whole))
     assert toto.inspect(str(folder))
-    assert toto.read_config(resolve(str(folder))).embed_dim == 48
+    assert toto_checkpoint.read_config(resolve(str(folder))).embed_dim == 48
 
 
 def in_process_with_hub(endpoint: str, home: Path, *lines: str) -> str:

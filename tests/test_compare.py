@@ -256,7 +256,7 @@ def test_bad_input_is_one_line(place: Place, tmp_path: Path) -> None:
     assert f"no configuration of SP500 in {hyperparams}" in ended.stderr
     assert "--params default" in ended.stderr
     assert ended.stderr.splitlines()[-1] == "error: nothing is left to compare"
-    assert "--params nothing: no such file" in refused("--params", "nothing")
+    assert "nothing: no such file" in refused("--params", "nothing")
     assert "no study 'SP500/toto@2018-01-01'" in refused("--params", "SP500/toto@2018-01-01#3")
     too_far = refused("--models", "kronos", "--horizon", "600", "--params", "default")
     assert "--horizon 600: must be below [kronos] network_context" in too_far

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from studies import config as configuration
@@ -73,6 +74,25 @@ def test_what_is_pooled_is_one_word_or_groups(tmp_path: Path, text: str, expecte
     assert (config.promotion.max_clipped, config.promotion.pool_days) == (0.01, 10.0)
 
 
+def test_costs_are_those_of_the_asset_class(tmp_path: Path) -> None:
+    days = np.datetime64("2024-01-01", "ns") + np.arange(30) * np.timedelta64(1, "D")
+    hours = np.datetime64("2024-01-01", "ns") + np.arange(240) * np.timedelta64(1, "h")
+    config = configuration.load()
+    stock, coin = (config.backtest.asset_class(symbol, days) for symbol in ("AAPL", "BTCUSD"))
+    kinds = [(one.name, one.shorts, one.bars_a_year, one.limit_fee, one.market_fee) for one in (stock, coin)]
+    assert kinds == [("equity", True, 252, 0.0005, 0.0005), ("crypto", False, 365, 0.0015, 0.0025)]
+    assert stock.night == 0.003 / 252
+    assert coin.market == 0.0025 + 0.000435
+    assert config.backtest.asset_class("BTCUSD", hours).bars_a_year == 365 * 24
+    path = tmp_path / "mine.toml"
+    path.write_text("[backtest]\ncrypto = ['*USD', 'DOGE*']\ncrypto_limit_fee = 0\n")
+    mine = configuration.load(path)
+    assert [mine.backtest.asset_class(each, days).name for each in ("DOGEEUR", "ETHUSD", "USD")] == ["crypto"] * 3
+    assert mine.backtest.asset_class("EURDOGE", days).name == "equity"
+    assert mine.backtest.asset_class("ETHUSD", days).limit_fee == 0
+    assert configuration.from_json(json.loads(json.dumps(configuration.to_json(mine)))) == mine
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -106,6 +126,10 @@ def test_what_is_pooled_is_one_word_or_groups(tmp_path: Path, text: str, expecte
         ("[promotion.pool]\ncrypto = ''", ["[promotion] pool", "pattern"]),
         ("[promotion]\npool_days = -1", ["[promotion] pool_days", "at least 0"]),
         ("[workers]\nlease_s = 1", ["[workers] lease_s", "at least 2"]),
+        ("[backtest]\nequity_limit_fee = -0.001", ["[backtest] equity_limit_fee", "-0.001", "share"]),
+        ("[backtest]\ncrypto_half_spread = 1", ["[backtest] crypto_half_spread", "share"]),
+        ("[backtest]\nequity_borrow = -1", ["[backtest] equity_borrow", "at least 0"]),
+        ("[backtest]\ncrypto = 3", ["[backtest] crypto", "text"]),
         ("[data\n", ["not valid TOML"]),
     ],
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from studies import confirmation, evaluators, importance, working
 from studies import study as studying
 from studies.candidates import NEIGHBOURHOOD, distance
 from studies.evidence import from_json
-from studies.measuring import Host
+from studies.measuring import Host, Stopped
 
 TRIALS = Place.TRIALS
 
@@ -337,4 +338,25 @@ def test_what_needs_encodings_of_its_own_is_confirmed_sparingly(place: Place) ->
     assert told == [
         f"{configurations} configurations on 45 windows: 45 x {encodings} = {45 * encodings} encodings, "
         "each drawn from in up to 2 passes"
+    ]
+
+    # Stopped, it goes on with the portfolio that it had, whatever other symbols have confirmed meanwhile.
+    kept: list[Mapping[str, Any]] = []
+    computed = itertools.count()
+
+    @contextlib.contextmanager
+    def stopping() -> Iterator[None]:
+        yield
+        if next(computed) == 12:
+            raise Stopped
+
+    stopped = Host(keep=kept.append, computing=stopping)
+    with pytest.raises(Stopped):
+        confirmation.confirm(run, evaluator, {"incumbent": in_use}, portfolio=others, host=stopped)
+    later = [{**run.default, "clip": 2.0}]
+    goes_on = Host(kept=json.loads(json.dumps(kept[-1])))
+    again = confirmation.confirm(run, evaluator, {"incumbent": in_use}, portfolio=later, host=goes_on)
+    assert [one.params for one in again.candidates] == [one.params for one in evidence.candidates]
+    assert [one.mae("confirmation") for one in again.candidates] == [
+        one.mae("confirmation") for one in evidence.candidates
     ]

@@ -14,7 +14,16 @@ from places import StudyPlace as Place
 from launch import cli, verify
 from launch.views import comparison
 
-COMMANDS = {"promote", "studies compare", "studies list", "studies replay", "studies show", "studies verify-compile"}
+COMMANDS = {
+    "promote",
+    "studies compare",
+    "studies sweep",
+    "studies reduce",
+    "studies list",
+    "studies replay",
+    "studies show",
+    "studies verify-compile",
+}
 
 PROMOTE = {
     "symbol", "study", "model", "incumbent_model", "incumbent_mae", "best_mae", "improvement", "improvement_low",
@@ -59,6 +68,15 @@ COMPARE_OVER = {
     "label", "key", "symbols", "mae", "mae_percent", "skill", "by_step", "seconds", "reference", "improvement",
     "verdicts",
 }  # fmt: skip
+SWEEP = {"symbol", "model", "from", "params", "windows", "passes", "current", "p_value", "cells"}
+SWEPT = {
+    "values", "params", "current", "improvement", "improvement_low", "improvement_high", "verdict", "mae", "price_mae",
+    "mae_percent", "no_change_mae", "skill",
+}  # fmt: skip
+REDUCE = {
+    "symbol", "model", "samples", "reduced", "reference", "max_cost", "costs", "windows", "passes", "before", "after",
+    "written",
+}  # fmt: skip
 
 
 def commands(group: Mapping[str, click.Command], before: str = "") -> dict[str, click.Command]:
@@ -91,6 +109,18 @@ def test_keys_of_compare(place: Place) -> None:
     assert [set(row) for row in printed["rows"]] == [COMPARE] * 4
     rows = [comparison.ComparisonRow(**{**row, "symbol": symbol}) for symbol in "AB" for row in printed["rows"]]
     assert [set(one) for one in comparison.over_symbols(rows)] == [COMPARE_OVER] * 3
+
+
+def test_keys_of_sweep_and_reduce(place: Place) -> None:
+    place.put("best", {"aggregate": "mean", "num_samples": 64, "samples_per_batch": 64})
+    swept = json.loads(place.invoke(cli.studies, "sweep", "SP500", "toto", "num_samples=32,64", "--json").stdout)
+    assert set(swept) == SWEEP
+    assert set(swept["windows"]) == {"count", "first", "last", "horizon", "stride"}
+    assert [set(one) for one in swept["cells"]] == [SWEPT] * 2
+    (reduced,) = json.loads(place.invoke(cli.studies, "reduce", "--max-cost", "0.9", "--json").stdout)
+    assert set(reduced) == REDUCE
+    assert set(reduced["costs"][0]) == {"samples", "cost", "bound"}
+    assert set(reduced["before"]) == set(reduced["after"]) == {"total", "at_once"}
 
 
 def test_keys(place: Place) -> None:

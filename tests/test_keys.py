@@ -404,9 +404,9 @@ def test_a_study_of_the_close_is_defined_as_before_and_has_what_is_in_use_for_it
     assert definition["metric"] == "pct_return_mae"
     assert definition["space"]["fixed"] == {"context_length": 256}
     space = spaces.make("toto", config)
-    assert list(studying._baselines(config, "SP500", "toto", space)[0]) == ["incumbent"]
+    assert list(studying.configurations_in_use(config, "SP500", "toto", space)[0]) == ["incumbent"]
     low = place.config(key="low")
-    assert studying._baselines(low, "SP500", "toto", space)[0] == {}
+    assert studying.configurations_in_use(low, "SP500", "toto", space)[0] == {}
 
 
 def test_a_file_without_the_column_is_refused_before_anything_is_made(place: Place) -> None:

@@ -384,12 +384,13 @@ def test_what_has_no_room_is_counted() -> None:
 
 
 def test_wide_terminals_say_more() -> None:
-    wide, narrow = (drawn(render(state(2, 2), columns, 40), columns, 40) for columns in (120, 40))
+    wide, narrow, narrowest = (drawn(render(state(2, 2), columns, 40), columns, 40) for columns in (120, 44, 40))
     assert wide[0].split("  ")[0] == "worker"
     assert "VRAM" in wide[0]
     assert "SYM0/toto@2026-03-19" in wide[1]
     assert "VRAM" not in narrow[0]
-    assert narrow[1].split() == ["0", "SYM0/toto", "trial", "0/100", "18.0/min"]
+    assert narrow[1].split() == ["0", "gpu", "0", "SYM0/toto", "trial", "0/100", "18.0/min"]
+    assert narrowest[1].split() == ["0", "SYM0/toto", "trial", "0/100", "18.0/min"]
 
 
 def test_tasks_of_workers_and_states_of_studies(place: Place) -> None:

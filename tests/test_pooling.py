@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from arch.bootstrap import StationaryBootstrap, optimal_block_length
 
-from studies.pooling import Improvement, Measured, Pool, SymbolErrors, mean_errors
+from objectives.bootstrap import mean_errors
+from studies.pooling import Improvement, Measured, Pool, SymbolErrors
 
 WINDOWS = 250
 

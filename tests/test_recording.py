@@ -15,7 +15,16 @@ import pytest
 from benchmarks import recording
 
 FOLDER = Path(recording.__file__).parent
-HELPERS = ("attacked", "exactness", "pgbouncer", "plain_kronos", "private", "random_models", "recording")
+HELPERS = (
+    "attacked",
+    "exactness",
+    "pgbouncer",
+    "plain_kronos",
+    "plain_searches",
+    "private",
+    "random_models",
+    "recording",
+)
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (*HELPERS, "__init__"))
 
 

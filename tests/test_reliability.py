@@ -16,6 +16,7 @@ from typing import Any
 import psycopg2
 import pytest
 from conftest import execute
+from psycopg2.extensions import STATUS_READY, TRANSACTION_STATUS_INERROR
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
@@ -59,7 +60,21 @@ def alter(url: str, what: str) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    ["25006", "25P03", "40001", "40P01", "53100", "53200", "53300", "53400", "55P03", "57014", "57P03", "57P05"],
+    [
+        "25006",
+        "25P02",
+        "25P03",
+        "40001",
+        "40P01",
+        "53100",
+        "53200",
+        "53300",
+        "53400",
+        "55P03",
+        "57014",
+        "57P03",
+        "57P05",
+    ],
 )
 def test_a_passing_state_of_the_server_is_waited_for(storage: RetryingStorage, state: str) -> None:
     attempts = []
@@ -72,6 +87,21 @@ def test_a_passing_state_of_the_server_is_waited_for(storage: RetryingStorage, s
 
     assert storage.transaction(run) == 7
     assert len(attempts) == 3
+
+
+def test_a_transaction_that_was_aborted_behind_the_drivers_back_is_begun_anew(storage: RetryingStorage) -> None:
+    # What a statement_timeout that ends a BEGIN leaves behind.
+    connection = storage.engine.raw_connection()
+    driver: Any = connection.dbapi_connection
+    driver.autocommit = True
+    driver.cursor().execute("begin")
+    with pytest.raises(psycopg2.errors.DivisionByZero):
+        driver.cursor().execute("select 1 / 0")
+    driver.autocommit = False
+    assert driver.status == STATUS_READY
+    assert driver.get_transaction_status() == TRANSACTION_STATUS_INERROR
+    connection.close()
+    assert storage.transaction(lambda c: c.execute(text("select 7")).scalar()) == 7
 
 
 @pytest.mark.parametrize("state", ["42P01", "22012", "23505"])
@@ -250,7 +280,10 @@ def test_the_reporter_goes_on_after_errors_and_says_each_once(
     reporter.end()
     reporter.join()
     assert len(reports) >= 6
-    assert said == [f"the run goes on after an error: DataError: division by zero; see {log}"]
+    assert said == [
+        f"the run goes on after an error: ZeroDivisionError: by chance; see {log}",
+        f"the run goes on after an error: DataError: division by zero; see {log}",
+    ]
     assert log.read_text().count("in broken_twice") == 1
     assert log.read_text().count("in report") == 1
     must_claim(storage, study_id, "a:2")  # what the dead worker held is free
@@ -290,11 +323,16 @@ def test_the_watcher_of_the_private_server_goes_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(embedded, "revive", revive)
     (tmp_path / "studies.toml").write_text(f'[storage]\ndata_dir = "{tmp_path}"\n')
     config = configuration.load(tmp_path / "studies.toml")
-    with places.private_server_kept_alive(config, say=said.append, on_stop=lambda: None):
+    log = tmp_path / "supervisor.log"
+    with places.private_server_kept_alive(config, say=said.append, log=log, on_stop=lambda: None):
         deadline = time.monotonic() + 5
         while len(checks) < 6 and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert said == ["ValueError: no port in the file", "the private server had ended; started it again"]
+    assert said == [
+        f"the private server is not watched: ValueError: no port in the file; see {log}",
+        "the private server had ended; started it again",
+    ]
+    assert log.read_text().count("in revive") == 1
 
 
 def test_notes_that_cannot_be_written_are_told_and_tried_again(
@@ -303,7 +341,8 @@ def test_notes_that_cannot_be_written_are_told_and_tried_again(
     monkeypatch.setattr(notes, "EVERY_S", 0.0)
     monkeypatch.setattr(notes, "SHARE", 1e9)
     said: list[str] = []
-    writer = notes.NoteWriter(storage, tmp_path, [], report=lambda: None, say=said.append)
+    log = tmp_path / "supervisor.log"
+    writer = notes.NoteWriter(storage, tmp_path, [], report=lambda: None, say=said.append, log=log)
     with monkeypatch.context() as broken:
         broken.setattr(
             notes, "study_progress", lambda opened, ids: opened.transaction(lambda c: c.execute(text("select 1 / 0")))
@@ -311,7 +350,8 @@ def test_notes_that_cannot_be_written_are_told_and_tried_again(
         writer()
         writer()  # the same error again is not said again
     writer()
-    assert said == ["the dashboard's notes are not up to date: DataError: division by zero"]
+    assert said == [f"the dashboard's notes are not up to date: DataError: division by zero; see {log}"]
+    assert log.read_text().count("in _write") == 1
 
 
 # --- pooled connections, other defaults and other tables

@@ -65,6 +65,7 @@ def history(series: Series, plan: ReplayPlan, levels: list[float], *, since: str
         model=model,
         checkpoint="c",
         series=series,
+        min_context=64,
         first=origins.start,
         candidates=candidates,
         search=errors,
@@ -136,6 +137,21 @@ def test_a_true_gain_is_found_once_and_then_kept() -> None:
     assert [date for date, _ in outcome.curve] == [str(date.astype("datetime64[D]")) for date in plan.dates]
 
 
+def test_a_replay_that_begins_with_what_is_in_use_is_judged_against_it() -> None:
+    series = [walk(symbol, seed=seed) for seed, symbol in enumerate("ABCDEF")]
+    plan = planned(series)
+    found = [history(each, plan, [1.0, 1.02, 1.1]) for each in series]
+    found = [
+        replace(one, candidates=[*one.candidates[:2], replace(one.candidates[2], source="in use")]) for one in found
+    ]
+    plays = [one for one in replay.play(config(), plan, found) if one.rule == "pooled"]
+    assert sum(one.promoted for one in plays) == 6
+    assert {one.params["aggregate"] for one in plays} == {AGGREGATES[0]}
+    (outcome,) = replay.summarise(plays, overlap=2)
+    assert outcome.over_start == pytest.approx(1 - 1 / 1.1, abs=0.01)
+    assert outcome.over_default == 0
+
+
 def test_where_nothing_is_better_pooling_promotes_least() -> None:
     series = [walk(symbol, seed=seed) for seed, symbol in enumerate("ABCDEFGH")]
     plan = planned(series, count=8)
@@ -204,7 +220,7 @@ def measured(evaluator: Evaluator, origins: range, folder: Path) -> History:
     for block in found:
         if history_errors.read(block, candidates()) is None:
             history_errors.measure(evaluator, block, candidates())
-    return history_errors.join(walk("A"), origins, candidates(), found, **about)
+    return history_errors.join(walk("A"), origins, candidates(), found, min_context=64, **about)
 
 
 def test_errors_are_the_evaluators_and_the_same_for_other_dates(evaluator: Evaluator, tmp_path: Path) -> None:
@@ -282,12 +298,12 @@ def test_a_replay_prints_what_each_rule_did_and_goes_on_where_it_was(folder: Pat
     assert [one["rule"] for one in found["rules"]] == ["pooled", "confirmation", "validation"]
     assert [one["decisions"] for one in found["rules"]] == [4, 4, 4]
     assert set(found["rules"][0]) == {
-        "rule", "decisions", "promoted", "worse", "realised", "a_decision", "a_decision_interval", "over_default",
-        "over_default_interval", "skill", "curve",
+        "rule", "decisions", "promoted", "worse", "realised", "a_decision", "a_decision_interval", "over_start",
+        "over_start_interval", "over_default", "over_default_interval", "skill", "curve",
     }  # fmt: skip
     assert set(found["plays"][0]) == {
-        "date", "symbol", "rule", "promoted", "reason", "model", "params", "improvement", "realised", "over_default",
-        "skill",
+        "date", "symbol", "rule", "promoted", "reason", "model", "params", "improvement", "realised", "over_start",
+        "over_default", "skill",
     }  # fmt: skip
     assert len(found["plays"]) == 12
     assert "Promotion rules replayed" in (folder / "replay.html").read_text()
@@ -295,6 +311,23 @@ def test_a_replay_prints_what_each_rule_did_and_goes_on_where_it_was(folder: Pat
     again = invoke(folder, "--dates", "2", "--rule", "pooled", "--json")
     assert "blocks of windows were measured before" in again.stderr
     assert json.loads(again.stdout)["plays"] == [one for one in found["plays"] if one["rule"] == "pooled"]
+
+
+def test_a_replay_may_begin_with_the_promoted_files(folder: Path) -> None:
+    best = folder / "hyperparams" / "best"
+    best.mkdir(parents=True)
+    content = {
+        "symbol": "AAA",
+        "model": "naive",
+        "config": {"season": 1, "context_length": 64, "num_samples": 64, "aggregate": "quantile_0.90"},
+    }
+    (best / "AAA.json").write_text(json.dumps(content))
+    result = invoke(folder, "--dates", "2", "--rule", "pooled", "--start", "in-use", "--json")
+    assert result.exit_code == 0, result.output
+    first = {one["symbol"]: one for one in reversed(json.loads(result.stdout)["plays"])}
+    assert first["AAA"]["promoted"]
+    assert first["AAA"]["over_start"] not in (0, first["AAA"]["over_default"])
+    assert first["BBB"]["over_start"] == first["BBB"]["over_default"]
 
 
 def test_too_short_a_history_and_unknown_rules_are_one_line(folder: Path) -> None:

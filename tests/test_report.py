@@ -118,11 +118,13 @@ def test_parked_work_is_in_the_table(place: Place, study: Study) -> None:
     assert parked[0]["error"] == ASIDE.replace("|", "\\|").replace("<", "&lt;")
     assert ASIDE not in page
     assert "Parameter importance" in page  # of the confirmed grid, as there are too few trials
+    assert "parameter importance: " not in page
 
 
 def test_before_anything_is_confirmed(place: Place, tab: Tab) -> None:
     study = place.open().study
-    _, tables = report(place)
+    page, tables = report(place)
+    assert "parameter importance: 0 complete trials; 20 are needed to tell" in page
     (row,) = table_after(tables, "Decisions")
     assert row["reason"] == "not confirmed"
     assert row["next step"] == f"`{place.suggested('launch-workers --symbols SP500 --models toto')}`"

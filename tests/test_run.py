@@ -37,7 +37,8 @@ SETTINGS = Place.SETTINGS
 def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     place.search("toto")
     place.put_promoted("SP500", {"num_samples": 48, "aggregate": "quantile_0.90", "samples_per_batch": 16})
-    place.run("launch-workers", "--cpus", "2", "--trials", "15")
+    said = place.run("launch-workers", "--cpus", "2", "--trials", "15").stderr
+    assert "each confirmation needs at most 90 x 4 = 360 encodings with toto" in said.splitlines()
     place.assert_exact(15, "SP500", "NASDAQ")
 
     rows = {row["symbol"]: row for row in json.loads(place.run("promote", "--json").stdout)}

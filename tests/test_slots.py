@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import optuna
 import pytest
@@ -160,14 +160,17 @@ def test_a_trial_told_before_the_death_counts(storage: RetryingStorage) -> None:
     assert must_claim(storage, study_id).stage == CONFIRMATION  # the slot is done, no second trial runs in it
 
 
+@pytest.mark.parametrize("give_back", [slots.release, lambda storage, slot: slots.fail(storage, slot, "no memory")])
 @pytest.mark.parametrize("told", [False, True])
-def test_what_is_given_back_leaves_no_trial_running_and_none_twice(storage: RetryingStorage, told: bool) -> None:
+def test_what_is_given_back_leaves_no_trial_running_and_none_twice(
+    storage: RetryingStorage, told: bool, give_back: Callable[[RetryingStorage, Slot], None]
+) -> None:
     study_id = make_study(storage, budget=1)
     slot = must_claim(storage, study_id)
     trial_id = start_trial(storage, slot)
     if told:
         storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
-    slots.release(storage, slot)
+    give_back(storage, slot)
     assert storage.get_trial(trial_id).state == (TrialState.COMPLETE if told else TrialState.FAIL)
     assert must_claim(storage, study_id).stage == (CONFIRMATION if told else TRIAL)
 

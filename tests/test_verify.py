@@ -19,6 +19,7 @@ from objectives.evaluation import Evaluator
 from objectives.windows import split
 from studies import config as configuration
 from studies import space as spaces
+from studies.space import random_params
 
 
 def bars(count: int = 300) -> Bars:
@@ -123,8 +124,8 @@ def test_a_graph_that_the_trials_did_not_warm_up_counts_as_made_again(job: verif
 
 def test_random_trials_are_of_the_space():
     space = spaces.make("kronos", configuration.load())
-    trials = verify.random_trials(space, 50)
-    assert trials == verify.random_trials(space, 50)
+    trials = random_params(space, 50)
+    assert trials == random_params(space, 50)
     assert all(space.contains(trial) for trial in trials)
     assert {trial["top_k"] > 0 for trial in trials} == {True, False}
 

@@ -35,7 +35,11 @@ def check(path: Path) -> None:
 def write(path: Path, rows: Sequence[ComparisonRow], fan: Fan) -> None:
     """Error by step, a mean over symbols, and the forecasts of the last window. Raises ConfigError."""
     steps = _steps(rows)
-    content = _png(steps, fan) if path.suffix.lower() == ".png" else _page(rows, steps, fan).encode()
+    save(path, _png(steps, fan) if path.suffix.lower() == ".png" else _page(rows, steps, fan).encode())
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write the file of --plot whole. Raises ConfigError."""
     try:
         replace_file(path, content)
     except OSError as error:

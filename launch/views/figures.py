@@ -337,7 +337,7 @@ def improvements(rows: Sequence[SymbolDecision]) -> go.Figure | None:
 
 
 def replay_curves(outcomes: Sequence[RuleOutcome]) -> go.Figure | None:
-    """What each rule had in use was better than the default by, added up over the dates of a replay."""
+    """What each rule had in use was better than the start by, added up over the dates of a replay."""
     known = [one for one in outcomes if len(one.curve) > 1]
     if not known:
         return None
@@ -353,7 +353,7 @@ def replay_curves(outcomes: Sequence[RuleOutcome]) -> go.Figure | None:
     ]
     return styled_figure(
         traces,
-        title="What was in use against the model's default",
+        title="What was in use against what was at first",
         subtitle="improvement of the MAE on the bars after each date, mean over symbols, added up over the dates",
         showlegend=True,
         yaxis={"title": "sum of improvements, %", "zeroline": True, "zerolinecolor": "#999999"},

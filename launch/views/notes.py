@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.output import counted
+from launch.output import SayOnce, counted
 from launch.views import decisions, figures
 from launch.views.facts import (
     CONFIRMATION,
@@ -43,7 +43,7 @@ WINDOW_NAMES: dict[Part, str] = {"validation": "search", "confirmation": "confir
 class NoteWriter:
     """Calls `report`, and from time to time rewrites the notes of the studies that moved.
 
-    say: takes one line for the user if images cannot be kept.
+    say: takes one line for the user if images cannot be kept. log: gets the traceback of an error that nobody expects.
     """
 
     def __init__(
@@ -54,13 +54,14 @@ class NoteWriter:
         *,
         report: Callable[[], None],
         say: Callable[[str], None],
+        log: Path,
     ) -> None:
         self._storage, self._folder, self._studies = storage, folder, studies
         self._report, self.say = report, say
+        self._say_once = SayOnce(lambda line: self.say(line), log)
         self._written: dict[int, Progress] = {}
         self._next = time.monotonic() + EVERY_S
         self._complained = False
-        self._said = ""  # of the last attempt
 
     def __call__(self) -> None:
         self._report()
@@ -77,16 +78,13 @@ class NoteWriter:
 
         An error is said once, not with every attempt, and costs no more than the notes. Raises DatabaseUnavailable.
         """
-        said = ""
         try:
             self._write()
+            self._say_once.well()
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - notes are the least of a run
-            said = f"the dashboard's notes are not up to date: {one_line(error)}"
-        if said and said != self._said:
-            self.say(said)
-        self._said = said
+            self._say_once.error(f"the dashboard's notes are not up to date: {one_line(error)}", error)
 
     def _write(self) -> None:
         progress = study_progress(self._storage, [study.study_id for study in self._studies])

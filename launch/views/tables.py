@@ -183,7 +183,7 @@ def percent_interval(low: float | None, high: float | None, digits: int = 2) -> 
 
 
 def p_value(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}"
+    return NOTHING if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def rate(per_second: float | None) -> str:
