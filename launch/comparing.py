@@ -113,7 +113,8 @@ def command(
         if over_symbols:
             console.print(f"\nmean of {over_symbols[0]['symbols']} symbols", style="bold")
             console.print(terminal(comparison.summary_table(over_symbols), console.width))
-        console.print(f"\n{comparison.blocks_line(rows)}")
+        if CLOSE in asked.keys:
+            console.print(f"\n{comparison.blocks_line(rows)}")
     for line in comparison.explanations(rows):
         say(line)
     if plot is not None and fan is not None:
