@@ -405,6 +405,8 @@ class StudyRun:
 
         No network is run. None for a model that clips nothing.
         """
+        if MODELS[self.study.model].clipped is None:
+            return None
         min_context = self.study.definition["windows"]["min_context"]
         return clipped_share(self.study.model, self.confirmation.bars.close, params, min_context=min_context)
 

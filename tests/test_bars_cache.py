@@ -101,6 +101,7 @@ def test_a_worker_keeps_the_studies_that_it_worked_on_last(monkeypatch: pytest.M
     monkeypatch.setattr(worker_process.studying, "start", lambda _s, _c, study, *_: started.append(study) or study)
     monkeypatch.setattr(Worker, "_series_of", lambda *_: None)
     worker = object.__new__(Worker)
+    worker.clock = None
     evaluator = SimpleNamespace(forecaster=SimpleNamespace(fingerprint=""))
 
     class Study(int):

@@ -92,7 +92,7 @@ def test_a_study_says_how_it_stands_as_it_goes(place: Place, folder: Path) -> No
         assert f"{100 * one['confirmation']['mae']:.4f} %" in note
         assert f"{100 * one['test']['mae']:.4f} %" in note
     confirmed = min(result["candidates"], key=lambda one: one["confirmation"]["mae"])
-    of_trials = [f"| trial {one['trial']} |" for one in result["candidates"] if "trial" in one]
+    of_trials = [f"| trial {one['trial']} |" for one in result["candidates"] if one["source"] == "trial"]
     assert of_trials
     assert [row for row in of_trials if row not in note] == []
     improvement = 1 - confirmed["confirmation"]["mae"] / result["baselines"]["incumbent"]["confirmation"]["mae"]

@@ -39,17 +39,19 @@ class Counting(Evaluator):
     def __init__(self, **options: Any) -> None:
         super().__init__(tiny_toto(), cache_bytes=1 << 28, **options)
         self.drawn: list[int] = []
-        model, drawn = self.forecaster, self.drawn
+        model, drawn = self._keyed, self.drawn
 
         class Noting:
             def __getattr__(self, name: str) -> Any:
                 return getattr(model, name)
 
-            def draw(self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+            def draw_keys(
+                self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+            ) -> np.ndarray:
                 drawn.append(params["num_samples"])
-                return model.draw(encoded, params, seeds)
+                return model.draw_keys(encoded, params, seeds, keys)
 
-        self.forecaster = Noting()
+        self._keyed = Noting()
 
 
 def windows(count: int = 30, seed: int = 3) -> Windows:
