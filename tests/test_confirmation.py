@@ -265,7 +265,9 @@ def test_the_whole_grid_and_the_default_are_confirmed(place: Place) -> None:
             assert trials[one.trial].params == {name: one.params[name] for name in ("aggregate", "num_samples")}
     (default,) = (one for one in evidence.candidates if one.source == "default")
     assert default.params == {"aggregate": "median", "num_samples": 128, "context_length": 256}
-    assert {one.source for one in evidence.candidates} == {"trial", "grid", "default"}
+    best = [number for number, _ in confirmation.complete_trials(place.run(study))[:5]]
+    for one in evidence.candidates:
+        assert one.source == ("default" if one is default else "trial" if one.trial in best else "grid")
     assert (evidence.in_use["incumbent"].source, evidence.in_use["incumbent"].params["num_samples"]) == ("in use", 48)
     found, missing = importance.importances(place.storage, study.name)
     assert (found, missing) == ({"aggregate": pytest.approx(1), "num_samples": 0.0}, None)
