@@ -22,10 +22,11 @@ from launch.places import open_storage, server_folder
 from launch.processes import Processes
 from launch.views import backtest, backtest_page, report
 from launch.views.tables import terminal
-from objectives.bars import DataError
+from objectives.bars import DataError, bars_until
 from objectives.costs import AssetClass
 from objectives.fills import check_bars
 from objectives.strategies import Strategy, StrategyError, strategies
+from objectives.windows import Contexts
 from storage.commands import this_command
 from storage.retrying import RetryingStorage
 from storage.tries import Try, record
@@ -33,7 +34,11 @@ from studies import backtesting, chosen
 from studies.backtesting import BUY_HOLD, BacktestRow, Line, Plan, Traded
 from studies.comparing import ComparedConfiguration
 from studies.config import Config, ConfigError
-from studies.series import Series, read_usable_series
+from studies.evidence import MeasuredConfiguration
+from studies.promoting import ReturnsGate
+from studies.promotion import ReturnsDifference
+from studies.series import Series, confirmation_windows, read_series, read_usable_series
+from studies.study import Study
 from studies.walk_forward import check_length, check_train
 
 TOGETHER = 512  # origins, at most, that share forwards where a model can
@@ -248,10 +253,11 @@ def trade_job(job: Job, device: str) -> list[Answer]:
     count = job.plan.bars + job.plan.before(picked)
     evaluator = processes.evaluator(job.settings, job.model, device, together=min(count, TOGETHER))
     evaluator.max_num_samples = 0  # nothing is drawn ahead for trials
+    contexts = backtesting.last_bars(job.symbol, job.bars, count)
     found = []
     for row in job.rows:
         try:
-            forecasts = backtesting.forecasts_of(evaluator, job.symbol, job.bars, row.params, count, picked)
+            forecasts = backtesting.forecasts_of(evaluator, contexts, row.params, picked)
             traded = backtesting.trade(job.plan, picked, job.bars, forecasts, job.asset)
             digest = backtesting.digest_of(row, evaluator.forecaster.fingerprint)
             found.append(Answer(digest=digest, traded=traded))
@@ -281,3 +287,54 @@ def counted_rows(lines: Sequence[Line], plan: Plan, storage: RetryingStorage | N
     else:
         ever = {symbol: [one.sharpe for one in tries if one.symbol == symbol] for symbol in {t.symbol for t in tries}}
     return [backtesting.row_of(line, ever[line.tried_as]) for line in lines]
+
+
+# --- in promotions ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PairJob:
+    settings: str
+    strategy: str
+    windows: Contexts
+    asset: AssetClass
+    configurations: Sequence[MeasuredConfiguration]  # the one in use and the candidate
+
+
+def returns_gate(config: Config, strategy: str) -> ReturnsGate:
+    """What `promote --pnl-gate` asks: the returns of both configurations on the confirmation windows of a study.
+
+    It loads models when it is asked, and raises ExpectedError where the bars cannot be traded on or forecast.
+    """
+    settings, slots = processes.settings_text(config), device_slots(None, None)[:1]
+    (one,) = strategies((strategy,))
+
+    def difference(study: Study, old: MeasuredConfiguration, new: MeasuredConfiguration) -> ReturnsDifference:
+        (series,), _ = read_series(config, [study.symbol])
+        one.check_bars(series.bars, str(series.path))
+        bars = bars_until(series.bars, study.as_of)
+        windows = confirmation_windows(config, study.symbol, bars)
+        origins = tuple(range(windows.origins[0], windows.origins[-1] + 1))
+        check_bars(bars.slice(origins[0] - 1, origins[-1] + 1), str(series.path))
+        job = _PairJob(
+            settings=settings,
+            strategy=strategy,
+            windows=Contexts(symbol=study.symbol, bars=bars, origins=origins, horizon=1),
+            asset=config.backtest.asset_class(study.symbol, bars.timestamps),
+            configurations=(old, new),
+        )
+        with Processes(slots) as here:
+            ((_, found),) = here.run(_difference, [job])
+        return found
+
+    return difference
+
+
+def _difference(job: _PairJob, device: str) -> ReturnsDifference:
+    (one,) = strategies((job.strategy,))
+    forecasts = []
+    for configuration in job.configurations:
+        evaluator = processes.evaluator(job.settings, configuration.model, device)
+        evaluator.max_num_samples = 0  # nothing is drawn ahead for trials
+        forecasts.append(backtesting.forecasts_of(evaluator, job.windows, configuration.params, [one]))
+    return backtesting.returns_difference(one, job.windows, job.asset, *forecasts)

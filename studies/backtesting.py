@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from forecasters import CLOSE, Bars, ForecastError
+from objectives.bootstrap import mean_interval
 from objectives.costs import AssetClass
 from objectives.evaluation import Evaluator
 from objectives.fills import Booked, Trades, book
@@ -23,6 +24,7 @@ from objectives.performance import MIN_BARS, Performance, deflated_sharpe, equal
 from objectives.strategies import BAND, SIGMA_BARS, STRATEGIES, Forecasts, Known, Positions, Strategy, known_before
 from objectives.windows import Contexts
 from studies.comparing import ComparedConfiguration
+from studies.promotion import ReturnsDifference
 from studies.walk_forward import Rivals, walk_forward
 
 CONSERVATIVE, OPTIMISTIC = "conservative", "optimistic"
@@ -65,26 +67,27 @@ class Traded:
 # --- forecasts and trades -----------------------------------------------------------------------------------
 
 
+def last_bars(symbol: str, bars: Bars, count: int) -> Contexts:
+    """The last `count` bars, each to be forecast from those before it."""
+    return Contexts(symbol=symbol, bars=bars, origins=tuple(range(len(bars) - count, len(bars))), horizon=1)
+
+
 def forecasts_of(
-    evaluator: Evaluator,
-    symbol: str,
-    bars: Bars,
-    params: Mapping[str, Any],
-    count: int,
-    chosen: Sequence[Strategy],
+    evaluator: Evaluator, contexts: Contexts, params: Mapping[str, Any], chosen: Sequence[Strategy]
 ) -> Forecasts:
-    """What these strategies need to know of each of the last `count` bars, forecast from the bars before it.
+    """What these strategies need to know of each bar, forecast from the bars before it. contexts: of one bar each.
 
     Raises what `Evaluator.forecast_keys` raises, and ForecastError where a forecast is no price.
     """
     needed = {name for one in chosen for name in one.forecasts}
     keys = (CLOSE, *(key for key in ("high", "low") if key in needed))
-    contexts = Contexts(symbol=symbol, bars=bars, origins=tuple(range(len(bars) - count, len(bars))), horizon=1)
     served = {key: points[:, 0] for key, points in evaluator.forecast_keys(contexts, params, keys).served.items()}
     for key, points in served.items():
         if (bad := ~(points > 0)).any():
             first = int(bad.argmax())
-            raise ForecastError(f"{symbol}: the forecast {key} for {contexts.origin_text(first)} is {points[first]:g}")
+            raise ForecastError(
+                f"{contexts.symbol}: the forecast {key} for {contexts.origin_text(first)} is {points[first]:g}"
+            )
     band = None
     if "band" in needed:
         low, high = (
@@ -130,6 +133,23 @@ def _with_offsets(plan: Plan, one: Strategy, known: Known, bars: Bars, asset: As
         Traded(strategy=one.name, offsets=FITTED, hold=plan.hold, booked=fitted, rivals=rivals),
         Traded(strategy=one.name, offsets=NONE, hold=plan.hold, booked=zero, rivals={}),
     ]
+
+
+def returns_difference(
+    one: Strategy, windows: Contexts, asset: AssetClass, old: Forecasts, new: Forecasts
+) -> ReturnsDifference:
+    """What a strategy without fitted offsets earns with new forecasts over old ones, with conservative fills.
+
+    windows: the bars that both are of, one after the other.
+    """
+    first, count = windows.origins[0], len(windows)
+    bars = windows.bars.slice(first, first + count)
+    earned = [
+        book(one.orders(known_before(windows.bars, first, each), shorts=asset.shorts), bars, asset).returns
+        for each in (old, new)
+    ]
+    difference = earned[1] - earned[0]
+    return ReturnsDifference(strategy=one.name, value=float(difference.mean()), interval=mean_interval(difference))
 
 
 # --- lines --------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_forecasts_are_those_that_would_have_been_served(place: Place) -> None:
     config = configuration.load(place.settings)
     (series,) = read_series(config, ["SP500"])[0]
     sharing = processes.evaluator(processes.settings_text(config), "toto", "cpu", together=50)
-    found = backtesting.forecasts_of(sharing, "SP500", series.bars, TOTO, 50, strategies())
+    found = backtesting.forecasts_of(sharing, backtesting.last_bars("SP500", series.bars, 50), TOTO, strategies())
     alone = Evaluator(tiny_toto(), cache_bytes=0)
     for place_of in (0, 17, 49):
         origin = len(series.bars) - 50 + place_of
@@ -97,7 +97,7 @@ def test_later_bars_change_nothing_before_them(place: Place) -> None:
     )
     both = []
     for each in (bars, spoiled):
-        found = backtesting.forecasts_of(evaluator, "SP500", each, NAIVE, 100, strategies())
+        found = backtesting.forecasts_of(evaluator, backtesting.last_bars("SP500", each, 100), NAIVE, strategies())
         both.append(backtesting.trade(PLAN, strategies(), each, found, asset))
     differs = 0
     for clean, dirty in zip(*both, strict=True):
@@ -141,7 +141,7 @@ def test_rows_are_what_the_rules_come_to(place: Place) -> None:
     evaluator = evaluators.evaluator_of(
         config, evaluators.load_forecaster(config, "naive", device="cpu"), cache_bytes=0
     )
-    made = backtesting.forecasts_of(evaluator, "SP500", bars, params, 40, strategies())
+    made = backtesting.forecasts_of(evaluator, backtesting.last_bars("SP500", bars, 40), params, strategies())
     known, last = known_before(bars, len(bars) - 40, made), bars.slice(len(bars) - 40, len(bars))
     for name in ("simple", "highlow", "maxdiff"):
         orders = STRATEGIES[name].orders(known, shorts=True)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from launch.output import counted
 from launch.views.comparison import some
-from launch.views.tables import NOTHING, Column, Table, numbers, percent_gain, percent_share
+from launch.views.tables import (
+    NOTHING,
+    Column,
+    Table,
+    basis_points,
+    basis_points_interval,
+    numbers,
+    percent_gain,
+    percent_share,
+)
 from objectives.costs import AssetClass
 from studies.backtesting import BUY_HOLD, FILLS, FITTED, BacktestRow, Filled
 
 HALF = 0.5  # of the trades without offsets: with fewer, fitting has taught not to trade
-
-
-def basis_points(value: float | None) -> str:
-    """A return a bar: "+12.3"."""
-    return NOTHING if value is None else f"{1e4 * value:+.1f}"
-
-
-def basis_points_interval(interval: tuple[float, float] | None) -> str:
-    return NOTHING if interval is None else f"{1e4 * interval[0]:+.1f} to {1e4 * interval[1]:+.1f}"
 
 
 def sharpe_text(found: Filled) -> str:
