@@ -203,6 +203,7 @@ def test_a_portfolio_has_equal_shares_on_the_bars_that_all_symbols_reach() -> No
 
 def test_a_portfolio_of_the_command_has_the_trades_of_its_symbols(place: Place) -> None:
     rows = place.rows("--strategies", "highlow,maxdiff")
+    assert {key[0] for key in place.rows("--strategies", "buy_hold")} == {"SP500", "NASDAQ", "equal weight"}
     for offsets, name in ((None, "highlow"), ("fitted", "maxdiff")):
         parts = [rows[symbol, name, offsets] for symbol in ("NASDAQ", "SP500")]
         whole = rows["equal weight", name, offsets]
@@ -358,7 +359,12 @@ def test_what_learned_not_to_trade_is_said(place: Place) -> None:
     assert before > 3
     assert "to trade less is no skill: SP500 maxdiff fitted" in said(1)
     assert "to trade less" not in said(before)
+    assert "no bar is reached by all symbols" in "\n".join(
+        view.explanations([zero, replace(zero, symbol="A")], backtesting.FILLS)
+    )
     costs = place.backtest("--symbols", "SP500").stderr
+    both = place.backtest("--strategies", "simple").stderr
+    assert "equal weight: the 40 bars that all symbols reach, 2018-10-" in both
     assert "equity, 252 days a year with 1 bar each: a side costs 0.05 % by limit and 0.0935 % at the market" in costs
 
 

@@ -17,7 +17,7 @@ from launch.views.tables import (
     percent_share,
 )
 from objectives.costs import AssetClass
-from studies.backtesting import BUY_HOLD, FILLS, FITTED, BacktestRow, Filled
+from studies.backtesting import BUY_HOLD, EQUAL_WEIGHT, FILLS, FITTED, BacktestRow, Filled
 
 HALF = 0.5  # of the trades without offsets: with fewer, fitting has taught not to trade
 
@@ -116,6 +116,12 @@ def explanations(rows: Sequence[BacktestRow], fills: Sequence[str]) -> list[str]
         )
     if any(row.offsets == FITTED for row in rows):
         lines.append("gain: of offsets fitted to the bars before, over none on the same bars")
+    shared = next((row for row in rows if row.symbol == EQUAL_WEIGHT), None)
+    if shared:
+        count = counted(shared.conservative.performance.bars, "bar")
+        lines.append(f"{EQUAL_WEIGHT}: the {count} that all symbols reach, {shared.first[:10]} to {shared.last[:10]}")
+    elif len({row.symbol for row in rows}) > 1:
+        lines.append(f"no bar is reached by all symbols, so that there is no portfolio of {EQUAL_WEIGHT}")
     if shy := [f"{row.symbol} {row.name}" for row, rival in _rivals(rows) if _shy(row, rival)]:
         lines.append(f"fitting gave up most trades, and to trade less is no skill: {some(shy)}")
     clear = [row for row in rows if row.strategy != BUY_HOLD and (row.conservative.deflated or 0.0) > 0.95]
