@@ -364,7 +364,7 @@ def test_what_learned_not_to_trade_is_said(place: Place) -> None:
     )
     costs = place.backtest("--symbols", "SP500").stderr
     both = place.backtest("--strategies", "simple").stderr
-    assert "equal weight: the 40 bars that all symbols reach, 2018-10-" in both
+    assert "equal weight: the 40 bars that all symbols reach, 2018-11-01 to 2018-12-31" in both
     assert "equity, 252 days a year with 1 bar each: a side costs 0.05 % by limit and 0.0935 % at the market" in costs
 
 
