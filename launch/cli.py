@@ -38,6 +38,7 @@ from launch.options import (
 )
 from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
+from objectives.strategies import STRATEGIES
 from storage import DatabaseUnavailable
 from storage.commands import command
 from studies.config import MAX_TRIALS, Config, ConfigError
@@ -111,6 +112,8 @@ def launch_workers(
 @click.option("--max-p", type=Fraction(0, 1), metavar="P",
               help="Keep the incumbent if the p-value of the improvement is above P.")  # fmt: skip
 @click.option("--require-skill", is_flag=True, help='Promote nothing that does worse than "no change".')
+@click.option("--pnl-gate", type=click.Choice([name for name, one in STRATEGIES.items() if one.forecasts]),
+              metavar="STRATEGY", help="Keep the incumbent if with 95 % confidence it earns more.")  # fmt: skip
 @click.option("--on", "on", type=click.Choice(["pooled", "confirmation", "validation"]), default="pooled",
               show_default=True, help="What decides: the evidence of all symbols, or the symbol's own windows of "
               "confirmation, or those of the search, whose MAEs are biased.")  # fmt: skip
@@ -127,6 +130,7 @@ def promote(
     require_test: bool,
     max_p: float | None,
     require_skill: bool,
+    pnl_gate: str | None,
     on: str,
     rollback: str | None,
     dry_run: bool,
@@ -138,6 +142,7 @@ def promote(
     promote --min-improvement 0.01
     promote --rollback BTCUSD
     """
+    from launch.backtesting import returns_gate
     from launch.views import decisions, notes
     from storage import board, history
     from studies import promoting
@@ -159,8 +164,9 @@ def promote(
         board.check_writable(storage)
     gates = {"require_test": require_test, "require_skill": require_skill, "max_p": max_p}
     rule = promoting.rule_of(config, min_improvement, force=force, on=on, **gates)
-    symbol_names, model_names = checked_symbols(symbols), checked_models(models, config)
-    rows = promoting.promote(storage, config, rule, symbols=symbol_names, models=model_names, dry_run=dry_run)
+    asked = {"symbols": checked_symbols(symbols), "models": checked_models(models, config), "dry_run": dry_run}
+    gate = returns_gate(config, pnl_gate) if pnl_gate else None
+    rows = promoting.promote(storage, config, rule, **asked, gate=gate)
     show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
     for row in rows:
         if row.next or row.decision == "failed":

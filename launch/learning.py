@@ -17,6 +17,7 @@ from launch.options import (
     FILE,
     HELP,
     Fraction,
+    Hold,
     Names,
     check_devices,
     checked_keys,
@@ -260,4 +261,67 @@ def sweep(
     )
 
 
-COMMANDS = (compare, sweep, reduce, replay)
+@click.command(context_settings=HELP)
+@symbols_option
+@models_option
+@click.option("--params", type=Names(), multiple=True, metavar="A,B,..",
+              help="best, stored, default, a promoted file, STUDY#TRIAL.  [default: best]")  # fmt: skip
+@click.option("--strategies", "names", type=Names(), multiple=True, help="Only these strategies.  [default: all nine]")
+@click.option("--bars", default=250, show_default=True, type=click.IntRange(1), help="Last bars, to trade on.")
+@click.option("--train", default=250, show_default=True, type=click.IntRange(1),
+              help="Bars before them that offsets are fitted to, 60 at least.")  # fmt: skip
+@click.option("--step", default=20, show_default=True, type=click.IntRange(1), help="Bars until they are fitted again.")
+@click.option("--evals", default=500, show_default=True, type=click.IntRange(1), help="Offsets tried in each fit.")
+@click.option("--hold", default="day", show_default=True, type=Hold(),
+              help="Out at the close of the day, or after N bars unless a target is reached before.")  # fmt: skip
+@click.option("--fills", default="both", show_default=True, type=click.Choice(["both", "conservative", "optimistic"]),
+              help="Take the worse of what a bar leaves open, the better, or show both.")  # fmt: skip
+@gpus_option
+@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@click.option("--report", "report_path", type=FILE, help="HTML file to write curves, months and trades to.")
+@json_option
+@shared
+def backtest(
+    config: Config,
+    symbols: Sequence[Sequence[str]],
+    models: Sequence[Sequence[str]],
+    params: Sequence[Sequence[str]],
+    names: Sequence[Sequence[str]],
+    bars: int,
+    train: int,
+    step: int,
+    evals: int,
+    hold: int,
+    fills: str,
+    gpus: Sequence[Sequence[int]],
+    cpus: int | None,
+    report_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Trade strategies on the forecasts of configurations, as if each of the last bars had not come yet.
+
+    Offsets of limits are fitted to the bars before those that they are used on, with those of no offsets beside them.
+    Costs are in the settings. The deflated Sharpe ratio allows for everything that was ever tried on a symbol.
+
+    \b
+    studies backtest --symbols AAPL,BTCUSD --report backtest.html
+    studies backtest --params best,default --strategies simple,maxdiff --hold target:5
+    """
+    from launch import backtesting
+    from launch.views.backtest import fills_of
+    from objectives.strategies import strategies
+    from studies.backtesting import Plan
+
+    check_devices(gpus, cpus)
+    asked = backtesting.Asked(
+        symbols=checked_symbols(symbols),
+        models=checked_models(models, config),
+        params=flat(params) or ("best",),
+        strategies=strategies(flat(names)),
+        plan=Plan(bars=bars, train=train, step=step, evaluations=evals, hold=hold),
+        fills=fills_of(fills),
+    )
+    backtesting.command(config, asked, gpus=flat(gpus), cpus=cpus, report_path=report_path, as_json=as_json)
+
+
+COMMANDS = (compare, backtest, sweep, reduce, replay)

@@ -113,6 +113,22 @@ class Names(click.ParamType):
         return names or self.fail("the list is empty", param, ctx)
 
 
+class Hold(click.ParamType):
+    """How long a trade is held: until the close of its bar, or until its target for so many bars."""
+
+    name = "day|target:N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        word, _, count = value.partition(":")
+        if value == "day":
+            return 1
+        if word == "target" and count.isdecimal() and int(count):
+            return int(count)
+        return self.fail(f"{value!r}; write day, or target:N with the number of bars", param, ctx)
+
+
 class Numbers(Names):
     """A comma-separated list of natural numbers."""
 

@@ -83,7 +83,7 @@ def command(
     else:
         show(outcomes, table, as_json=False)
     if report_path is not None:
-        report.write(report_path, html(asked, plays, outcomes))
+        report.write(report_path, html(asked, plays, outcomes), option="--report")
         say(f"report in {report_path}")
 
 

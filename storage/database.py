@@ -46,6 +46,20 @@ create index if not exists slots_open on slots (study_id, stage, number) where s
 create unique index if not exists slots_claim on slots (claim) where claim is not null;
 """
 
+# What backtests have tried, by symbol: see storage/tries.py.
+TRIES_DDL = """
+create table if not exists backtest_tries (
+    symbol text not null,
+    configuration text not null,
+    strategy text not null,
+    hold integer not null,
+    sharpe double precision not null,
+    tried_at timestamptz not null default now(),
+    primary key (symbol, configuration, strategy, hold)
+);
+"""
+HAS_TRIES = "select to_regclass('backtest_tries') is not null"
+
 COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots') and attnum > 0 and not attisdropped"
 LATER = ("seconds", "progress")  # columns that a table made earlier lacks
 # By these our table is known.
@@ -94,8 +108,8 @@ def create_schema(url: str) -> None:
             columns = _columns_of_slots(connection, parsed)
             for column in LATER if columns and not columns.issuperset(LATER) else ():
                 connection.execute(text(f"alter table slots add column if not exists {column} jsonb"))
-        if columns:
-            return
+            if columns and connection.execute(text(HAS_TRIES)).scalar():
+                return
         while not _made_tables(engine, parsed):
             time.sleep(0.1)
     except (StorageInternalError, SQLAlchemyError) as error:
@@ -121,6 +135,7 @@ def _made_tables(engine: Engine, url: URL) -> bool:
             check_version(optunas)
             optunas.engine.dispose()
             connection.execute(text(SLOTS_DDL))
+        connection.execute(text(TRIES_DDL))
     return True
 
 
@@ -141,7 +156,8 @@ def check_version(storage: RDBStorage) -> None:
 
 WRITABLE = """
 select current_setting('transaction_read_only') = 'off' as writable, current_user as role,
-       (select bool_and(has_table_privilege(name, rights)) from unnest(array['studies', 'trials', 'slots']) as name,
+       (select bool_and(has_table_privilege(name, rights))
+          from unnest(array['studies', 'trials', 'slots', 'backtest_tries']) as name,
                unnest(array['select', 'insert', 'update', 'delete']) as rights) as allowed
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +20,7 @@ from studies import study as studying
 from studies.config import Config
 from studies.evidence import PARTS, MeasuredConfiguration
 from studies.findings import Finding
-from studies.promotion import Decision, Rule
+from studies.promotion import Decision, ReturnsDifference, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Verdict:
     decision: Decision
     finding: Finding  # the study of the chosen candidate, or one that has none
     candidate: MeasuredConfiguration | None
+    returns: ReturnsDifference | None = None  # of the candidate over the record's, where they were looked at
 
     @property
     def worse_than_no_change(self) -> bool | None:
@@ -157,6 +158,7 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
             "checkpoint": definition["checkpoint"],
             "bars": definition["bars"],
             "seeds": "symbol, origin, pass",
+            **({"returns": asdict(verdict.returns)} if verdict.returns else {}),
             "versions": versions(),
         },
     }

@@ -7,8 +7,8 @@ studies/promoted_file.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from forecasters import ExpectedError
@@ -22,10 +22,12 @@ from studies.config import Config
 from studies.evidence import MeasuredConfiguration, relative_gain
 from studies.findings import Finding
 from studies.promoted_file import InUse, Verdict
-from studies.promotion import Rule
+from studies.promotion import ReturnsDifference, Rule
 from studies.study import Study
 
 FOLDERS = ("best", "optimized_compiled")  # written beside the model's own
+# Of a study, its symbol's configuration in use and the candidate.
+ReturnsGate = Callable[[Study, MeasuredConfiguration, MeasuredConfiguration], ReturnsDifference]
 UNKNOWN = MeasuredConfiguration(model="no change", params={})
 
 
@@ -63,6 +65,9 @@ class SymbolDecision:
     improvement_validation: float | None = None  # on the windows of the search alone
     improvement_search: float | None = None  # there, of the best of all trials: what the search promised
     improvement_test: float | None = None
+    returns: float | None = None  # over the incumbent's, net, a bar, of the strategy that was asked to be looked at
+    returns_low: float | None = None  # 95 % interval; None: the same at every bar
+    returns_high: float | None = None
     skill: float | None = None
     worse_than_no_change: bool | None = None  # on the confirmation windows
     clipped: float | None = None  # share of the last origins whose last close the configuration clips
@@ -96,8 +101,12 @@ def promote(
     symbols: Sequence[str],
     models: Sequence[str],
     dry_run: bool,
+    gate: ReturnsGate | None = None,
 ) -> list[SymbolDecision]:
     """Decide for every symbol that has a study or is named, and write what is promoted unless `dry_run`.
+
+    gate: asked for every improvement, which is kept from being promoted where it is a loss in returns. What it raises
+    as an ExpectedError is the reason for which its symbol fails.
 
     Every promoted file is read, and every decision made, before the first is written. A symbol whose files cannot be
     read or written, or that has no study, fails and does not keep the others. Raises NothingToPromote.
@@ -118,8 +127,8 @@ def promote(
             )
         try:
             # A model that is not asked for may still have measured the incumbent.
-            return _judge(config, rule, found[symbol], models, believed.get(symbol))
-        except ConfigFileError as error:
+            return _judge(config, rule, found[symbol], models, believed.get(symbol), gate)
+        except ExpectedError as error:
             return _failed(asked[symbol], str(error))
 
     cases = [judge(symbol) for symbol in wanted]
@@ -151,7 +160,12 @@ class SymbolCase:
 
 
 def _judge(
-    config: Config, rule: Rule, everyone: Sequence[Finding], models: Sequence[str], believed: SymbolBeliefs | None
+    config: Config,
+    rule: Rule,
+    everyone: Sequence[Finding],
+    models: Sequence[str],
+    believed: SymbolBeliefs | None,
+    gate: ReturnsGate | None,
 ) -> SymbolCase:
     asked = [finding for finding in everyone if finding.study.model in models]
     reference = findings.reference_of(asked)
@@ -159,11 +173,11 @@ def _judge(
     beside = [finding for finding in everyone if findings.comparable(finding, reference)]
     symbol = reference.study.symbol
     record = _in_use(config, "best", symbol)
-    verdict = _decide(rule, reference, competing, beside, record, believed)
+    verdict = _decide(rule, reference, competing, beside, record, believed, gate)
     holder = verdict.finding.study.model if verdict.decision.promote else record.model if record else None
     # Each model's own file keeps its own best; that of the model which `best` names says what `best` says.
     own = [
-        _decide(rule, finding, [finding], beside, _in_use(config, finding.study.model, symbol), believed)
+        _decide(rule, finding, [finding], beside, _in_use(config, finding.study.model, symbol), believed, gate)
         for finding in competing
         if finding.study.model != holder and finding.evidence is not None
     ]
@@ -189,6 +203,7 @@ def _decide(
     beside: Sequence[Finding],
     record: Record | None,
     believed: SymbolBeliefs | None,
+    gate: ReturnsGate | None,
 ) -> Verdict:
     pairs = [(finding, candidate) for finding in competing for candidate in finding.candidates]
     candidates = [candidate for _, candidate in pairs]
@@ -208,7 +223,14 @@ def _decide(
         beliefs=believed.on(candidates, incumbent) if believed else None,
     )
     finding, candidate = (reference, None) if decision.candidate is None else pairs[decision.candidate]
-    return Verdict(record=record, incumbent=measured, decision=decision, finding=finding, candidate=candidate)
+    returns = None
+    if gate and decision.reason == "improved" and measured and candidate:
+        returns = gate(finding.study, measured, candidate)
+        if returns.is_loss:
+            decision = replace(decision, promote=False, reason="worse in returns")
+    return Verdict(
+        record=record, incumbent=measured, decision=decision, finding=finding, candidate=candidate, returns=returns
+    )
 
 
 def _incumbent(
@@ -236,6 +258,8 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         error = str(failure)
     known = verdict.incumbent if decision.reason != "unchanged" else None
     low, high = comparison.interval or (None, None)
+    returns = verdict.returns
+    returns_low, returns_high = (returns.interval if returns else None) or (None, None)
     best = candidate.on(rule.part) if candidate else None
     return SymbolDecision(
         symbol=study.symbol,
@@ -253,6 +277,9 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         improvement_validation=comparison.improvement_validation,
         improvement_search=_promised(case) if record else None,
         improvement_test=comparison.improvement_test,
+        returns=returns.value if returns else None,
+        returns_low=returns_low,
+        returns_high=returns_high,
         skill=best.skill if best else None,
         worse_than_no_change=verdict.worse_than_no_change,
         clipped=candidate.clipped if candidate else None,

@@ -32,6 +32,7 @@ Reason = Literal[
     "not significant",
     "worse than no change",
     "clips the last close",
+    "worse in returns",
 ]
 On = Literal["pooled", "confirmation", "validation"]
 
@@ -84,6 +85,20 @@ class Comparison:
     interval: tuple[float, float] | None = None  # 95 % of the improvement that the rule looks at
     p_value: float | None = None  # chance that this improvement is not above 0
     symbols: int = 1  # whose evidence it rests on
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReturnsDifference:
+    """What a strategy earns a bar with a candidate's forecasts over the incumbent's, net, on the same bars."""
+
+    strategy: str
+    value: float
+    interval: tuple[float, float] | None  # 95 %; None: the same at every bar
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the whole interval lies below 0: of two configurations that differ little either may earn more."""
+        return self.interval is not None and self.interval[1] < 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from launch.views import comparison
 
 COMMANDS = {
     "promote",
+    "studies backtest",
     "studies compare",
     "studies sweep",
     "studies reduce",
@@ -29,7 +30,7 @@ PROMOTE = {
     "symbol", "study", "model", "incumbent_model", "incumbent_mae", "best_mae", "improvement", "improvement_low",
     "improvement_high", "p_value", "improvement_own", "pooled_symbols", "improvement_validation", "improvement_search",
     "improvement_test", "skill", "worse_than_no_change", "clipped", "test_mae", "incumbent_test_mae", "windows",
-    "in_use",    "decision", "reason", "next", "path", "written", "pairs",
+    "in_use", "decision", "reason", "returns", "returns_low", "returns_high", "next", "path", "written", "pairs",
 }  # fmt: skip
 PAIR = {"symbol", "model", "study", "status", "reason", "mae", "validation_mae", "test_mae", "passes"}
 ROLLBACK = {"symbol", "model", "promoted_at", "step", "restored", "removed", "mismatch", "kept", "remaining"}
@@ -67,6 +68,16 @@ COMPARE = {
 COMPARE_OVER = {
     "label", "key", "symbols", "mae", "mae_percent", "skill", "by_step", "seconds", "reference", "improvement",
     "verdicts",
+}  # fmt: skip
+BACKTEST = {
+    "symbol", "asset", "bars_a_year", "first", "last", "configuration", "model", "source", "params", "strategy",
+    "offsets", "hold", "tried", "conservative", "optimistic",
+}  # fmt: skip
+BACKTEST_PLAN = {"bars", "train", "step", "evaluations", "hold"}
+BACKTEST_FILLED = {"performance", "deflated", "gain", "gain_interval"}
+PERFORMANCE = {
+    "bars", "growth", "mean", "interval", "sharpe", "sharpe_error", "probabilistic", "drawdown", "trades", "win_rate",
+    "win_interval", "mean_trade", "turnover", "exposure",
 }  # fmt: skip
 SWEEP = {"symbol", "model", "from", "params", "windows", "passes", "current", "p_value", "cells"}
 SWEPT = {
@@ -109,6 +120,19 @@ def test_keys_of_compare(place: Place) -> None:
     assert [set(row) for row in printed["rows"]] == [COMPARE] * 4
     rows = [comparison.ComparisonRow(**{**row, "symbol": symbol}) for symbol in "AB" for row in printed["rows"]]
     assert [set(one) for one in comparison.over_symbols(rows)] == [COMPARE_OVER] * 3
+
+
+def test_keys_of_backtest(place: Place) -> None:
+    words = ["--bars", "30", "--strategies", "simple", "--params", "default", "--cpus", "1", "--json"]
+    ended = place.invoke(cli.studies, "backtest", *words)
+    printed = json.loads(ended.stdout)
+    assert set(printed) == {"plan", "rows"}
+    assert set(printed["plan"]) == BACKTEST_PLAN
+    assert [set(row) for row in printed["rows"]] == [BACKTEST] * 2
+    for row in printed["rows"]:
+        for fills in ("conservative", "optimistic"):
+            assert set(row[fills]) == BACKTEST_FILLED
+            assert set(row[fills]["performance"]) == PERFORMANCE
 
 
 def test_keys_of_sweep_and_reduce(place: Place) -> None:

@@ -10,6 +10,8 @@ from launch.views.tables import (
     NOTHING,
     Column,
     Table,
+    basis_points,
+    basis_points_interval,
     p_value,
     percent_error,
     percent_gain,
@@ -67,6 +69,7 @@ def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
             numbers("symbols pooled", [_pooled(one.pooled_symbols) for one in found], 7),
             numbers("search improvement", [percent_gain(one.improvement_validation) for one in found], 2),
             numbers("test improvement", [percent_gain(one.improvement_test) for one in found], 3),
+            *_returns_columns(rows),
             numbers("skill", [percent_gain(row.skill) for row in rows], 11),
             Column(
                 heading="decision",
@@ -83,6 +86,19 @@ def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
         ],
         keep_empty=True,
     )
+
+
+def _returns_columns(rows: Sequence[SymbolDecision]) -> list[Column]:
+    """What candidates earn over incumbents, where --pnl-gate looked at it."""
+    if all(row.returns is None for row in rows):
+        return []
+    cells = [basis_points(row.returns) for row in rows]
+    ends = [(row.returns_low, row.returns_high) for row in rows]
+    intervals = [basis_points_interval(None if low is None or high is None else (low, high)) for low, high in ends]
+    return [
+        Column(heading="returns, bp", cells=cells, right=True, priority=9),
+        Column(heading="their 95 % interval", cells=intervals, right=True, priority=8),
+    ]
 
 
 def _evidence(row: SymbolDecision) -> SymbolDecision | InUse:

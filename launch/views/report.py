@@ -183,15 +183,18 @@ def _section(storage: RetryingStorage, facts: StudyFacts) -> Section:
     )
 
 
-def write(path: Path, content: str) -> None:
-    """Replace a file whole, where a link leads too; a device or a pipe is written to. Raises ConfigError."""
+def write(path: Path, content: str, *, option: str = "--output or --markdown") -> None:
+    """Replace a file whole, where a link leads too; a device or a pipe is written to. Raises ConfigError.
+
+    option: which names the file.
+    """
     try:
         if path.exists() and not path.is_file():
             path.write_text(content)
         else:
             replace_file(Path(os.path.realpath(path)), content)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name another file with --output or --markdown") from None
+        raise ConfigError(f"{path}: {error.strerror}; name another file with {option}") from None
 
 
 # --- the two forms --------------------------------------------------------------------------------------------

@@ -182,6 +182,15 @@ def percent_interval(low: float | None, high: float | None, digits: int = 2) -> 
     return NOTHING if low is None or high is None else f"{100 * low:+.{digits}f} to {100 * high:+.{digits}f} %"
 
 
+def basis_points(value: float | None) -> str:
+    """A return a bar: "+12.3"."""
+    return NOTHING if value is None else f"{1e4 * value:+.1f}"
+
+
+def basis_points_interval(interval: tuple[float, float] | None) -> str:
+    return NOTHING if interval is None else f"{1e4 * interval[0]:+.1f} to {1e4 * interval[1]:+.1f}"
+
+
 def p_value(value: float | None) -> str:
     return NOTHING if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
