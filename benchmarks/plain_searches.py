@@ -28,6 +28,7 @@ AGGREGATES = (
     *("mean_minus_std_0.1", "mean_plus_std_0.1"),
 )
 VALIDATION, TEST, REALISED = 30, 20, 60  # windows
+REFERENCE = "mean"  # of pooling: the configuration that every symbol has
 POOL_DAYS = np.timedelta64(10, "D")  # that the last bars of pooled symbols may be apart
 RETURNS = 100  # of which the forecast is made; with the volatility's first, the 128 bars that any study has
 DECAY = 0.94  # of the volatility: RiskMetrics' for daily returns (1996)
@@ -98,6 +99,7 @@ class SearchWindows:
         return MeasuredConfiguration(
             model="toto",
             params={"aggregate": name},
+            source="default" if name == REFERENCE else "trial",
             confirmation=measured_on(on) if on else None,
             validation=measured_on(of or self.validation),
             test=measured_on(self.test),

@@ -39,6 +39,7 @@ from benchmarks import recording
 from benchmarks.plain_searches import (
     AGGREGATES,
     REALISED,
+    REFERENCE,
     TEST,
     VALIDATION,
     SearchWindows,
@@ -63,7 +64,6 @@ MIN_IMPROVEMENT = 0.01
 TOP = 5  # configurations that are confirmed
 GAPS = (0.008, 0.01, 0.02, 0.03, 0.05, 0.10)
 OWN = "own trial"  # kind of a configuration that too few symbols have
-REFERENCE = "mean"  # of pooling: the configuration that every symbol has
 MOST_USELESS, LEAST_FOUND = 0.01, 0.85  # what the default rule is to keep to, where a dozen symbols pool
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -349,6 +350,18 @@ def test_what_is_believed_decides_and_not_what_was_measured() -> None:
     assert told(candidates, measured(0.01, OLD), beliefs=beliefs, on="confirmation").candidate == 0
     exactly = Beliefs(gains=[0.0, 0.01, None], over_incumbent=lambda _: believed(0.01), over_no_change=believed)
     assert told(candidates, measured(0.01, OLD), beliefs=exactly, on="pooled").reason == "not better"
+
+
+def test_what_the_own_windows_contradict_is_not_believed() -> None:
+    default = replace(measured(0.01, {"n": 1}), source="default")
+    beliefs = Beliefs(
+        gains=[0.05, 0.0], over_incumbent=believed, over_no_change=lambda place: believed((0.05, 0.0)[place])
+    )
+    for mae, chosen in ((0.0102, 1), (0.0101, 0)):  # worse by 2 %, and by the 1 % that is asked for
+        decision = told([measured(mae, {"n": 0}), default], None, beliefs=beliefs, on="pooled")
+        assert (decision.reason, decision.candidate) == ("first", chosen)
+    forced = told([measured(0.0102, {"n": 0}), default], None, beliefs=beliefs, on="pooled", force=True)
+    assert forced.candidate == 0
 
 
 def test_without_other_symbols_the_own_evidence_decides() -> None:
