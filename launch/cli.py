@@ -142,7 +142,6 @@ def promote(
     promote --min-improvement 0.01
     promote --rollback BTCUSD
     """
-    from launch.backtesting import returns_gate
     from launch.views import decisions, notes
     from storage import board, history
     from studies import promoting
@@ -165,7 +164,7 @@ def promote(
     gates = {"require_test": require_test, "require_skill": require_skill, "max_p": max_p}
     rule = promoting.rule_of(config, min_improvement, force=force, on=on, **gates)
     asked = {"symbols": checked_symbols(symbols), "models": checked_models(models, config), "dry_run": dry_run}
-    gate = returns_gate(config, pnl_gate) if pnl_gate else None
+    gate = learning.returns_gate(config, pnl_gate) if pnl_gate else None
     rows = promoting.promote(storage, config, rule, **asked, gate=gate)
     show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
     for row in rows:

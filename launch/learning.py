@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -33,6 +34,9 @@ from launch.options import (
     symbols_option,
 )
 from studies.config import Config
+
+if TYPE_CHECKING:
+    from studies.promoting import ReturnsGate
 
 
 @click.command(context_settings=HELP)
@@ -322,6 +326,13 @@ def backtest(
         fills=fills_of(fills),
     )
     backtesting.command(config, asked, gpus=flat(gpus), cpus=cpus, report_path=report_path, as_json=as_json)
+
+
+def returns_gate(config: Config, strategy: str) -> ReturnsGate:
+    """What `promote --pnl-gate` asks. Raises ExpectedError."""
+    from launch.backtesting import returns_gate  # here: a second of imports
+
+    return returns_gate(config, strategy)
 
 
 COMMANDS = (compare, backtest, sweep, reduce, replay)
