@@ -24,8 +24,8 @@ from launch.options import (
     checked_keys,
     checked_models,
     checked_symbols,
+    devices_options,
     flat,
-    gpus_option,
     json_option,
     keys_option,
     models_option,
@@ -52,8 +52,7 @@ if TYPE_CHECKING:
               help="Configurations of a model that has no grid.")  # fmt: skip
 @click.option("--start", default="default", show_default=True, type=click.Choice(["default", "in-use"]),
               help="What is in use at the first date: the model's default, or today's promoted file.")  # fmt: skip
-@gpus_option
-@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@devices_options
 @click.option("--report", "report_path", type=FILE, help="HTML file to write curves and promotions to.")
 @json_option
 @shared
@@ -115,8 +114,7 @@ def replay(
 @click.option("--params", type=Names(), multiple=True, metavar="A,B,..",
               help="best, stored, default, a promoted file, STUDY#TRIAL.  [default: best,stored]")  # fmt: skip
 @keys_option
-@gpus_option
-@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@devices_options
 @click.option("--plot", type=FILE, help="PNG or HTML file to draw error by step and the last forecasts to.")
 @profile_option
 @json_option
@@ -171,8 +169,7 @@ def compare(
 @click.option("--max-cost", default=0.005, show_default=True, type=Fraction(0, 1, min_open=True, max_open=True),
               help="Relative rise of the MAE that fewer samples may cost.")  # fmt: skip
 @click.option("--apply", is_flag=True, help="Promote the configurations with fewer samples.")
-@gpus_option
-@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@devices_options
 @json_option
 @shared
 def reduce(
@@ -280,8 +277,7 @@ def sweep(
               help="Out at the close of the day, or after N bars unless a target is reached before.")  # fmt: skip
 @click.option("--fills", default="both", show_default=True, type=click.Choice(["both", "conservative", "optimistic"]),
               help="Take the worse of what a bar leaves open, the better, or show both.")  # fmt: skip
-@gpus_option
-@click.option("--cpus", type=click.IntRange(1), help="Number of CPU processes.  [default: one a core]")
+@devices_options
 @click.option("--report", "report_path", type=FILE, help="HTML file to write curves, months and trades to.")
 @json_option
 @shared

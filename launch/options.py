@@ -199,5 +199,13 @@ keys_option = click.option(
 )
 gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="GPUs to use, with one worker each.")
 cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="Number of CPU workers, one core each.")
+processes_option = click.option(
+    "--cpus", type=click.IntRange(min=1), help="Number of CPU processes.  [default: one a core]"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 profile_option = click.option("--profile", is_flag=True, help="Also print time, network operations and rate by stage.")
+
+
+def devices_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --gpus and --cpus of a command that measures in processes of its own."""
+    return gpus_option(processes_option(command))
