@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-# One process for each core, four at most: each has a Postgres server of its own.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# One process more than cores, as many tests wait, five at most: each has a Postgres server of its own.
+PYTEST := $(BIN)/pytest --numprocesses $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 5))) --dist worksteal
 
 .PHONY: search test test-slow check format clean
 
@@ -16,9 +16,9 @@ search: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST)
 
-# What takes a compiler or more than ten seconds, beside the others.
+# What takes a compiler or more than ten seconds: most whole runs of several processes.
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

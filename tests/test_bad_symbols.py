@@ -60,6 +60,7 @@ def test_strict_refuses_before_anything_is_made(place: Place) -> None:
     assert not (place.folder / "logs").exists()
 
 
+@pytest.mark.slow
 def test_changed_history_stops_its_own_symbol_only(place: Place) -> None:
     place.run(*WORDS)
     place.write("SP500.csv", [index_bars()["SP500"][0], *index_bars()["SP500"][-419:]])  # one bar less
@@ -70,6 +71,7 @@ def test_changed_history_stops_its_own_symbol_only(place: Place) -> None:
     assert "error: study SP500" in place.run("launch-workers", "--strict", "--trials", "8", code=1).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["half-written", "gone", "history"])
 def test_bars_that_go_bad_during_a_run_park_their_symbol(place: Place, change: str) -> None:
     place.slow_down(0.05)

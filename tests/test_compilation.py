@@ -244,6 +244,7 @@ def random_params(model: str, rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["toto", "kronos"])
 def test_a_whole_study_of_changing_params_needs_no_other_graph(model: str, tmp_path: Path):
     eager, compiled = load(model, tmp_path, mode="off"), load(model, tmp_path)
@@ -314,6 +315,7 @@ def test_inductors_kernels_give_toto_the_same_answer_and_serve_a_second_process(
 # ---- dtype -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["toto", "kronos"])
 @pytest.mark.parametrize("mode", ["off", "default"])
 def test_bfloat16_is_the_networks_only_and_another_fingerprint(model: str, mode: str, tmp_path: Path):
@@ -425,6 +427,7 @@ def hold(folder: Path, entered: Any) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_one_compiles_the_others_wait_and_a_dead_one_lets_go(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     held, entered = context.Event(), threading.Event()

@@ -140,6 +140,7 @@ for study in studying.list_studies(storage):
 """
 
 
+@pytest.mark.slow
 def test_workers_of_two_hosts_share_one_budget(run: Run) -> None:
     here, there = run.hosts
     told = run.ask(here, "studies", "url", "--export")

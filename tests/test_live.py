@@ -14,7 +14,6 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +198,7 @@ def test_a_run_on_a_terminal(place: Place) -> None:
     place.assert_exact(50, "SP500", "NASDAQ")
 
 
+@pytest.mark.slow
 def test_a_terminal_changes_its_size_and_the_run_is_stopped_and_interrupted(place: Place) -> None:
     place.put_promoted("SP500", INCUMBENT, model="naive")
     place.slow_down(0.1)
@@ -238,7 +238,10 @@ def test_a_second_ctrl_c_leaves_a_clean_terminal(place: Place) -> None:
         time.sleep(0.5)
     lines = terminal.end(130)
     said = [line for line in lines if line]
-    assert said[-1] == "stopping after the trials in progress; press Ctrl-C again to stop at once"  # below it, nothing
+    stopping = said.index("stopping after the trials in progress; press Ctrl-C again to stop at once")
+    assert "".join(said[stopping + 1 :]) == place.suggested(
+        "stopped before the end; go on with: launch-workers --cpus 2 --trials 500"
+    )
     assert HIDE_CURSOR not in terminal.written
     place.wait_for("select count(*) from trials where state = 'RUNNING'", 0, seconds=0)
 
@@ -284,6 +287,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Place) -> None:
     place.assert_exact(60, "SP500", "NASDAQ")
 
 
+@pytest.mark.slow
 def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) -> None:
     terminal = launch(place, "--trials", "20", "--plain")
     lines = terminal.end(0)
@@ -296,24 +300,20 @@ def test_no_control_characters_on_a_plain_terminal_or_in_a_pipe(place: Place) ->
 
 
 @pytest.mark.slow
-def test_a_server_that_is_away_is_told_and_waited_for(place: Place, scratch: Path) -> None:
+def test_a_server_that_is_away_is_told_and_waited_for(place: Place, own_server: embedded.PrivateServer) -> None:
     place.slow_down(0.1)
-    del place.environment["OPTUNA_STORAGE"]
-    server = scratch / f"restarted-{os.getpid()}"
-    (place.folder / "studies.toml").write_text(f'{Place.SETTINGS}[storage]\ndata_dir = "{server}"\n')
+    # A server that is not the run's own.
+    place.environment |= {"OPTUNA_STORAGE": own_server.url, "PGPASSFILE": str(own_server.passfile)}
     terminal = launch(place, "--trials", "100", columns=100)
-    try:
-        terminal.wait_for(is_drawn)
-        embedded.stop(server)
-        terminal.wait_for(lambda now: any("the database has not answered for " in line for line in now))
-        embedded.start(server)
-        terminal.wait_for(is_drawn)
-        assert_ended(terminal, terminal.end(0), 100)
-    finally:
-        terminal.process.kill()
-        embedded.stop(server)
+    terminal.wait_for(is_drawn)
+    embedded.stop(own_server.data_dir)
+    terminal.wait_for(lambda now: any("the database has not answered for " in line for line in now))
+    embedded.start(own_server.data_dir)
+    terminal.wait_for(is_drawn)
+    assert_ended(terminal, terminal.end(0), 100)
 
 
+@pytest.mark.slow
 @with_ray
 def test_a_run_on_a_ray_cluster_has_the_same_table(place: Place, nodes: Nodes) -> None:
     node = nodes.add()

@@ -86,6 +86,7 @@ def test_naive_has_no_exact_answer(tmp_path: Path) -> None:
         spaces.make("naive", configuration.load(tmp_path / "c.toml"))
 
 
+@pytest.mark.slow
 def test_naive_is_searched_and_promoted(tmp_path: Path, database_url: str) -> None:
     demo_bars(tmp_path / "bars", ["SP500"])
     path = tmp_path / "bars" / "SP500.csv"

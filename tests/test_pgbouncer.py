@@ -57,6 +57,7 @@ def test_nothing_of_ours_stays_on_a_pooled_connection(bouncer: PgBouncer, databa
     storage.engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bouncer", [3], indirect=True)
 def test_a_run_behind_pgbouncer_outlasts_its_restart(bouncer: PgBouncer, place: Place) -> None:
     place.environment |= {"OPTUNA_STORAGE": bouncer.url(place.url.rsplit("/", 1)[1]), "PGPASSWORD": bouncer.password}

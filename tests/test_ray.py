@@ -60,6 +60,7 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @with_ray
 def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes: Nodes, database_server: Any) -> None:
     password = database_server.passfile.read_text().strip().rsplit(":", 1)[1]
@@ -68,10 +69,15 @@ def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes:
     place.wait_for_trials(10)
     url = place.environment["OPTUNA_STORAGE"]
     while len(before := workers_on(url)) < 2:
+        for pid in before:
+            os.kill(pid, signal.SIGSTOP)  # or the first would have done everything before the second has started
+        assert run.poll() is None
         time.sleep(0.05)
     raylet = node.all_processes["raylet"][0].process.pid
     (stays,) = [pid for pid in before if raylet not in ancestors(pid)]
+    (lost,) = [pid for pid in before if pid != stays]
     os.kill(stays, signal.SIGSTOP)  # or it would have done everything before Ray misses the node
+    os.kill(lost, signal.SIGCONT)
     nodes.lose(node)
     node = nodes.add()
     assert run.stderr is not None
@@ -97,6 +103,7 @@ def test_a_node_is_lost_and_the_search_ends_with_its_budget(place: Place, nodes:
     nodes.lose(node)
 
 
+@pytest.mark.slow
 @with_ray
 def test_signals_reach_the_actors_and_nothing_outlives_the_driver(place: Place, nodes: Nodes) -> None:
     url = place.environment["OPTUNA_STORAGE"]

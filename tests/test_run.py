@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import execute
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from places import SLOW_TRIALS, patch_python
 from places import RunPlace as Place
 from processes import wait_until_gone, workers_of
@@ -86,6 +86,7 @@ def test_search_promote_and_nothing_left_to_do(place: Place) -> None:
     place.assert_exact(15, "NASDAQ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sampled", "exact"])
 def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -> None:
     place.search("toto")
@@ -128,6 +129,7 @@ def test_both_models_compete_on_the_same_windows(place: Place, objective: str) -
     assert [row["written"] for row in place.promote(*both)] == [[], []]
 
 
+@pytest.mark.slow
 def test_an_incumbent_of_the_other_model_is_compared_where_it_was_measured(place: Place) -> None:
     place.search("toto")
     kronos = {"temperature": 0.4, "top_p": 0.95, "top_k": 0, "sample_count": 96, "max_context": 128, "clip": 1.0}
@@ -142,6 +144,7 @@ def test_an_incumbent_of_the_other_model_is_compared_where_it_was_measured(place
     assert row["improvement_own"] == pytest.approx((row["incumbent_mae"] - row["best_mae"]) / row["incumbent_mae"])
 
 
+@pytest.mark.slow
 def test_sampled_and_exact_never_mix(place: Place) -> None:
     place.search("toto")
     place.run("launch-workers", "--cpus", "1", "--trials", "3", "--symbols", "SP500")
@@ -181,6 +184,7 @@ def test_kill_9_of_everything_then_the_same_command(place: Place) -> None:
     place.assert_exact(30, "SP500", "NASDAQ")
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_are_replaced(place: Place) -> None:
     place.slow_down(0.05)
     supervisor = place.launch("--trials", "40")
@@ -202,6 +206,7 @@ if "launch.worker" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_logs_ends_no_run(place: Place) -> None:
     place.environment |= patch_python(place.folder / "full", FULL_DISK)
     ended = place.run("launch-workers", "--cpus", "2", "--trials", "6", "--symbols", "SP500")
@@ -225,6 +230,7 @@ if os.getpid() == 1:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs process namespaces")
 def test_workers_of_equal_host_and_process_id_are_told_apart(place: Place) -> None:
     code = SLOW_TRIALS.format(seconds=0.5) + SAME_PROCESS_ID
@@ -361,6 +367,7 @@ def turn_away(listening: socket.socket) -> None:
             listening.accept()[0].close()
 
 
+@pytest.mark.slow
 def test_whatever_ends_the_private_server_the_run_starts_it_again(place: Place, scratch: Path) -> None:
     place.slow_down(0.05)
     server = with_a_server_of_its_own(place, scratch / f"ended-{os.getpid()}")
@@ -391,6 +398,7 @@ def test_whatever_ends_the_private_server_the_run_starts_it_again(place: Place, 
         embedded.stop(server)
 
 
+@pytest.mark.slow
 def test_studies_stop_ends_a_run_which_goes_on_later(place: Place, scratch: Path) -> None:
     server = with_a_server_of_its_own(place, scratch / f"stopped-{os.getpid()}")
     place.slow_down(0.05)
@@ -453,19 +461,25 @@ def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
     supervisor = place.launch("--trials", "30")
     place.wait_for_trials(4)
     frozen = workers_of(supervisor.pid)[0]
-    os.kill(frozen, signal.SIGSTOP)
-    time.sleep(3.5)  # past its lease of 2 s
-    os.kill(frozen, signal.SIGCONT)
+
+    def trials() -> list[FrozenTrial]:
+        return [trial for symbol in ("SP500", "NASDAQ") for trial in place.trials(symbol)]
+
+    while not any(trial.state == TrialState.FAIL for trial in trials()):  # or it was frozen between two trials
+        os.kill(frozen, signal.SIGSTOP)
+        time.sleep(3.5)  # past its lease of 2 s
+        os.kill(frozen, signal.SIGCONT)
+        time.sleep(0.2)
     supervisor.communicate(timeout=120)
     assert supervisor.returncode == 0
     place.assert_exact(30, "SP500", "NASDAQ")
-    trials = [trial for symbol in ("SP500", "NASDAQ") for trial in place.trials(symbol)]
-    (lost,) = [trial for trial in trials if trial.state == TrialState.FAIL]
+    lost = next(trial for trial in trials() if trial.state == TrialState.FAIL)
     assert lost.datetime_complete is not None
-    later = [trial for trial in trials if trial.datetime_start and trial.datetime_start > lost.datetime_complete]
+    later = [trial for trial in trials() if trial.datetime_start and trial.datetime_start > lost.datetime_complete]
     assert lost.user_attrs["worker"] in {trial.user_attrs["worker"] for trial in later}
 
 
+@pytest.mark.slow
 def test_no_password_in_files_or_command_lines(place: Place, database_server: Any) -> None:
     password = database_server.passfile.read_text().strip().rsplit(":", 1)[1]
     url = place.environment["OPTUNA_STORAGE"].replace("studies@", f"studies:{password}@")
@@ -501,6 +515,7 @@ if "launch.worker" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(place: Place) -> None:
     place.search("toto")
     patched = patch_python(place.folder / "patched", SHORT_OF_MEMORY)
@@ -534,6 +549,7 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     assert parked_slots(place.storage, study.study_id) == []
 
 
+@pytest.mark.slow
 def test_a_study_that_fails_five_times_in_a_row_is_parked(place: Place) -> None:
     text = SETTINGS.replace("[naive]", "[naive]\nseason = 1000")  # more bars than there are
     (place.folder / "studies.toml").write_text(text)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from places import RunPlace as Place
 
 from forecasters import naive
@@ -62,6 +63,7 @@ def test_ctrl_c_ends_a_confirmation_within_ten_seconds(place: Place) -> None:
     assert progress(place, study) is not None
 
 
+@pytest.mark.slow
 def test_a_stopped_confirmation_is_gone_on_with(place: Place) -> None:
     study, before = stop_midway(place, signal.SIGTERM)
     log = place.get_stuck(10**6)
