@@ -6,6 +6,9 @@ start to the last confirmation, and where the workers' time went, by stage. Of t
 it: first trials, which are those that found windows not encoded yet under their parameters (later ones take encoded
 windows from the cache), configurations measured for comparison before, and confirmations, which have windows of their
 own. Bars: overlapping pieces of the packaged indices.
+
+Then some of its studies are confirmed again in this process, one after the other in turns: with every candidate, the
+whole grid among them, and with the best trials and the default alone, both on windows that nothing is known of.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from sqlalchemy import text
 
@@ -23,7 +27,12 @@ from benchmarks.random_models import KRONOS_SMALL, random_checkpoints
 from storage import database, slots
 from storage.progress import read_confirmations, study_progress, worker_seconds
 from storage.retrying import RetryingStorage
+from studies import candidates, evaluators
+from studies import config as configuration
+from studies import study as studying
+from studies.confirmation import confirm
 from studies.demo import INDICES, demo_bars
+from studies.series import read_series
 
 BARS = 850  # of a symbol: 512 of context, 250 windows to confirm on, 20 of test, and a few
 SETTINGS = """
@@ -34,6 +43,9 @@ context_length = 512
 checkpoint = "{kronos}"
 tokenizer = "{kronos}/tokenizer"
 """
+AGAIN = 4  # studies
+WITH_GRID, WITHOUT_GRID = "with the whole grid", "best trials and default alone"
+CHOOSE = candidates.choose
 ENCODES = {slots.BASELINE: "baselines", slots.TRIAL: "first trials", slots.CONFIRMATION: "confirmations"}
 
 
@@ -75,8 +87,32 @@ def measure(folder: Path, *, model: str, symbols: int, trials: int, workers: int
             "outside slots, worker s": workers * took - sum(spent.values()),  # start, model load, bars, end
             "postgres": private.postgres(storage),
         }
+        figures["confirmation, s"] = confirm_again(storage, settings)
         storage.engine.dispose()
     return figures
+
+
+def confirm_again(storage: RetryingStorage, settings: Path) -> dict[str, float]:
+    """Seconds that the confirmations of some studies take, with every candidate and without the grid."""
+    config = configuration.load(settings)
+    studies = studying.list_studies(storage)[:AGAIN]
+    forecaster = evaluators.load_forecaster(config, studies[0].model, device="cpu")
+    ways: dict[str, Any] = {WITH_GRID: candidates.choose, WITHOUT_GRID: without_grid}
+    spent = dict.fromkeys(ways, 0.0)
+    for number, study in enumerate(studies):
+        (series,), _ = read_series(config, [study.symbol])
+        run = studying.start(storage, config, study, series, forecaster.fingerprint)
+        for way in list(ways)[:: -1 if number % 2 else 1]:
+            evaluator = evaluators.evaluator_of(config, forecaster, cache_bytes=2**30)
+            with mock.patch.object(candidates, "choose", ways[way]):
+                began = time.perf_counter()
+                confirm(run, evaluator, {})
+                spent[way] += time.perf_counter() - began
+    return spent
+
+
+def without_grid(*words: Any, **options: Any) -> list[candidates.Candidate]:
+    return [one for one in CHOOSE(*words, **options) if one.source != "grid"]
 
 
 def encodes(storage: RetryingStorage) -> dict[str, dict[str, float]]:
@@ -117,6 +153,9 @@ def main() -> None:
         if stage == "encode":
             for name, each in found["encode"].items():
                 rows.append((f"    for {name} ({each['count']}), s", each["seconds"], share(each["seconds"])))
+    again = found["confirmation, s"]
+    rows += [(f"confirmation of {AGAIN} studies again, {way}, s", seconds, None) for way, seconds in again.items()]
+    rows.append(("    ratio", again[WITH_GRID] / again[WITHOUT_GRID], None))
     title = f"{options.models}, symbols: {options.symbols}, trials of each: {options.trials}, workers: {options.cpus}"
     recording.table(title, ("figure", "value", "of the workers' time"), rows)
     recording.write(options, found, postgres=postgres)
