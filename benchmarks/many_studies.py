@@ -36,8 +36,8 @@ from objectives.metrics import Measurement
 from storage import database, slots
 from storage.progress import free_counts, has_open, study_progress
 from storage.retrying import RetryingStorage
+from studies import candidates, space
 from studies import config as configuration
-from studies import space
 from studies import study as studying
 from studies.evidence import (
     ForecastSeries,
@@ -45,6 +45,7 @@ from studies.evidence import (
     MeasuredConfiguration,
     NoChange,
     Part,
+    Source,
     StudyEvidence,
     WindowSpan,
     to_json,
@@ -58,6 +59,7 @@ RESUME_MS = 2000, 15000  # to find that every study is there, the bars read
 LIST_MS = 2000, 4000  # for `studies list`, as a process
 READ_MS = 200, 1600  # for the live table, which then reads every 20 s
 PROMOTE_MS = 3000, 3000  # for `promote` over two dozen studies
+PROMOTE_ALL_MS = 20000, 160000  # over every finished study
 PAGE_MS = 1000, 8000  # for the dashboard's data, which its pages ask for again every ten seconds
 STUDIES, TRIALS = 500, 100
 PROMOTED = [f"S{number:03}" for number in range(1, STUDIES) if number % 10][:24]  # of finished studies
@@ -66,6 +68,8 @@ CONFIG = replace(CONFIG, search=replace(CONFIG.search, trials=TRIALS))
 SPACE = space.make("toto", CONFIG)
 IN_USE = {"aggregate": "mean", "num_samples": 64, **SPACE.fixed}
 COUNTS: dict[Part, int] = {"validation": 30, "confirmation": 250, "test": 20}  # windows
+TRIED = [(number, {**IN_USE, "num_samples": 2**number * 128, "aggregate": "median"}) for number in range(5)]
+CANDIDATES = candidates.choose(SPACE, TRIED, space.default(SPACE, CONFIG))
 AS_OF, CHECKPOINT = "2026-11-20", "c" * 64
 
 
@@ -125,7 +129,7 @@ analyze;
 
 
 def confirmation() -> dict[str, Any]:
-    """A result about as long as real ones, 60 kB: seven configurations, an error for each of 300 windows."""
+    """A result about as long as real ones: the best trials, the grid and the default, an error for each window."""
     errors = random.Random(0)
 
     def measured(count: int) -> Measurement:
@@ -134,11 +138,12 @@ def confirmation() -> dict[str, Any]:
             errors=tuple(errors.random() for _ in range(count)), seconds={}, latency_s=None,
         )  # fmt: skip
 
-    def one(params: dict[str, Any], trial: int | None = None) -> MeasuredConfiguration:
+    def one(params: dict[str, Any], trial: int | None = None, source: Source = "trial") -> MeasuredConfiguration:
         return MeasuredConfiguration(
             model="toto",
             params=params,
             trial=trial,
+            source=source,
             validation=measured(COUNTS["validation"]),
             confirmation=measured(COUNTS["confirmation"]),
             test=measured(COUNTS["test"]),
@@ -166,9 +171,7 @@ def confirmation() -> dict[str, Any]:
             },
             passes=2,
             sampling_error=0.0005,
-            candidates=tuple(
-                one({**IN_USE, "num_samples": 2**number * 128, "aggregate": "median"}, number) for number in range(5)
-            ),
+            candidates=tuple(one(each.params, each.trial, each.source) for each in CANDIDATES),
             in_use={"incumbent": one(IN_USE), "stored": one({**IN_USE, "num_samples": 128})},
             no_change={part: NoChange(mae=1.0, errors=measured(count).errors) for part, count in COUNTS.items()},
             forecasts={part: forecasts(count) for part, count in COUNTS.items() if part != "confirmation"},
@@ -202,14 +205,14 @@ def list_studies(url: str, folder: Path) -> str:
     return command(url, folder, "studies", "list")
 
 
-def promote(url: str, folder: Path) -> str:
-    """What `promote --dry-run --json` prints of two dozen confirmed studies, each with a promoted file to beat."""
+def promote(url: str, folder: Path, symbols: Sequence[str]) -> str:
+    """What `promote --dry-run --json` prints of these confirmed studies, each with a promoted file to beat."""
     best = folder / "hyperparams" / "best"
     best.mkdir(parents=True, exist_ok=True)
-    for symbol in PROMOTED:
+    for symbol in symbols:
         content = {"symbol": symbol, "model": "toto", "config": IN_USE, "validation": {"pct_return_mae": 0.8}}
         (best / f"{symbol}.json").write_text(json.dumps(content))
-    words = ["--hyperparams-dir", str(best.parent), "--symbols", ",".join(PROMOTED)]
+    words = ["--hyperparams-dir", str(best.parent), "--symbols", ",".join(symbols)]
     return command(url, folder, "promote", "--dry-run", *words)
 
 
@@ -288,7 +291,10 @@ def measure(url: str, folder: Path, studies: int) -> Mapping[str, tuple[float, t
     found["a read of every study for the live table"] = (fastest_ms(watch.read), READ_MS)
     found["studies list, as a process"] = (fastest_ms(lambda: list_studies(url, folder), times=2), LIST_MS)
     promoting = f"promote --dry-run over {len(PROMOTED)} studies, as a process"
-    found[promoting] = (fastest_ms(lambda: promote(url, folder), times=2), PROMOTE_MS)
+    found[promoting] = (fastest_ms(lambda: promote(url, folder, PROMOTED), times=2), PROMOTE_MS)
+    finished = [each.symbol for number, each in enumerate(studying.list_studies(storage), 1) if number % 10]
+    promoting = "promote --dry-run over every finished study, as a process"
+    found[promoting] = (fastest_ms(lambda: promote(url, folder, finished), times=1), PROMOTE_ALL_MS)
     with dashboard_over(url, folder) as address:
         other = iter(everyone)
         pages: dict[str, Callable[[], list[str]]] = {

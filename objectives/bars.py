@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
@@ -285,6 +284,8 @@ def _recognised(header: Sequence[str]) -> dict[str, list[int]]:
 
 def _parse_times(cells: Sequence[Any]) -> np.ndarray:
     """datetime64[ns] in UTC, NaT where a cell is no time."""
+    import pandas as pd  # 0.2 s that commands without bars need not pay
+
     texts = ["" if cell is None else str(cell).strip().removesuffix(" UTC") for cell in cells]
     texts = [text if _DATE.fullmatch(text) else "" for text in texts]
     # pandas 3 infers the unit, pandas 2 has ns only: nothing may overflow on the way to ns.

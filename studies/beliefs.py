@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ OWN, IN_USE, NO_CHANGE = (
 )  # kinds: what is pooled where symbols share no configuration
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
     """What was measured at one symbol, all on the same windows.
 
@@ -43,13 +43,28 @@ class Case:
     in_use: Sequence[MeasuredConfiguration]
     no_change: MeasuredConfiguration
 
+    @cached_property
+    def references(self) -> dict[str, MeasuredConfiguration]:
+        """The default configuration by model, in the order in which models are listed."""
+        defaults = {one.model: one for one in self.candidates if one.source == "default" and _errors(one)}
+        return {model: defaults[model] for model in MODELS if model in defaults}
+
+    @cached_property
+    def entries(self) -> list[tuple[MeasuredConfiguration, str, np.ndarray]]:
+        """What goes into the pool, with its kind and its errors [W]."""
+        entries = [(one, OWN) for one in self.candidates]
+        entries += [(one, IN_USE) for one in self.in_use if one.model in self.references]
+        entries += [(self.no_change, NO_CHANGE)]
+        found = [(one, kind, np.array(_errors(one))) for one, kind in entries]
+        return [each for each in found if len(each[2]) and _are_errors(each[2])]
+
 
 class SymbolBeliefs:
     """What is believed of one symbol's configurations."""
 
     def __init__(self, pool: Pool, symbol: int, case: Case) -> None:
         self._pool, self._symbol, self._case = pool, symbol, case
-        self._places = {_key(one): place for place, (one, _) in reversed(list(enumerate(_entries(case))))}
+        self._places = {_key(one): place for place, (one, *_) in reversed(list(enumerate(case.entries)))}
 
     def on(self, candidates: Sequence[MeasuredConfiguration], incumbent: MeasuredConfiguration | None) -> Beliefs:
         """What the rule reads to choose among these. None of them has to be among those measured."""
@@ -118,54 +133,39 @@ def _groups(
 def can_be_pooled(case: Case) -> bool:
     """Whether there are enough errors, and the default configuration of every model among them."""
     measured = [one for one in case.candidates if _errors(one)]
+    own = [errors for _, kind, errors in case.entries if kind == OWN]
     return (
         bool(measured)
-        and all(len(_errors(one)) >= MIN_WINDOWS and _has_errors(one) for one in measured)
-        and {one.model for one in measured} <= set(_references(case))
+        and len(own) == len(measured)  # all of them are errors
+        and all(len(errors) >= MIN_WINDOWS for errors in own)
+        and {one.model for one in measured} <= set(case.references)
     )
 
 
-def _has_errors(one: MeasuredConfiguration) -> bool:
-    errors = _errors(one)
-    return bool(errors) and bool(np.isfinite(errors).all()) and min(errors) >= 0 and max(errors) > 0
-
-
-def _references(case: Case) -> dict[str, MeasuredConfiguration]:
-    """The default configuration by model, in the order in which models are listed."""
-    defaults = {one.model: one for one in case.candidates if one.source == "default" and _errors(one)}
-    return {model: defaults[model] for model in MODELS if model in defaults}
-
-
-def _entries(case: Case) -> list[tuple[MeasuredConfiguration, str]]:
-    """What goes into the pool, with its kind."""
-    known = _references(case)
-    entries = [(one, OWN) for one in case.candidates]
-    entries += [(one, IN_USE) for one in case.in_use if one.model in known]
-    entries += [(case.no_change, NO_CHANGE)]
-    return [(one, kind) for one, kind in entries if _has_errors(one)]
+def _are_errors(errors: np.ndarray) -> bool:
+    return bool(np.isfinite(errors).all()) and errors.min() >= 0 and errors.max() > 0
 
 
 def _symbol_errors(case: Case) -> SymbolErrors:
     def key(model: str) -> str:
         return f"{model} {case.checkpoints.get(model, '')}"
 
-    references = _references(case)
-    first = next(iter(references))
+    first = next(iter(case.references))
 
-    def measured(one: MeasuredConfiguration, kind: str) -> Measured:
+    def measured(one: MeasuredConfiguration, kind: str, errors: np.ndarray) -> Measured:
         if kind == NO_CHANGE:  # is of no model; its gain is taken over the first one's default
-            return Measured(model=key(first), family=NO_CHANGE, kind=NO_CHANGE, errors=np.array(_errors(one)))
+            return Measured(model=key(first), family=NO_CHANGE, kind=NO_CHANGE, errors=errors)
         return Measured(
             model=key(one.model),
             family=family(one.model, one.params),
             kind=kind,
-            errors=np.array(_errors(one)),
+            errors=errors,
             samples=int(one.params.get(MODELS[one.model].params.num_samples, 0)),
         )
 
     return SymbolErrors(
-        references={key(model): np.array(_errors(one)) for model, one in references.items()},
-        measured=[measured(one, kind) for one, kind in _entries(case)],
+        references={key(model): np.array(_errors(one)) for model, one in case.references.items()},
+        measured=[measured(*entry) for entry in case.entries],
     )
 
 

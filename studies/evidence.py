@@ -221,8 +221,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.7g}")
 
 
-def from_json(model: str, values: Mapping[str, Any]) -> StudyEvidence:
-    """The inverse of `to_json`; what an older result lacks is left empty."""
+def from_json(model: str, values: Mapping[str, Any], parts: Sequence[Part] = PARTS) -> StudyEvidence:
+    """The inverse of `to_json`; what an older result lacks is left empty. parts: those whose measurements are read."""
     implied = {
         part: {"no_change_mae": values["no_change"][part]["mae"], "windows": span["count"], "seconds": {}}
         for part, span in values["windows"].items()
@@ -231,9 +231,9 @@ def from_json(model: str, values: Mapping[str, Any]) -> StudyEvidence:
         windows={part: WindowSpan(**span) for part, span in values["windows"].items()},
         passes=values["passes"],
         sampling_error=values["sampling_error"],
-        candidates=tuple(_configuration(model, one, implied) for one in values["candidates"]),
+        candidates=tuple(_configuration(model, one, implied, parts) for one in values["candidates"]),
         in_use={
-            label: _configuration(model, {**one, "source": "in use"}, implied)
+            label: _configuration(model, {**one, "source": "in use"}, implied, parts)
             for label, one in values["baselines"].items()
         },
         no_change={
@@ -251,16 +251,15 @@ def measurement_json(measured: Measurement) -> dict[str, Any]:
 
 
 def _configuration(
-    model: str, values: Mapping[str, Any], implied: Mapping[str, Mapping[str, Any]]
+    model: str, values: Mapping[str, Any], implied: Mapping[str, Mapping[str, Any]], parts: Sequence[Part]
 ) -> MeasuredConfiguration:
     def measurement(part: Part) -> Measurement:
         said = {**implied[part], **values[part]}
         said["errors"] = _errors(said.get("errors", ()))
         return Measurement(**{"skill": skill(said["mae"], said["no_change_mae"]), **said})
 
-    return MeasuredConfiguration(
-        **{"model": model, **values, **{part: measurement(part) for part in PARTS if part in values}}
-    )
+    measured = {part: measurement(part) if part in parts else None for part in PARTS if part in values}
+    return MeasuredConfiguration(**{"model": model, **values, **measured})
 
 
 def _forecasts(values: Mapping[str, Any]) -> ForecastsShown:

@@ -22,7 +22,7 @@ from studies import space
 from studies import study as studying
 from studies.beliefs import Case, SymbolBeliefs, beliefs_of, can_be_pooled
 from studies.config import Config
-from studies.evidence import MeasuredConfiguration, StudyEvidence, from_json
+from studies.evidence import PARTS, MeasuredConfiguration, Part, StudyEvidence, from_json
 from studies.space import Space
 from studies.study import Study
 
@@ -61,15 +61,18 @@ class Finding:
         return None if params is None or self.evidence is None else self.evidence.find(params)
 
 
-def find(storage: RetryingStorage, key: str, symbols: Collection[str] = ()) -> dict[str, list[Finding]]:
+def find(
+    storage: RetryingStorage, key: str, symbols: Collection[str] = (), *, others: bool = False
+) -> dict[str, list[Finding]]:
     """The newest study of a key for every symbol, or for these, and model, with its evidence.
 
+    others: also for the other symbols, with what was measured on the confirmation windows alone, to pool with.
     Raises DatabaseUnavailable.
     """
     studies = [
         study
         for study in studying.list_studies(storage)
-        if study.key == key and (not symbols or study.symbol in symbols)
+        if study.key == key and (others or not symbols or study.symbol in symbols)
     ]
     progress = study_progress(storage, [study.study_id for study in studies])
     newest: dict[tuple[str, str], Study] = {}
@@ -83,12 +86,13 @@ def find(storage: RetryingStorage, key: str, symbols: Collection[str] = ()) -> d
     for study in newest.values():
         is_open = progress[study.study_id].open > 0
         result = None if is_open else confirmations[study.study_id].result
+        parts: tuple[Part, ...] = PARTS if not symbols or study.symbol in symbols else ("confirmation",)
         found.setdefault(study.symbol, []).append(
             Finding(
                 study=study,
                 space=Space.from_json(study.model, study.definition["space"]),
                 open=is_open,
-                evidence=from_json(study.model, result) if result else None,
+                evidence=from_json(study.model, result, parts) if result else None,
             )
         )
     return found

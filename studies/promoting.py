@@ -112,7 +112,7 @@ def promote(
     read or written, or that has no study, fails and does not keep the others. Raises NothingToPromote.
     """
     pools = rule.on == "pooled" and config.promotion.pool != "none"
-    found = findings.find(storage, config.search.key, () if pools else symbols)
+    found = findings.find(storage, config.search.key, symbols, others=pools)
     asked = {symbol: [one.study for one in found[symbol] if one.study.model in models] for symbol in found}
     wanted = list(symbols) or sorted(symbol for symbol, studies in asked.items() if studies)
     if not any(asked.get(symbol) for symbol in wanted):

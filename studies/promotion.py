@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from objectives.bootstrap import block_lengths, resampled_indices
 from studies.evidence import MeasuredConfiguration, relative_gain
 from studies.pooling import Improvement
 
@@ -331,18 +332,14 @@ def resampled_gains(old: np.ndarray, new: np.ndarray, *, least_block: int = 1) -
     """
     if (block := block_length(old - new)) is None:
         return None
-    indices = resampled_indices(len(old), max(block, least_block))
+    indices = _indices(len(old), max(block, least_block))
     improvements = 1 - new[indices].sum(axis=1) / old[indices].sum(axis=1)
     return improvements if np.isfinite(improvements).all() else None
 
 
 @lru_cache(maxsize=32)
-def resampled_indices(count: int, block: int) -> np.ndarray:
-    """Indices of windows, [R, count], as the stationary bootstrap draws them in blocks of this length on average."""
-    from arch.bootstrap import StationaryBootstrap
-
-    bootstrap = StationaryBootstrap(block, np.zeros(count), seed=SEED)
-    return np.stack([bootstrap.update_indices() for _ in range(INTERVAL_REPETITIONS)])
+def _indices(count: int, block: int) -> np.ndarray:
+    return resampled_indices(count, block, INTERVAL_REPETITIONS, SEED)
 
 
 def interval_of(resampled: np.ndarray) -> tuple[float, float]:
@@ -353,9 +350,7 @@ def interval_of(resampled: np.ndarray) -> tuple[float, float]:
 
 def block_length(differences: np.ndarray) -> int | None:
     """Windows that a block has on average, by Politis and White (2004); None where nothing varies."""
-    from arch.bootstrap import optimal_block_length  # 0.8 s that only a comparison should pay
-
     if not differences.std() > 1e-12:  # of errors of about 1: what rounding leaves of a constant
         return None
-    length = float(optimal_block_length(differences)["stationary"].to_numpy()[0])
+    length = float(block_lengths(differences[None])[0])
     return max(1, math.ceil(length)) if math.isfinite(length) else None

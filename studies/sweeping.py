@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from forecasters.models import MODELS
+from objectives.bootstrap import resampled_indices
 from objectives.evaluation import Evaluator
 from objectives.metrics import Measurement, measurement_of, over_passes
 from objectives.windows import Windows
@@ -133,7 +134,8 @@ def superior_p(windows: Windows, old: np.ndarray, new: np.ndarray) -> float | No
     blocks = [promotion.block_length(one / level) or 1 for one in gains]
     overlapping = math.ceil(windows.horizon * (len(windows) - 1) / (windows.origins[-1] - windows.origins[0]))
     # The middle one of the estimates: the longest of many is so by chance, and too long a block sees too little noise.
-    indices = promotion.resampled_indices(len(old), max(math.ceil(np.median(blocks)), overlapping))
+    block = max(math.ceil(np.median(blocks)), overlapping)
+    indices = resampled_indices(len(old), block, promotion.INTERVAL_REPETITIONS, promotion.SEED)
     shares = np.stack([np.bincount(one, minlength=len(old)) for one in indices]) / len(old)  # [R, W]
     means, spreads = gains.mean(axis=1), gains.std(axis=1)  # [K]
     resampled = shares @ gains.T  # [R, K], and their spreads, each of its own windows: few windows have wide tails

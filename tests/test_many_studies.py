@@ -46,7 +46,7 @@ def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
     assert len(rows) == STUDIES
     assert (rows[0]["done"], rows[0]["state"], rows[9]["done"], rows[9]["state"]) == (100, "finished", 50, "running")
 
-    rows = json.loads(many_studies.promote(database_url, tmp_path))
+    rows = json.loads(many_studies.promote(database_url, tmp_path, many_studies.PROMOTED))
     assert [row["symbol"] for row in rows] == many_studies.PROMOTED
     assert all(row["improvement_low"] < row["improvement"] < row["improvement_high"] for row in rows)
 
