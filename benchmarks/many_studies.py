@@ -138,10 +138,10 @@ def confirmation() -> dict[str, Any]:
             errors=tuple(errors.random() for _ in range(count)), seconds={}, latency_s=None,
         )  # fmt: skip
 
-    def one(params: dict[str, Any], trial: int | None = None, source: Source = "trial") -> MeasuredConfiguration:
+    def one(params: Mapping[str, Any], trial: int | None = None, source: Source = "trial") -> MeasuredConfiguration:
         return MeasuredConfiguration(
             model="toto",
-            params=params,
+            params=dict(params),
             trial=trial,
             source=source,
             validation=measured(COUNTS["validation"]),
