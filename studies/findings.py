@@ -61,15 +61,18 @@ class Finding:
         return None if params is None or self.evidence is None else self.evidence.find(params)
 
 
-def find(storage: RetryingStorage, key: str, symbols: Collection[str] = ()) -> dict[str, list[Finding]]:
+def find(
+    storage: RetryingStorage, key: str, symbols: Collection[str] = (), *, pnl: str = ""
+) -> dict[str, list[Finding]]:
     """The newest study of a key for every symbol, or for these, and model, with its evidence.
 
+    pnl: those that search this strategy's return too; by default those that search none.
     Raises DatabaseUnavailable.
     """
     studies = [
         study
         for study in studying.list_studies(storage)
-        if study.key == key and (not symbols or study.symbol in symbols)
+        if study.key == key and study.pnl == pnl and (not symbols or study.symbol in symbols)
     ]
     progress = study_progress(storage, [study.study_id for study in studies])
     newest: dict[tuple[str, str], Study] = {}

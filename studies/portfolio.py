@@ -86,6 +86,7 @@ def _is_comparable(run: StudyRun, study: Study) -> bool:
     mine, theirs = run.study.definition, study.definition
     return (
         study.symbol != run.study.symbol
+        and study.pnl == run.study.pnl
         and all(mine.get(part) == theirs.get(part) for part in SAME)
         and group_of(study.symbol, run.pool) == group_of(run.study.symbol, run.pool)
         and bool(abs(_time(study.as_of) - _time(run.study.as_of)) <= np.timedelta64(round(run.pool_days * 86_400), "s"))
