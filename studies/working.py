@@ -26,7 +26,6 @@ from storage import DatabaseUnavailable, retrying, slots
 from storage.retrying import ClaimLost, RetryingStorage
 from storage.slots import Slot
 from studies import confirmation, returns
-from studies.backtesting import forecasts_of, returns_of
 from studies.evidence import measurement_json, params_text, to_json
 from studies.measuring import Host, Stopped
 from studies.portfolio import read as read_portfolio
@@ -213,6 +212,8 @@ def _earned(
     Fills are conservative and offsets zero. The forecasts are those that the error is of: the evaluator has kept them.
     Raises ForecastError.
     """
+    from studies.backtesting import forecasts_of, returns_of  # here: other searches do not need what trades
+
     windows = run.split.validation
     forecasts = forecasts_of(evaluator, windows, params, [strategy], kind=SeedKind.STUDY)
     return float(returns_of(strategy, windows, asset, forecasts).mean())
