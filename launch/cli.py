@@ -31,6 +31,8 @@ from launch.options import (
     gpus_option,
     json_option,
     models_option,
+    objective_pnl_option,
+    pnl_gate_option,
     profile_option,
     shared,
     symbols_option,
@@ -38,7 +40,6 @@ from launch.options import (
 )
 from launch.output import counted, say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
-from objectives.strategies import STRATEGIES
 from storage import DatabaseUnavailable
 from storage.commands import command
 from studies.config import MAX_TRIALS, Config, ConfigError
@@ -54,6 +55,7 @@ from studies.config import MAX_TRIALS, Config, ConfigError
 @click.option("--trials", type=click.IntRange(1, MAX_TRIALS), help="Number of trials per study, also existing ones.")
 @click.option("--objective", type=click.Choice(["sampled", "exact"]),
               help="The exact objective has no sampling noise.  [default: sampled]")  # fmt: skip
+@objective_pnl_option("Search the return of STRATEGY beside the MAE, in studies of their own; no trial is pruned.")
 @click.option("--strict", is_flag=True, help="Refuse to begin if a symbol cannot be searched, instead of skipping it.")
 @click.option("--retry-parked", is_flag=True, help="Try parked work again that was parked less than a day ago.")
 @click.option("--plain", is_flag=True, help="Print lines of progress instead of the live table.")
@@ -112,8 +114,8 @@ def launch_workers(
 @click.option("--max-p", type=Fraction(0, 1), metavar="P",
               help="Keep the incumbent if the p-value of the improvement is above P.")  # fmt: skip
 @click.option("--require-skill", is_flag=True, help='Promote nothing that does worse than "no change".')
-@click.option("--pnl-gate", type=click.Choice([name for name, one in STRATEGIES.items() if one.forecasts]),
-              metavar="STRATEGY", help="Keep the incumbent if with 95 % confidence it earns more.")  # fmt: skip
+@pnl_gate_option
+@objective_pnl_option("Promote from the studies that search the return of STRATEGY too, by their MAE.")
 @click.option("--on", "on", type=click.Choice(["pooled", "confirmation", "validation"]), default="pooled",
               show_default=True, help="What decides: the evidence of all symbols, or the symbol's own windows of "
               "confirmation, or those of the search, whose MAEs are biased.")  # fmt: skip
@@ -271,8 +273,8 @@ def confirm(config: Config, name: str, gpus: Sequence[Sequence[int]], cpus: int 
     study = next((study for study in studying.list_studies(storage) if study.name == name), None)
     if study is None:
         raise ConfigError(f"no study {name!r}; see: {command('studies list')}")
-    objective = study.definition["objective"]
-    config = replace(config, search=replace(config.search, models=(study.model,), objective=objective))
+    defined = {"objective": study.definition["objective"], "objective_pnl": study.pnl}
+    config = replace(config, search=replace(config.search, models=(study.model,), **defined))
     device_slots = devices.device_slots(flat(gpus) or None, cpus)[:1]  # a confirmation is one slot
     series, notes = read_series(config, [study.symbol])
     checkpoint = checkpoint_fingerprint(config, study.model)

@@ -19,6 +19,7 @@ import click
 from forecasters import KEYS, ExpectedError
 from forecasters.models import MODELS
 from launch.output import say
+from objectives.strategies import FORECASTING
 from storage.commands import suggested_with
 from storage.symbols import SymbolError, check_symbol
 from studies import config as configuration
@@ -71,6 +72,7 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
             "storage": {"url": storage or None},
             "data": {"dir": data_dir},
             "hyperparams": {"dir": hyperparams_dir},
+            "search": {"objective_pnl": options.pop("objective_pnl", None)},  # of the commands that have it
         }
         path = configuration.DEMO_PATH if config_path == Path("demo") else config_path
         with suggested_with(config_path), one_line_errors():
@@ -197,6 +199,19 @@ keys_option = click.option(
     metavar="A,B,..",
     help=f"Prices of a bar, of {','.join(KEYS)}.  [default: that of the settings, close]",
 )
+pnl_gate_option = click.option(
+    "--pnl-gate",
+    type=click.Choice(FORECASTING),
+    metavar="STRATEGY",
+    help="Keep the incumbent if with 95 % confidence it earns more.",
+)
+
+
+def objective_pnl_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add --objective-pnl, which goes into the Config; purpose: its help."""
+    return click.option("--objective-pnl", type=click.Choice(FORECASTING), metavar="STRATEGY", help=purpose)
+
+
 gpus_option = click.option("--gpus", type=Numbers(), multiple=True, help="GPUs to use, with one worker each.")
 cpus_option = click.option("--cpus", type=click.IntRange(min=1), help="Number of CPU workers, one core each.")
 processes_option = click.option(

@@ -100,6 +100,7 @@ def confirmation_cost(config: Config, models: Sequence[str]) -> str:
     windows = counts.confirmation + counts.test + counts.validation
     parts = []
     for model in models:
-        most = candidates.most_encodings(spaces.make(model, config), in_use=IN_USE)
+        front = bool(config.search.objective_pnl)
+        most = candidates.most_encodings(spaces.make(model, config), in_use=IN_USE, front=front)
         parts.append(f"{windows} x {most} = {windows * most} encodings with {model}")
     return f"each confirmation needs at most {', '.join(parts)}"

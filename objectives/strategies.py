@@ -276,3 +276,4 @@ STRATEGIES = {
         Strategy(name="always_on", rule=_always_on, forecasts=("high", "low"), columns=ALL, offsets=True),
     )
 }
+FORECASTING = tuple(name for name, one in STRATEGIES.items() if one.forecasts)  # what tells two configurations apart

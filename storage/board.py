@@ -155,10 +155,11 @@ def _draft(note: str, plots: Mapping[str, Any], image: Image | None) -> dict[str
 
 
 def trial_values(storage: RetryingStorage, study_id: int) -> dict[int, float]:
-    """The value of every complete trial, by number, in one query."""
+    """The first value of every complete trial, by number, in one query."""
     statement = text(
         "select t.number, v.value from trials t join trial_values v using (trial_id) "
-        "where t.study_id = :study_id and t.state = 'COMPLETE' and v.value is not null order by t.number"
+        "where t.study_id = :study_id and t.state = 'COMPLETE' and v.objective = 0 "
+        "and v.value is not null order by t.number"
     )
     rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id}).all())
     return {row.number: row.value for row in rows}

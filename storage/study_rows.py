@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ with made as (
     insert into studies (study_name) select name from unnest(cast(:names as text[])) as given (name)
     on conflict (study_name) do nothing returning study_id, study_name
 ), directions as (
-    insert into study_directions (study_id, direction, objective) select study_id, 'MINIMIZE', 0 from made
+    insert into study_directions (study_id, direction, objective)
+    select study_id, case objective when 1 then 'MINIMIZE' else 'MAXIMIZE' end :: studydirection, objective - 1
+    from made, generate_series(1, :objectives) as objective
 ), attrs as (
     insert into study_user_attributes (study_id, key, value_json)
     select study_id, key, value from made join unnest(
@@ -38,17 +40,19 @@ select study_name, study_id from made
 def create_studies(
     storage: RetryingStorage,
     wanted: Mapping[str, Mapping[str, Any]],
-    metric: str,
+    metrics: Sequence[str],
     fill: Callable[[Connection, Mapping[str, int]], None],
 ) -> dict[str, int]:
-    """Make minimising studies and, through `fill`, their slots in one transaction: all or none.
+    """Make studies and, through `fill`, their slots in one transaction: all or none.
 
-    wanted: the user attributes of each, by its name. fill: gets the ids of those that are made, by name.
+    wanted: the user attributes of each, by its name. metrics: what the values of a trial are called; the first is
+    minimised, others are maximised. fill: gets the ids of those that are made, by name.
     Returns the id of each by name, also of those that are there already. Raises DatabaseUnavailable.
     """
     names = sorted(wanted)  # two processes at the same studies wait for each other, in place of a deadlock
     attrs = [(name, key, json.dumps(value)) for name in names for key, value in wanted[name].items()]
-    values: dict[str, Any] = {"names": names, "metric_key": METRIC_NAMES, "metric": json.dumps([metric])}
+    values: dict[str, Any] = {"names": names, "metric_key": METRIC_NAMES, "metric": json.dumps(list(metrics))}
+    values["objectives"] = len(metrics)
     values |= {key: [row[n] for row in attrs] for n, key in enumerate(("attr_names", "keys", "values"))}
     found = text("select study_name, study_id from studies where study_name = any(:names)")
 
@@ -67,13 +71,13 @@ def create_study(
     metric: str,
     fill: Callable[[Connection, int], None],
 ) -> int:
-    """Make one study as `create_studies` does. Returns its id."""
+    """Make one study of one metric as `create_studies` does. Returns its id."""
 
     def fill_it(connection: Connection, made: Mapping[str, int]) -> None:
         for study_id in made.values():
             fill(connection, study_id)
 
-    return create_studies(storage, {name: user_attrs}, metric, fill_it)[name]
+    return create_studies(storage, {name: user_attrs}, [metric], fill_it)[name]
 
 
 def rename_study(storage: RetryingStorage, name: str, new_name: str) -> bool:
@@ -87,13 +91,14 @@ def rename_study(storage: RetryingStorage, name: str, new_name: str) -> bool:
 
 BEST_MAE = """
 select t.study_id, min(v.value) as mae from trials t join trial_values v using (trial_id)
-where t.state = 'COMPLETE' and (cast(:study_ids as integer[]) is null or t.study_id = any(:study_ids))
+where t.state = 'COMPLETE' and v.objective = 0
+  and (cast(:study_ids as integer[]) is null or t.study_id = any(:study_ids))
 group by t.study_id
 """
 
 BEST_TRIALS = """
 select t.trial_id, t.number, v.value from trials t join trial_values v using (trial_id)
-where t.study_id = :study_id and t.state = 'COMPLETE' order by v.value, t.number limit :count
+where t.study_id = :study_id and t.state = 'COMPLETE' and v.objective = 0 order by v.value, t.number limit :count
 """
 
 EFFORTS = """
@@ -111,13 +116,13 @@ STATES = "select state::text, count(*) from trials where study_id = :study_id gr
 
 
 def best_values(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, float]:
-    """The smallest value of every study, or of these, that has a complete trial, by study id, in one query."""
+    """The smallest first value of every study, or of these, that has a complete trial, by study id, in one query."""
     values = {"study_ids": None if study_ids is None else list(study_ids)}
     return {row.study_id: row.mae for row in storage.transaction(lambda c: c.execute(text(BEST_MAE), values).all())}
 
 
 def best_trials(storage: RetryingStorage, study_id: int, count: int) -> list[FrozenTrial]:
-    """The complete trials with the smallest values, best first; of equal ones the earlier."""
+    """The complete trials with the smallest first values, best first; of equal ones the earlier."""
     values = {"study_id": study_id, "count": count}
     rows = storage.transaction(lambda c: c.execute(text(BEST_TRIALS), values).all())
     return [storage.get_trial(row.trial_id) for row in rows]

@@ -1,8 +1,8 @@
 """Strategies traded on a configuration's forecasts through a symbol's last bars, and what that was worth.
 
 Owns which forecasts a backtest makes, how its lines come about and what is said of each. The forecasts are made as they
-are served: by the same evaluator, with the seeds of SeedKind.SERVED. Pure apart from the evaluator: knows no files,
-databases or commands.
+are served: by the same evaluator, with the seeds of SeedKind.SERVED; those of a trial
+have its own. Pure apart from the evaluator: knows no files, databases or commands.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from objectives.evaluation import Evaluator
 from objectives.fills import Booked, Trades, book
 from objectives.performance import MIN_BARS, Performance, deflated_sharpe, equal_weight, performance, sharpe_a_bar
 from objectives.strategies import BAND, SIGMA_BARS, STRATEGIES, Forecasts, Known, Positions, Strategy, known_before
-from objectives.windows import Contexts
+from objectives.windows import Contexts, SeedKind
 from studies.comparing import ComparedConfiguration
 from studies.promotion import ReturnsDifference
 from studies.walk_forward import Rivals, walk_forward
@@ -73,7 +73,12 @@ def last_bars(symbol: str, bars: Bars, count: int) -> Contexts:
 
 
 def forecasts_of(
-    evaluator: Evaluator, contexts: Contexts, params: Mapping[str, Any], chosen: Sequence[Strategy]
+    evaluator: Evaluator,
+    contexts: Contexts,
+    params: Mapping[str, Any],
+    chosen: Sequence[Strategy],
+    *,
+    kind: SeedKind = SeedKind.SERVED,
 ) -> Forecasts:
     """What these strategies need to know of each bar, forecast from the bars before it. contexts: of one bar each.
 
@@ -81,7 +86,8 @@ def forecasts_of(
     """
     needed = {name for one in chosen for name in one.forecasts}
     keys = (CLOSE, *(key for key in ("high", "low") if key in needed))
-    served = {key: points[:, 0] for key, points in evaluator.forecast_keys(contexts, params, keys).served.items()}
+    answers = evaluator.forecast_keys(contexts, params, keys, kind=kind)
+    served = {key: points[:, 0] for key, points in answers.served.items()}
     for key, points in served.items():
         if (bad := ~(points > 0)).any():
             first = int(bad.argmax())
@@ -91,8 +97,8 @@ def forecasts_of(
     band = None
     if "band" in needed:
         low, high = (
-            evaluator.forecast_keys(contexts, {**params, "aggregate": f"quantile_{share:.2f}"}, (CLOSE,)).scored[CLOSE]
-            for share in BAND
+            evaluator.forecast_keys(contexts, {**params, "aggregate": quantile}, (CLOSE,), kind=kind).scored[CLOSE]
+            for quantile in (f"quantile_{share:.2f}" for share in BAND)
         )
         band = np.maximum(high - low, 0.0)[:, 0] / contexts.last_closes
     return Forecasts(close=served[CLOSE], high=served.get("high"), low=served.get("low"), band=band)
@@ -135,6 +141,13 @@ def _with_offsets(plan: Plan, one: Strategy, known: Known, bars: Bars, asset: As
     ]
 
 
+def returns_of(one: Strategy, windows: Contexts, asset: AssetClass, forecasts: Forecasts) -> np.ndarray:
+    """What a strategy without fitted offsets earns on these bars, one after the other, [W], with conservative fills."""
+    first, count = windows.origins[0], len(windows)
+    orders = one.orders(known_before(windows.bars, first, forecasts), shorts=asset.shorts)
+    return book(orders, windows.bars.slice(first, first + count), asset).returns
+
+
 def returns_difference(
     one: Strategy, windows: Contexts, asset: AssetClass, old: Forecasts, new: Forecasts
 ) -> ReturnsDifference:
@@ -142,13 +155,7 @@ def returns_difference(
 
     windows: the bars that both are of, one after the other.
     """
-    first, count = windows.origins[0], len(windows)
-    bars = windows.bars.slice(first, first + count)
-    earned = [
-        book(one.orders(known_before(windows.bars, first, each), shorts=asset.shorts), bars, asset).returns
-        for each in (old, new)
-    ]
-    difference = earned[1] - earned[0]
+    difference = returns_of(one, windows, asset, new) - returns_of(one, windows, asset, old)
     return ReturnsDifference(strategy=one.name, value=float(difference.mean()), interval=mean_interval(difference))
 
 

@@ -20,7 +20,8 @@ from forecasters.models import MODELS
 from studies.evidence import Source
 from studies.space import Space
 
-TRIALS = 5  # that are confirmed, at most
+TRIALS = 5  # of the lowest error that are confirmed, at most
+FRONT = 5  # of a Pareto front that are confirmed beside them, at most
 PORTFOLIO = 5  # configurations that other symbols confirmed, at most
 NEIGHBOURHOOD = 0.2  # configurations nearer than this tell the same
 
@@ -39,20 +40,27 @@ def choose(
     trials: Sequence[tuple[int, dict[str, Any]]],
     default: Mapping[str, Any],
     portfolio: Iterable[Mapping[str, Any]] = (),
+    *,
+    front: Sequence[Mapping[str, Any]] = (),
 ) -> list[Candidate]:
     """The candidates of a study: trials in the order of the search, then the grid or the portfolio, then the default.
 
     trials: number and params of all complete trials, best first, no params twice.
+    front: params of the trials of a Pareto front, highest return first; the first FRONT of them are candidates too.
     portfolio: what other symbols confirmed best, best first; not looked at where the grid is measured.
     """
-    numbers = {_key(params): number for number, params in reversed(trials)}
+    numbers, front = {_key(params): number for number, params in reversed(trials)}, front[:FRONT]
     if shared_knobs(space):
         best = [params for _, params in trials[:TRIALS]]
         more: tuple[Source, Sequence[Mapping[str, Any]]] = ("grid", _grid(space, best))
     else:
         best = distinct(space, (params for _, params in trials), TRIALS)
-        more = ("portfolio", distinct(space, portfolio, PORTFOLIO, beside=[*best, default]))
-    sources: list[tuple[Source, Sequence[Mapping[str, Any]]]] = [("trial", best), more, ("default", [default])]
+        more = ("portfolio", distinct(space, portfolio, PORTFOLIO, beside=[*best, *front, default]))
+    sources: list[tuple[Source, Sequence[Mapping[str, Any]]]] = [
+        ("trial", [*best, *front]),
+        more,
+        ("default", [default]),
+    ]
     found: dict[frozenset[Any], Candidate] = {}
     for source, configurations in sources:
         for params in configurations:
@@ -166,17 +174,18 @@ def cost(model: str, configurations: Sequence[Mapping[str, Any]], *, windows: in
     return Cost(configurations=len(configurations), windows=windows, encodings=len(encodings), passes=passes)
 
 
-def most_encodings(space: Space, *, in_use: int) -> int:
+def most_encodings(space: Space, *, in_use: int, front: bool = False) -> int:
     """How many distinct encodings of a window a confirmation needs at most, before there are trials.
 
-    in_use: the number of configurations in use.
+    in_use: the number of configurations in use. front: whether the study has a Pareto front.
     """
+    trials = TRIALS + FRONT * front
     combinations = math.prod(
         round((knob.high - knob.low) / knob.step) + 1 if isinstance(knob, Range) and knob.step
-        else TRIALS if isinstance(knob, Range)
+        else trials if isinstance(knob, Range)
         else len(knob)
         for name, knob in space.knobs.items()
         if name in MODELS[space.model].params.encode
     )  # fmt: skip
     others = 0 if shared_knobs(space) else PORTFOLIO
-    return min(combinations, TRIALS) + others + in_use + 1
+    return min(combinations, trials) + others + in_use + 1

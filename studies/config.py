@@ -24,6 +24,7 @@ from forecasters.models import MODELS
 from forecasters.settings import AGGREGATES, CHECKPOINT, PATTERNS, at_least, kind_of, one_of, setting
 from objectives import aggregation
 from objectives.costs import AssetClass, bars_a_day
+from objectives.strategies import FORECASTING
 
 DEFAULTS_PATH = Path(__file__).with_name("defaults.toml")
 DEMO_PATH = Path(__file__).with_name("demo.toml")
@@ -54,6 +55,10 @@ def _address(value: str) -> str | None:
     except ValueError:
         return "must be an IP address of this machine, or 0.0.0.0 for all of them"
     return None
+
+
+def _strategy(value: str) -> str | None:
+    return value and one_of(*FORECASTING)(value) and f"must be empty, or one of {', '.join(FORECASTING)}"
 
 
 def _trials(value: int) -> str | None:
@@ -90,6 +95,7 @@ class WindowCounts:
 class Search:
     models: tuple[str, ...] = setting(_known_models)
     objective: str = setting(one_of("sampled", "exact"))
+    objective_pnl: str = setting(_strategy)
     trials: int = setting(_trials)
     key: str = setting(one_of(*KEYS))
     rung: int = setting(at_least(1))

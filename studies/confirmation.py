@@ -15,7 +15,7 @@ from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import measure_no_change, no_change_errors
 from objectives.windows import Windows
-from studies import candidates, evidence
+from studies import candidates, evidence, returns
 from studies.candidates import Candidate
 from studies.evidence import MeasuredConfiguration, Part, Source, StudyEvidence
 from studies.measuring import ALONE, FRESH_FROM, Entry, Host, Measuring
@@ -35,6 +35,8 @@ def confirm(
 ) -> StudyEvidence:
     """Measure the candidates and what is in use with fresh seeds, on the confirmation windows and once on test.
 
+    Of a study that searches returns too, the trials of the Pareto front that earn the most are candidates as well.
+
     in_use: params by label. portfolio: what other symbols confirmed best, best first.
     A candidate that is no trial, and what is in use, says in its `error` why it could not be measured. So does a
     candidate that was dropped, as it could not win any more: never where configurations share their draws.
@@ -44,9 +46,11 @@ def confirm(
     Raises ForecastError where a trial's configuration cannot be measured, and what `host` raises.
     """
     trials = complete_trials(run)
+    front = returns.front(run.optuna_study)[::-1] if run.study.pnl else []
+    earning = [run.space.complete(trial.params) for trial in front]
 
     def prepare(portfolio: Sequence[Mapping[str, Any]]) -> tuple[list[Candidate], list[Entry], Measuring]:
-        chosen = candidates.choose(run.space, trials, run.default, portfolio)
+        chosen = candidates.choose(run.space, trials, run.default, portfolio, front=earning)
         entries = _entries(run, chosen, in_use)
         return chosen, entries, Measuring(run, evaluator, entries, host)
 
@@ -118,7 +122,7 @@ def complete_trials(run: StudyRun) -> list[tuple[int, dict[str, Any]]]:
     """Number and params of the complete trials, lowest MAE first, no params twice; of equal ones the first."""
     trials = run.optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     found: dict[frozenset[Any], tuple[int, dict[str, Any]]] = {}
-    for trial in sorted(trials, key=lambda trial: (trial.value, trial.number)):
+    for trial in sorted(trials, key=lambda trial: (trial.values[0], trial.number)):
         params = run.space.complete(trial.params)
         found.setdefault(frozenset(params.items()), (trial.number, params))
     return list(found.values())

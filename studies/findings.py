@@ -62,17 +62,18 @@ class Finding:
 
 
 def find(
-    storage: RetryingStorage, key: str, symbols: Collection[str] = (), *, others: bool = False
+    storage: RetryingStorage, key: str, symbols: Collection[str] = (), *, others: bool = False, pnl: str = ""
 ) -> dict[str, list[Finding]]:
     """The newest study of a key for every symbol, or for these, and model, with its evidence.
 
     others: also for the other symbols, with what was measured on the confirmation windows alone, to pool with.
+    pnl: those that search this strategy's return too; by default those that search none.
     Raises DatabaseUnavailable.
     """
     studies = [
         study
         for study in studying.list_studies(storage)
-        if study.key == key and (others or not symbols or study.symbol in symbols)
+        if study.key == key and study.pnl == pnl and (others or not symbols or study.symbol in symbols)
     ]
     progress = study_progress(storage, [study.study_id for study in studies])
     newest: dict[tuple[str, str], Study] = {}

@@ -47,7 +47,7 @@ def importances(storage: RetryingStorage, name: str) -> tuple[dict[str, float] |
         # That it is experimental, and that a conditional knob which few trials had may get too little.
         warnings.simplefilter("ignore")
         evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, BEST / complete))
-        return get_param_importances(study, evaluator=evaluator), None
+        return get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0]), None
 
 
 def of_grid(space: Space, evidence: StudyEvidence) -> dict[str, float] | None:

@@ -16,6 +16,7 @@ from storage.retrying import RetryingStorage
 from studies.beliefs import Case, beliefs_of, family, group_of
 from studies.candidates import shared_knobs
 from studies.evidence import MeasuredConfiguration, StudyEvidence, from_json
+from studies.returns import strategy_of
 from studies.study import Study, StudyRun, list_studies
 
 SYMBOLS = 30  # whose studies are read, at most: those with the newest bars
@@ -86,6 +87,7 @@ def _is_comparable(run: StudyRun, study: Study) -> bool:
     mine, theirs = run.study.definition, study.definition
     return (
         study.symbol != run.study.symbol
+        and strategy_of(mine) == strategy_of(theirs)
         and all(mine.get(part) == theirs.get(part) for part in SAME)
         and group_of(study.symbol, run.pool) == group_of(run.study.symbol, run.pool)
         and bool(abs(_time(study.as_of) - _time(run.study.as_of)) <= np.timedelta64(round(run.pool_days * 86_400), "s"))

@@ -16,7 +16,7 @@ from storage import configs, history
 from storage.commands import command
 from storage.configs import ConfigFileError, Record
 from storage.retrying import RetryingStorage
-from studies import findings, promoted_file, promotion
+from studies import findings, promoted_file, promotion, returns
 from studies.beliefs import SymbolBeliefs
 from studies.config import Config
 from studies.evidence import MeasuredConfiguration, relative_gain
@@ -112,18 +112,22 @@ def promote(
     read or written, or that has no study, fails and does not keep the others. Raises NothingToPromote.
     """
     pools = rule.on == "pooled" and config.promotion.pool != "none"
-    found = findings.find(storage, config.search.key, symbols, others=pools)
+    pnl, said = config.search.objective_pnl, returns.option(config.search.objective_pnl)
+    found = findings.find(storage, config.search.key, symbols, others=pools, pnl=pnl)
     asked = {symbol: [one.study for one in found[symbol] if one.study.model in models] for symbol in found}
     wanted = list(symbols) or sorted(symbol for symbol, studies in asked.items() if studies)
     if not any(asked.get(symbol) for symbol in wanted):
         which, words = (f"{wanted[0]}: no study", f" --symbols {wanted[0]}") if wanted else ("no study yet", "")
-        raise NothingToPromote(f"{which}; make one with: {command(f'launch-workers{words}')}")
+        raise NothingToPromote(f"{which}; make one with: {command(f'launch-workers{words}{said}')}")
     believed = findings.believe(config, found, wanted, models) if rule.on == "pooled" else {}
 
     def judge(symbol: str) -> SymbolCase | SymbolDecision:
         if not asked.get(symbol):
             return SymbolDecision(
-                symbol=symbol, decision="failed", reason="no study", next=command(f"launch-workers --symbols {symbol}")
+                symbol=symbol,
+                decision="failed",
+                reason="no study",
+                next=command(f"launch-workers --symbols {symbol}{said}"),
             )
         try:
             # A model that is not asked for may still have measured the incumbent.
@@ -308,12 +312,13 @@ def _promised(case: SymbolCase) -> float | None:
 
 def _next(verdict: Verdict) -> str | None:
     study, reason = verdict.finding.study, verdict.decision.reason
+    said = returns.option(study.pnl)
     if reason == "not confirmed" and verdict.finding.open:
-        return command(f"launch-workers --symbols {study.symbol} --models {study.model}")
+        return command(f"launch-workers --symbols {study.symbol} --models {study.model}{said}")
     if reason in ("not confirmed", "stale"):
         return command(f"studies confirm {study.name}")
     if reason == "not comparable":
-        return command(f"promote --symbols {study.symbol} --force")
+        return command(f"promote --symbols {study.symbol}{said} --force")
     return None
 
 

@@ -1,6 +1,7 @@
 """Open and resume a study, ask for its confirmation anew; make it ready for a worker.
 
-A study is SYMBOL/model@AS_OF in Optuna, with a definition (its user attribute) that says what its numbers mean.
+A study is SYMBOL/model@AS_OF in Optuna, where it searches returns +STRATEGY after it, with a definition (its user
+attribute) that says what its numbers mean.
 Knows Optuna and the slots. Knows nothing of processes, devices or commands.
 """
 
@@ -26,7 +27,7 @@ from storage.commands import command
 from storage.configs import ConfigFileError
 from storage.progress import Confirmation, Progress, progress_in, read_confirmations, study_progress
 from storage.retrying import RetryingStorage
-from studies import sampler
+from studies import returns, sampler
 from studies import space as spaces
 from studies.config import Config, ConfigError
 from studies.evidence import MEASURED_PATHS
@@ -35,9 +36,9 @@ from studies.series import Series, confirmation_windows, split_windows, window_s
 from studies.space import Space
 from studies.starts import volatility_starts
 
-METRIC = "pct_return_mae"  # of the close; of another key, that is at its end
+METRIC = "pct_return_mae"  # of the close; of another key, that is at its end, as numbers of two keys never mix
 DEFINITION = "definition"  # study user attribute
-NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)")
+NAME = re.compile(r"(?P<symbol>" + symbols.PATTERN + r")/(?P<model>[a-z0-9]+)@(?P<as_of>[0-9TZ:.-]+)(?:\+[a-z_]+)?")
 ASIDE = "~"  # stands between the name that a retired study had and the time when it was set aside
 CREATED_TOGETHER = 200  # studies made in one transaction; a crash costs no more than these
 SEARCH_PASSES = (0,)  # the seeds of every trial
@@ -65,6 +66,11 @@ class Study:
         """Which price of a bar it searches."""
         return self.definition["metric"].removeprefix(METRIC).removeprefix("_") or CLOSE
 
+    @property
+    def pnl(self) -> str:
+        """The strategy whose return it searches as a second objective; empty: it has none."""
+        return returns.strategy_of(self.definition)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -76,16 +82,11 @@ class Opened:
     notes: tuple[str, ...]
 
 
-def metric_of(key: str) -> str:
-    """What studies of a key minimise: numbers of two keys never mix, and existing studies of the close go on."""
-    return METRIC if key == CLOSE else f"{METRIC}_{key}"
-
-
 # --- opening -------------------------------------------------------------------------------------------------
 
 
 def define(config: Config, series: Series, model: str, as_of: str, checkpoint: str) -> dict[str, Any]:
-    """What the numbers of a study mean: equal definitions make comparable numbers. Raises DataError.
+    """What the numbers of a study mean: equal definitions make comparable numbers. Raises DataError, ConfigError.
 
     checkpoint: the fingerprint of the forecaster's weights.
     """
@@ -94,12 +95,14 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
     validation = split_windows(config, series.symbol, bars).validation
     # Where a forward has the windows of a rung there is no entry: definitions were once written without one.
     batch = {"batch": search.batch_size} if search.batch_size != search.rung else {}
+    space = spaces.make(model, config)
     return {
         "symbol": series.symbol,
         "model": model,
         "as_of": as_of,
-        "metric": metric_of(search.key),
+        "metric": METRIC if search.key == CLOSE else f"{METRIC}_{search.key}",
         "objective": search.objective,
+        **returns.defined(config, validation, space),
         "bars": bars_fingerprint(bars),
         "windows": {
             "horizon": counts.horizon,
@@ -109,7 +112,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
             "rung": search.rung,
             **batch,
         },
-        "space": spaces.make(model, config).to_json(),
+        "space": space.to_json(),
         "checkpoint": checkpoint,
         "no_change_mae": measure_no_change(validation),  # follows from bars and windows; kept for those who read
     }
@@ -122,13 +125,14 @@ MISMATCHES = {
     "space": "the model's search space differs from the one it was opened with; set it back",
     "checkpoint": "the model's checkpoint is not the one it was opened with; set it back",
     "metric": "it searches another key than [search] key, and numbers of two keys never mix; set it back",
+    returns.PNL: "what trading costs, [backtest], is not what it was opened with; set it back",
 }
 
 
 def check_definition(study: Study, now: Mapping[str, Any]) -> None:
     """Raises StudyMismatch naming the first part that changed."""
     for part, reason in MISMATCHES.items():
-        if study.definition.get(part) != now[part]:
+        if study.definition.get(part) != now.get(part):
             retire = command(f"studies retire {study.name}")
             raise StudyMismatch(f"study {study.name}: {reason}, or set the study aside with: {retire}")
 
@@ -171,7 +175,7 @@ def open_studies(
     asked_for = {(item.symbol, model) for item in wanted for model in models}
     existing: dict[tuple[str, str], list[Study]] = {}
     for study in list_studies(storage):
-        if (study.symbol, study.model) in asked_for:
+        if (study.symbol, study.model) in asked_for and study.pnl == config.search.objective_pnl:
             existing.setdefault((study.symbol, study.model), []).append(study)
     ids = [study.study_id for found in existing.values() for study in found]
     progress = study_progress(storage, ids)
@@ -330,7 +334,7 @@ def reconfirm(
         return True
 
     if not storage.transaction(ask):
-        words = f"launch-workers --symbols {study.symbol}"
+        words = f"launch-workers --symbols {study.symbol}{returns.option(study.pnl)}"
         raise ConfigError(f"study {study.name} has trials left; finish them with: {command(words)}")
     return notes
 
@@ -346,7 +350,7 @@ class _Creation:
 
     @property
     def name(self) -> str:
-        return f"{self.definition['symbol']}/{self.definition['model']}@{self.definition['as_of']}"
+        return returns.name_of(self.definition)
 
 
 def _create(storage: RetryingStorage, config: Config, new: Sequence[_Creation]) -> dict[str, Opened]:
@@ -360,7 +364,7 @@ def _create(storage: RetryingStorage, config: Config, new: Sequence[_Creation]) 
         slots.raise_budgets(connection, made.values(), budget)
 
     attrs = {name: {DEFINITION: one.definition} for name, one in by_name.items()}
-    ids = study_rows.create_studies(storage, attrs, metric_of(config.search.key), fill)
+    ids = study_rows.create_studies(storage, attrs, returns.metrics_of(new[0].definition), fill)
     opened = {}
     for name, one in by_name.items():
         parts = {part: one.definition[part] for part in ("symbol", "model", "as_of")}

@@ -17,12 +17,15 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from objectives.costs import AssetClass
 from objectives.evaluation import STAGES, Evaluator
 from objectives.metrics import Measurement
+from objectives.strategies import Strategy
+from objectives.windows import SeedKind
 from storage import DatabaseUnavailable, retrying, slots
 from storage.retrying import ClaimLost, RetryingStorage
 from storage.slots import Slot
-from studies import confirmation
+from studies import confirmation, returns
 from studies.evidence import measurement_json, params_text, to_json
 from studies.measuring import Host, Stopped
 from studies.portfolio import read as read_portfolio
@@ -155,6 +158,7 @@ def _run_trial(
     except ClaimLost:  # frozen between the claim and here
         return Outcome(state="lost", number=slot.number, text="before its trial began")
     reported: list[float] = []
+    traded = returns.traded_by(run.study.definition)
 
     def report(windows_done: int, mae: float) -> None:
         reported.append(mae)
@@ -173,7 +177,10 @@ def _run_trial(
             if (clipped := run.clipped(params)) is not None:
                 trial.set_user_attr("clipped", clipped)
             storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
-            measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=report)
+            # Optuna prunes by one value only.
+            on_rung = None if traded else report
+            measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=on_rung)
+            earned = [_earned(run, evaluator, params, *traded)] if traded else []
             for name, value in readable(measured).items():
                 trial.set_user_attr(name, value)
         except optuna.TrialPruned:
@@ -188,12 +195,28 @@ def _run_trial(
             with contextlib.suppress(UpdateFinishedTrialError):
                 end(TrialState.FAIL)
             raise
-        end(TrialState.COMPLETE, measured.mae)
+        end(TrialState.COMPLETE, measured.mae, *earned)
         slots.finish(storage, slot, seconds=clock.lap())
     except UpdateFinishedTrialError:  # the lease was lost, and with it the trial
         return Outcome(state="lost", number=trial.number, text=params_text(trial.params))
     text = f"{params_text(trial.params)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
+    text += "".join(f" return={value:+.6f}" for value in earned)
     return Outcome(state="complete", number=trial.number, text=text)
+
+
+def _earned(
+    run: StudyRun, evaluator: Evaluator, params: Mapping[str, Any], strategy: Strategy, asset: AssetClass
+) -> float:
+    """The mean net return a bar of a strategy on the windows of the search, traded on these params' forecasts there.
+
+    Fills are conservative and offsets zero. The forecasts are those that the error is of: the evaluator has kept them.
+    Raises ForecastError.
+    """
+    from studies.backtesting import forecasts_of, returns_of  # here: other searches do not need what trades
+
+    windows = run.split.validation
+    forecasts = forecasts_of(evaluator, windows, params, [strategy], kind=SeedKind.STUDY)
+    return float(returns_of(strategy, windows, asset, forecasts).mean())
 
 
 def _new_trial(storage: RetryingStorage, run: StudyRun, slot: Slot, *, attrs: Mapping[str, str]) -> optuna.Trial:

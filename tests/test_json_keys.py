@@ -41,7 +41,7 @@ LIST = {
 }  # fmt: skip
 SHOW = LIST | {
     "trials", "best", "baselines", "confirmation", "seconds", "importances", "importances_missing", "definition",
-    "decision", "in_use",
+    "decision", "in_use", "front",
 }  # fmt: skip
 BEST = {"trial", "mae", "params"}
 BASELINE = {"params", "validation"}

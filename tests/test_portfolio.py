@@ -87,7 +87,7 @@ def test_a_lucky_accident_of_one_symbol_is_not_believed(place: Place) -> None:
     "changes",
     [
         {"objective": "exact"}, {"checkpoint": "other"}, {"metric": "other"}, {"windows": {"horizon": 5}},
-        {"as_of": "2026-01-19"}, {"model": "toto"}, {"symbol": "BTCUSD"},
+        {"pnl": {"strategy": "simple"}}, {"as_of": "2026-01-19"}, {"model": "toto"}, {"symbol": "BTCUSD"},
     ],
 )  # fmt: skip
 def test_only_comparable_studies_of_other_symbols_count(place: Place, changes: dict[str, Any]) -> None:

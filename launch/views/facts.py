@@ -12,12 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.views.decisions import NEXT
-from launch.views.tables import NOTHING, Column, Table, duration, numbers, percent_error, percent_gain, percent_share
+from launch.views.tables import (
+    NOTHING,
+    Column,
+    Table,
+    basis_points,
+    duration,
+    numbers,
+    percent_error,
+    percent_gain,
+    percent_share,
+)
 from storage import board, slots, study_rows
 from storage.commands import command
 from storage.progress import Parked, Progress, parked_slots, read_confirmations, stage_results, worker_seconds
 from storage.retrying import RetryingStorage
-from studies import evidence
+from studies import evidence, returns
 from studies.evidence import StudyEvidence, params_text, relative_gain
 from studies.study import Study
 
@@ -36,7 +46,10 @@ class StudyFacts:
     progress: Progress
     states: Mapping[str, int]  # number of trials by state
     values: Mapping[int, float]  # MAE on the search windows by number of the complete trial
-    best: Sequence[study_rows.FrozenTrial]  # the best trials of the search, best first; values are MAEs as above
+    best: Sequence[study_rows.FrozenTrial]  # the best trials of the search, best first; first values are MAEs as above
+    front: Sequence[
+        study_rows.FrozenTrial
+    ]  # of MAE and return a bar, lowest MAE first; none where no return is searched
     baselines: Mapping[str, Mapping[str, Any]]  # what was in use when the search began, by label, as stored
     result: Mapping[str, Any] | None  # of the confirmation, as stored; `evidence` is the same, typed
     evidence: StudyEvidence | None
@@ -62,7 +75,9 @@ class StudyFacts:
     @property
     def configurations(self) -> dict[str, Mapping[str, Any]]:
         """The parameters of every configuration that a table names, by its name there."""
-        found: dict[str, Mapping[str, Any]] = {trial_name(trial.number): trial.params for trial in self.best}
+        found: dict[str, Mapping[str, Any]] = {
+            trial_name(trial.number): trial.params for trial in (*self.front, *self.best)
+        }
         found |= {label: one["params"] for label, one in self.baselines.items()}
         if self.evidence:
             found |= {self.evidence.title(one): one.params for one in self.evidence.candidates}
@@ -93,14 +108,16 @@ class StudyFacts:
     @property
     def next_command(self) -> str:
         """The command that takes the study a step further."""
-        study = self.study
+        study, pnl = self.study, returns.option(self.study.pnl)
         if self.progress.state != "finished" or self.result is None:
-            return command(f"launch-workers --symbols {study.symbol} --models {study.model}")
+            return command(f"launch-workers --symbols {study.symbol} --models {study.model}{pnl}")
         if self.decision and NEXT in self.decision:
             return self.decision.rsplit(NEXT, 1)[1]
         if self.decision:
-            return command(f"launch-workers --symbols {study.symbol}")  # opens a new study where there are newer bars
-        return command(f"promote --symbols {study.symbol}")
+            return command(
+                f"launch-workers --symbols {study.symbol}{pnl}"
+            )  # opens a new study where there are newer bars
+        return command(f"promote --symbols {study.symbol}{pnl}")
 
 
 def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decision: str | None = None) -> StudyFacts:
@@ -118,6 +135,7 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
         states=study_rows.trial_states(storage, study_id),
         values=board.trial_values(storage, study_id),
         best=study_rows.best_trials(storage, study_id, BEST_SHOWN),
+        front=returns.read_front(storage, study.name) if study.pnl else (),
         baselines=stage_results(storage, study_id, slots.BASELINE),
         result=result,
         evidence=evidence.from_json(study.model, result) if result else None,
@@ -138,7 +156,7 @@ def gather(storage: RetryingStorage, study: Study, progress: Progress, *, decisi
 def search_table(facts: StudyFacts) -> Table:
     """The best trials, what is in use and "no change" on the windows of the search."""
     in_use, no_change = facts.in_use_maes, facts.no_change_mae
-    maes = {trial_name(trial.number): trial.value for trial in facts.best} | in_use
+    maes = {trial_name(trial.number): trial.values[0] for trial in facts.best} | in_use
     incumbent = facts.incumbent_mae
     gains = [percent_gain(None if name in in_use else relative_gain(incumbent, mae)) for name, mae in maes.items()]
     skills = [percent_gain(relative_gain(no_change, mae)) for mae in maes.values()]
@@ -156,6 +174,23 @@ def search_table(facts: StudyFacts) -> Table:
             ),
         ]
     )
+
+
+def front_table(facts: StudyFacts) -> Table:
+    """The Pareto front of MAE and return, on the windows of the search."""
+    return Table(
+        columns=[
+            Column(heading="", cells=[trial_name(trial.number) for trial in facts.front]),
+            numbers("MAE", [percent_error(trial.values[0]) for trial in facts.front]),
+            numbers("return a bar, bp", [basis_points(trial.values[1]) for trial in facts.front]),
+            Column(heading="configuration", cells=[params_text(trial.params) for trial in facts.front], code=True),
+        ]
+    )
+
+
+def front_title(facts: StudyFacts) -> str:
+    """What the table of the front is headed."""
+    return f"Pareto front of MAE and net return of {facts.study.pnl}"
 
 
 CONFIRMED_SHOWN = 10  # configurations: a whole grid has dozens

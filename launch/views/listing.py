@@ -15,7 +15,16 @@ from rich.text import Text
 from launch.output import counted, say, show
 from launch.views import tables
 from launch.views.decisions import in_use_text
-from launch.views.facts import BEST_SHOWN, STAGES, StudyFacts, confirmation_table, gather, search_table
+from launch.views.facts import (
+    BEST_SHOWN,
+    STAGES,
+    StudyFacts,
+    confirmation_table,
+    front_table,
+    front_title,
+    gather,
+    search_table,
+)
 from launch.views.tables import Column, Table, duration, numbers, percent_error, percent_gain, percent_share
 from storage import configs, slots, study_rows
 from storage.commands import command
@@ -66,7 +75,7 @@ class Selection:
     study_ids: Sequence[int] | None = None
     symbols: Sequence[str] = ()
     models: Sequence[str] = ()
-    newest: bool = False  # of each symbol and model only the study with the newest bars
+    newest: bool = False  # of each symbol, model and strategy of returns only the study with the newest bars
 
     def of(self, studies: Sequence[Study]) -> list[Study]:
         """The studies to list, in the order given."""
@@ -79,8 +88,9 @@ class Selection:
         ]
         if not self.newest:
             return found
-        newest = {(study.symbol, study.model): study for study in sorted(found, key=lambda study: study.as_of)}
-        return [study for study in found if newest[study.symbol, study.model] is study]
+        asked = sorted(found, key=lambda study: study.as_of)
+        newest = {(study.symbol, study.model, study.pnl): study for study in asked}
+        return [study for study in found if newest[study.symbol, study.model, study.pnl] is study]
 
 
 def rows(storage: RetryingStorage, study_ids: Sequence[int] | None = None) -> list[StudyRow]:
@@ -210,7 +220,11 @@ class StudyDetails:
         return {
             **asdict(self.row),
             "trials": dict(facts.states),
-            "best": [{"trial": one.number, "mae": one.value, "params": one.params} for one in facts.best],
+            "best": [{"trial": one.number, "mae": one.values[0], "params": one.params} for one in facts.best],
+            "front": [
+                {"trial": one.number, "mae": one.values[0], "return": one.values[1], "params": one.params}
+                for one in facts.front
+            ],
             "baselines": dict(facts.baselines),
             "confirmation": to_json(facts.evidence, compact=False) if facts.evidence else None,
             "decision": facts.decision,
@@ -256,6 +270,8 @@ def render(found: StudyDetails, width: int) -> RenderableType:
         Text(f"{found.row.study}  {found.row.state}  {found.row.done}/{found.row.budget} trials ({trials})"),
         *_section(f"search windows, best {BEST_SHOWN} trials", _without_configurations(search_table(facts), width)),
     ]
+    if facts.front:
+        parts += _section(front_title(facts), _without_configurations(front_table(facts), width))
     if confirmed := facts.evidence:
         count, test = confirmed.windows["confirmation"].count, confirmed.windows["test"].count
         heading = f"confirmation: {count} windows, {test} test windows, {counted(confirmed.passes, 'pass')}"

@@ -20,6 +20,8 @@ from launch.views.facts import (
     UNDECIDED,
     StudyFacts,
     confirmation_table,
+    front_table,
+    front_title,
     gather,
     search_table,
 )
@@ -176,7 +178,7 @@ def _attributes(facts: StudyFacts) -> dict[str, str | None]:
     """A summary of the study, for the dashboard's page that does not show its note."""
     searched = confirmed = None
     if facts.best:
-        searched = f"MAE {percent_error(facts.best[0].value)}, trial {facts.best[0].number}"
+        searched = f"MAE {percent_error(facts.best[0].values[0])}, trial {facts.best[0].number}"
         if (incumbent := facts.incumbent_mae) is not None:
             searched += f"; incumbent {percent_error(incumbent)}"
     best = facts.evidence.best if facts.evidence else None
@@ -205,6 +207,7 @@ def note(facts: StudyFacts, image: Image | None = None) -> str:
         _overview(facts),
         "## Search",
         markdown(search_table(facts), spaced=True),
+        *([f"## {front_title(facts)}", markdown(front_table(facts), spaced=True)] if facts.front else []),
         "## Confirmation",
         _confirmation(facts),
         "## Decision",
