@@ -144,7 +144,7 @@ def promote(
     promote --min-improvement 0.01
     promote --rollback BTCUSD
     """
-    from launch.views import decisions
+    from launch.views import decisions, notes
     from storage import board, history
     from studies import promoting
     from studies import promotion_summary as summary
@@ -182,8 +182,6 @@ def promote(
     if not dry_run:
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")
-        from launch.views import notes  # whose figures need matplotlib
-
         notes.record_decisions(storage, artifacts_folder(config), rows, say=say)
     if any(row.decision == "failed" for row in rows):
         sys.exit(1)

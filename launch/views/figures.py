@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -17,7 +17,9 @@ import plotly.graph_objects as go
 from launch.output import counted
 from studies.evidence import ForecastSeries, StudyEvidence
 from studies.promoting import SymbolDecision
-from studies.replay import RuleOutcome
+
+if TYPE_CHECKING:
+    from studies.replay import RuleOutcome
 
 # The palette of Okabe and Ito, whose colours the colour-blind can tell apart.
 COLOURS = {"best": "#0072B2", "incumbent": "#D55E00", "actual": "#222222", "no change": "#777777"}
