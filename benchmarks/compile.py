@@ -176,7 +176,7 @@ def worker(job: verify.VerifyJob, mode: str, threads: int, barrier: Any, results
     """One of several that share a device: warm up, wait for the others, answer again and again."""
     torch.set_num_threads(threads)
     forecaster = evaluators.load_forecaster(job.in_mode(mode), job.model, device=job.device)
-    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=0)
+    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=0, keep=False)
     evaluator.samples(job.windows, job.trials[0])
     barrier.wait()
     began = time.perf_counter()

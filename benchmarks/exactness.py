@@ -113,7 +113,7 @@ def remeasure(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     forecaster = evaluators.load_forecaster(job.config, model, device="cpu")
-    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=2**30)
+    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=2**30, keep=False)
     compared = other = 0
     for study in studying.list_studies(storage):
         bars, _ = read_bars(Path(job.series[study.symbol]))

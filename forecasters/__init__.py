@@ -239,6 +239,41 @@ class SharingForecaster(Protocol):
     shares_forwards: bool
 
 
+@runtime_checkable
+class KeepableForecaster(KeyedForecaster, Protocol):
+    """A forecaster of whose encodings that is kept between runs which later stages need: bytes, window by window."""
+
+    @property
+    def surroundings(self) -> str:
+        """Everything but weights, params and contexts that decides the bits of an encoding: code, machine, threads."""
+        ...
+
+    def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:
+        """What decides a window's bits beside itself: the shape of the forward that it shares, "" where it is alone.
+
+        None: these are not kept.
+        """
+        ...
+
+    def read(self, bars: Bars, params: Mapping[str, Any]) -> Bars:
+        """The part of a context that encoding looks at."""
+        ...
+
+    def known(self, encoded: Any) -> Sequence[int]:
+        """For each window how much there is to keep; more once a draw has asked the network for more."""
+        ...
+
+    def records(self, encoded: Any, places: Sequence[int]) -> list[bytes]:
+        """What is kept of the windows at these places."""
+        ...
+
+    def restored(
+        self, records: Sequence[bytes | None], contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str
+    ) -> Any | None:
+        """What `encode` answers, of whose windows these are known; None where all have to be encoded."""
+        ...
+
+
 def load(model: str, *, device: str = "cpu", running: Running = BY_DEFAULT, **options: Any) -> LoadedForecaster:
     """Load a model onto a device ("cpu", "cuda:0").
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -87,6 +88,11 @@ class Window:
     decoder: Sequence[LayerCache]  # the tokenizer's decoder over the tokens that the final decode still sees
 
     @property
+    def length(self) -> int:
+        """Bars in the context, T."""
+        return len(self.tokens)
+
+    @property
     def decoded(self) -> int:
         """Bars in the decoder's prefix."""
         return self.decoder[0][0].shape[1] if self.decoder else 0
@@ -98,14 +104,58 @@ class Window:
         return sum(t.numel() * t.element_size() for t in tensors) + self.mean.nbytes + self.scale.nbytes
 
 
+@dataclass(kw_only=True, eq=False)
+class KeptWindow:
+    """A window as an earlier run left it, for one step. What a draw finds in no table is encoded when it asks."""
+
+    length: int
+    mean: np.ndarray
+    scale: np.ndarray
+    s1_logits: Tensor
+    encode: Callable[[], Window]
+
+    @cached_property
+    def whole(self) -> Window:
+        return self.encode()
+
+    @property
+    def prefix(self) -> KronosPrefix:
+        return self.whole.prefix
+
+    @property
+    def decoder(self) -> Sequence[LayerCache]:
+        return self.whole.decoder
+
+    @property
+    def decoded(self) -> int:
+        return self.whole.decoded
+
+    @property
+    def nbytes(self) -> int:
+        return self.s1_logits.numel() * 4 + (self.whole.nbytes if "whole" in vars(self) else 0)
+
+
 class RowTable:
     """Rows of numbers by integer key, filled when first asked for, bounded."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, keys: np.ndarray | None = None, rows: Tensor | None = None) -> None:
+        """keys, ascending, and their rows: what is known from the start."""
         self._limit = limit_bytes
-        self._keys = np.empty(0, dtype=np.int64)  # ascending
-        self._places = np.empty(0, dtype=np.int64)  # of the keys' rows
-        self._rows: Tensor | None = None  # room for more than there are: rows are not moved at each draw
+        self._keys = np.empty(0, dtype=np.int64) if keys is None else keys  # ascending
+        self._places = np.arange(len(self._keys))  # of the keys' rows
+        self._rows = rows if len(self._keys) else None  # room for more: rows are not moved at each draw
+
+    def of(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The keys in [start, stop), less start, and their rows [n, k]."""
+        first, last = np.searchsorted(self._keys, (start, stop))
+        if self._rows is None or first == last:
+            return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        return self._keys[first:last] - start, self._rows[torch.from_numpy(self._places[first:last])].numpy()
+
+    def count(self, start: int, stop: int) -> int:
+        """How many keys there are in [start, stop)."""
+        first, last = np.searchsorted(self._keys, (start, stop))
+        return int(last - first)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -153,7 +203,7 @@ class RowTable:
 class EncodedBars:
     """Windows of one batch, and the tables that draws fill as they meet new tokens."""
 
-    windows: Sequence[Window]
+    windows: Sequence[Window | KeptWindow]
     horizon: int
     s2_logits: RowTable = field(default_factory=lambda: RowTable(TABLE_BYTES))  # by window and first token
     values: RowTable = field(default_factory=lambda: RowTable(TABLE_BYTES))  # by window and pair; horizon 1 only

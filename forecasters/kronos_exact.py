@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forecasters.kronos_encoded import COLUMNS, EncodedBars, Window
+from forecasters.kronos_encoded import COLUMNS, EncodedBars, KeptWindow, Window
 from forecasters.kronos_sampling import Sampling, inverse_cdf, uniforms
 from forecasters.kronos_tree import one_bar, roots, second_logits
 
@@ -31,7 +31,7 @@ def expect(
     networks: Kronos,
     encoded: EncodedBars,
     start: int,
-    windows: Sequence[Window],
+    windows: Sequence[Window | KeptWindow],
     sampling: Sampling,
     seeds: Sequence[int],
 ) -> Iterator[tuple[np.ndarray, float, np.ndarray]]:

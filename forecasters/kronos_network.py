@@ -6,7 +6,7 @@ to a prefix that all of them share. Knows nothing of bars, prices, sampling or f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -252,7 +252,7 @@ class KronosNetwork(nn.Module):
         s1: Tensor,  # [n], the first tokens
         hidden: Tensor,  # [n, d], the last hidden state of each row's path
         groups: Sequence[Group],
-        prefixes: Sequence[LayerCache],
+        prefixes: Mapping[int, LayerCache],  # by window
         own: Own | None,
     ) -> Tensor:
         """Logits of the second token given the first, [n, 2**s2_bits]."""

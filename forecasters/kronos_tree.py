@@ -6,7 +6,7 @@ batch share. Knows nothing of contexts, seeds, memory that runs out or how a tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forecasters.kronos_encoded import COLUMNS, EncodedBars, KronosPrefix, Window
+from forecasters.kronos_encoded import COLUMNS, EncodedBars, KeptWindow, KronosPrefix, Window
 from forecasters.kronos_network import LayerCache, Own, extend, groups_of, padded, tree_cache
 from forecasters.kronos_sampling import Pick
 
@@ -37,9 +37,9 @@ class Frontier:
     """Where the next pair is drawn: one row a distinct path so far."""
 
     window: np.ndarray  # int64 [n]
-    hidden: Tensor  # [n, d]
     s1_logits: Tensor  # float32 [n, 2**s1_bits], on the CPU
-    keys: Sequence[LayerCache]  # of the dependency layer, one a window
+    said: Callable[[np.ndarray], tuple[Tensor, Mapping[int, LayerCache]]]  # for rows int64 [n]: hidden states [n, d],
+    # and keys and values of the dependency layer by window. Called only where no table answers: they may be costly
     own: Own | None  # the same of the generated tokens; None at the first step
 
 
@@ -93,7 +93,8 @@ def second_logits(networks: Kronos, encoded: EncodedBars, start: int, frontier: 
         if own is not None:
             own = Own(k=own.k, v=own.v, ancestors=own.ancestors[at], padding=None)
         groups = groups_of(frontier.window[rows])
-        logits = network.s2_logits(torch.from_numpy(s1).to(device), frontier.hidden[at], groups, frontier.keys, own)
+        hidden, keys = frontier.said(rows)
+        logits = network.s2_logits(torch.from_numpy(s1).to(device), hidden, groups, keys, own)
         return logits.float().cpu()
 
     return encoded.s2_logits.get(pairs + shift, compute) if frontier.own is None else compute(pairs)
@@ -116,21 +117,23 @@ def one_bar(networks: Kronos, encoded: EncodedBars, start: int, codes: np.ndarra
     return encoded.values.get(codes + shift, compute)
 
 
-def roots(windows: Sequence[Window]) -> Frontier:
+def roots(windows: Sequence[Window | KeptWindow]) -> Frontier:
     """Where the first pair of these windows is drawn."""
-    return Frontier(
-        window=np.arange(len(windows)),
-        hidden=torch.stack([w.prefix.hidden for w in windows]),
-        s1_logits=torch.stack([w.s1_logits for w in windows]),
-        keys=[w.prefix.keys for w in windows],
-        own=None,
-    )
+
+    def said(rows: np.ndarray) -> tuple[Tensor, Mapping[int, LayerCache]]:
+        used, at = np.unique(rows, return_inverse=True)
+        prefixes = {int(w): windows[w].prefix for w in used}
+        hidden = torch.stack([prefix.hidden for prefix in prefixes.values()])
+        return hidden[torch.from_numpy(at).to(hidden.device)], {w: prefix.keys for w, prefix in prefixes.items()}
+
+    s1_logits = torch.stack([w.s1_logits for w in windows])
+    return Frontier(window=np.arange(len(windows)), s1_logits=s1_logits, said=said, own=None)
 
 
 class _Tree:
     """The token pairs drawn so far for some windows, a level a step, and what the networks keep of them."""
 
-    def __init__(self, networks: Kronos, windows: Sequence[Window], capacity: int) -> None:
+    def __init__(self, networks: Kronos, windows: Sequence[Window | KeptWindow], capacity: int) -> None:
         self._networks, self._windows, self._capacity = networks, windows, capacity
         self._levels: list[Level] = []
         self._decoder = tree_cache(networks.tokenizer.decoder, capacity, device=networks.device, dtype=torch.float32)
@@ -170,11 +173,11 @@ class _Tree:
             prefixes, levels = self._slid(length + depth - self._networks.network_context), self._levels
             self._trunk = None
         hidden, own = self._run(levels, prefixes)
+        keys = {w: prefix.keys for w, prefix in enumerate(prefixes)}
         return Frontier(
             window=levels[-1].window,
-            hidden=hidden,
             s1_logits=padded(self._networks.network.head.proj_s1, hidden).float().cpu(),
-            keys=[prefix.keys for prefix in prefixes],
+            said=lambda rows: (hidden[torch.from_numpy(rows).to(hidden.device)], keys),
             own=own,
         )
 

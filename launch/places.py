@@ -20,18 +20,14 @@ CHECK_S = 1.0  # between two checks that the private server runs, each of which 
 
 def server_folder(config: Config) -> Path:
     """The folder of the private server's files."""
-    if config.storage.data_dir != Path():
-        return config.storage.data_dir
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("forecast-studies")) / "postgres"
+    return config.storage.data_dir if config.storage.data_dir != Path() else config.storage.local / "postgres"
 
 
 def artifacts_folder(config: Config) -> Path:
     """The folder of the images that the dashboard shows."""
     if config.storage.artifacts_dir != Path():
         return config.storage.artifacts_dir
-    return server_folder(config).parent / "artifacts"
+    return config.storage.local / "artifacts"
 
 
 def check_log_dir(config: Config) -> None:

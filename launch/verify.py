@@ -160,7 +160,7 @@ def measure(
 
     compilation.start_peak(job.device)
     forecaster = evaluators.load_forecaster(job.in_mode(mode), job.model, device=job.device)
-    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=0)
+    evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=0, keep=False)
     for params in job.trials:
         evaluator.samples(job.windows, params)
     warm = forecaster.graphs.count

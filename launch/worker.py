@@ -199,6 +199,9 @@ class Worker:
             return EXIT_INTERRUPTED
         finally:
             self.lease_keeper.end()
+            for model, evaluator in self.evaluators.items():
+                if evaluator.keeping is not None:
+                    log.info("%s: %s", model, evaluator.keeping)
 
     def profile(self) -> Profile:
         """What this worker has spent, and the work of its networks."""

@@ -12,13 +12,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from forecasters import KEYS, Encoded, ExactKeyedForecaster, Forecaster, ForecastError
+from forecasters import KEYS, Encoded, Forecaster, ForecastError, KeepableForecaster
 from objectives.aggregation import Draw, parse
 from objectives.exact import exact_points
+from objectives.keeping import Keeping, Store
 from objectives.keys import KeyForecasts, key_forecasts, keyed
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
 from objectives.windows import Contexts, SeedKind, Windows
@@ -37,6 +38,7 @@ class Evaluator:
     max_num_samples: draw this many at once, since smaller counts are prefixes; larger counts still work.
     exact: no samples but what any number of them tends to; params then name no number of samples.
     work: counts the network's operations by stage, beside `seconds`; None: nobody does.
+    store: what encodings are kept in between runs, of forecasters whose encodings can be; None: nowhere.
     """
 
     def __init__(
@@ -49,8 +51,12 @@ class Evaluator:
         max_num_samples: int | None = None,
         exact: bool = False,
         work: WorkCounter | None = None,
+        store: Store | None = None,
     ) -> None:
-        self.forecaster, self._keyed = forecaster, keyed(forecaster)
+        self.forecaster = forecaster
+        kept = store is not None and isinstance(forecaster, KeepableForecaster)
+        self.keeping = Keeping(forecaster, store) if kept else None
+        self._keyed: Any = self.keeping or keyed(forecaster)
         self.work = work
         self.rung = rung
         self.batch = batch or rung
@@ -59,6 +65,11 @@ class Evaluator:
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self.fresh, self.fresh_s = 0, 0.0  # windows whose bars were encoded so far, and the seconds to their points
         self._cache = _Cache(cache_bytes)
+
+    @property
+    def restored(self) -> int:
+        """Windows so far that the store of kept encodings answered."""
+        return self.keeping.restored if self.keeping else 0
 
     def measure(
         self,
@@ -210,11 +221,12 @@ class Evaluator:
             seeds = contexts.seeds(pass_number, kind)
             of_batch = tuple(seeds[index] for index in indices)
             asked = _Batch(contexts=contexts, indices=indices, seeds=of_batch, keys=tuple(keys))
-            seconds = dict.fromkeys(STAGES, 0.0)
+            seconds, restored = dict.fromkeys(STAGES, 0.0), self.restored
             answers.append(answer(asked, plan, seconds))
             for stage in STAGES:
                 self.seconds[stage] += seconds[stage]
-            if seconds["encode"]:  # else the cache answered, and what was saved is no latency
+            # Else the cache or the store answered, and what was saved is no latency.
+            if seconds["encode"] and self.restored == restored:
                 self.fresh += len(indices)
                 self.fresh_s += sum(seconds.values())
         joined = {key: np.stack([each[key] for each in answers]) for key in keys}
@@ -237,7 +249,7 @@ class Evaluator:
             return points
 
         def exact(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
-            points, exactly = {}, cast(ExactKeyedForecaster, self._keyed).exact_keys
+            points, exactly = {}, self._keyed.exact_keys
             for keys, encode_key in self._encodings(batch, plan):
                 with _naming(batch.contexts.symbol):
                     encoded = self._encoded(encode_key, batch, plan, keys[0], seconds)

@@ -117,12 +117,22 @@ class Storage:
     listen: str = setting(_address)
     wait_s: float = setting(at_least(0))
 
+    @property
+    def local(self) -> Path:
+        """The folder of what belongs to this host: that around data_dir, by default the user's data folder."""
+        if self.data_dir != Path():
+            return self.data_dir.parent
+        import platformdirs  # late: few commands need it
+
+        return Path(platformdirs.user_data_dir("forecast-studies"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
     log_dir: Path
     lease_s: float = setting(at_least(2))
     cache_mib: int = setting(at_least(0))
+    encodings_mib: int = setting(at_least(-1))
 
 
 @dataclass(frozen=True, kw_only=True)

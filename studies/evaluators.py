@@ -8,19 +8,27 @@ from __future__ import annotations
 from typing import Any
 
 import forecasters
-from forecasters import LoadedForecaster, Running, SharingForecaster
+from forecasters import KeepableForecaster, LoadedForecaster, Running, SharingForecaster
 from forecasters.models import MODELS
 from objectives.evaluation import Evaluator
 from objectives.work import WorkCounter
+from storage.encodings import Encodings
 from studies import space as spaces
 from studies.config import Config
 
 
 def evaluator_of(
-    config: Config, forecaster: LoadedForecaster, *, cache_bytes: int, profile: bool = False, together: int = 0
+    config: Config,
+    forecaster: LoadedForecaster,
+    *,
+    cache_bytes: int,
+    profile: bool = False,
+    together: int = 0,
+    keep: bool = True,
 ) -> Evaluator:
     """The evaluator of a forecaster. cache_bytes: bound on what it keeps between measurements.
 
+    keep: use the encodings kept between runs, unless settings or `profile`, which is about the network, say otherwise.
     profile: count the network's operations, unless it is compiled, where they cannot be seen.
     together: windows that are always measured together, and share forwards where the model can; 0: as a study's are.
     """
@@ -36,7 +44,16 @@ def evaluator_of(
         max_num_samples=spaces.most_samples(forecaster.model, config) if cache_bytes else None,
         exact=config.search.objective == "exact",
         work=WorkCounter() if profile and forecaster.compilation == "off" else None,
+        store=kept_encodings(config, forecaster) if keep and not profile else None,
     )
+
+
+def kept_encodings(config: Config, forecaster: LoadedForecaster) -> Encodings | None:
+    """Where this host keeps encodings between runs; None where they are not to be kept, or cannot be."""
+    mib = config.workers.encodings_mib
+    if mib == 0 or not isinstance(forecaster, KeepableForecaster):
+        return None
+    return Encodings(config.storage.local / "encodings", mib * 2**20 if mib > 0 else None)
 
 
 def load_forecaster(config: Config, model: str, *, device: str) -> LoadedForecaster:

@@ -110,6 +110,7 @@ def reduce(
         rung=config.search.rung,
         batch=config.search.batch_size,
         max_num_samples=current,
+        store=evaluators.kept_encodings(config, forecaster),
     )
     exact = exact_errors(config, forecaster, windows, params)
     costs, passes = costs_of(evaluator, windows, params, counts_below(config, record.model, current),

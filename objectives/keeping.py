@@ -1,0 +1,140 @@
+"""A forecaster that asks a store before it runs its network, and tells the store what it computed.
+
+Owns what a window is kept under: everything that decides its bits, so that what is found is, to the last bit, what
+would be computed. Knows nothing of where and how long it is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from forecasters import CLOSE, Bars, KeepableForecaster
+from objectives.bars import bars_fingerprint
+
+FREE, BOUND = b"free", b"bound"  # whether a window's bits depend on its place in a batch
+
+_log = logging.getLogger("encodings")
+
+
+class Store(Protocol):
+    """Bytes by key, which may be gone at any time; never others than were put. Raises nothing."""
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+
+    def put(self, values: Mapping[bytes, bytes]) -> None: ...
+
+
+class Keeping:
+    """The stages of a forecaster of every price of a bar, whose encodings are kept; see `forecasters.KeyedForecaster`.
+
+    A batch of which a window is missing is encoded whole where its windows share a forward, with the bits that it has
+    without a store: the size of a forward decides them, and which windows are in it does not. Where their places do
+    (MKL with some numbers of threads), found out once for each shape and kept too, the whole batch is the key.
+    """
+
+    def __init__(self, forecaster: KeepableForecaster, store: Store) -> None:
+        self._forecaster, self._store = forecaster, store
+        self.restored = 0  # windows that came from the store
+        self.asked = 0  # windows, all that were asked for
+        self._trusted = True
+        # What is in the store of an encoding: its keys, and how much was known of each window.
+        self._kept: WeakKeyDictionary[Any, tuple[list[bytes], list[int]]] = WeakKeyDictionary()
+
+    def __str__(self) -> str:
+        return f"{self.restored} of {self.asked} windows came from the encodings kept on this host"
+
+    def answers_together(self, params: Mapping[str, Any]) -> bool:
+        return self._forecaster.answers_together(params)
+
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = CLOSE) -> Any:
+        forecaster = self._forecaster
+        company = forecaster.company(contexts, params, horizon)
+        self.asked += len(contexts)
+        if company is None or not self._trusted:
+            return forecaster.encode(contexts, params, horizon, key)
+        keys = self._keys(contexts, params, horizon, key, company)
+        found = self._store.get(keys)
+        encoded = None
+        if any(record is not None for record in found):
+            encoded = forecaster.restored(found, contexts, params, horizon, key)
+        if encoded is not None:
+            self.restored += sum(record is not None for record in found)
+            counts = list(forecaster.known(encoded))
+            self._kept[encoded] = keys, [n if found[place] is not None else 0 for place, n in enumerate(counts)]
+            return encoded
+        encoded = forecaster.encode(contexts, params, horizon, key)
+        if self._agrees(encoded, found):
+            self._kept[encoded] = keys, [int(record is not None) for record in found]
+            self._keep(encoded)
+        return encoded
+
+    def draw_keys(
+        self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> np.ndarray:
+        samples = self._forecaster.draw_keys(encoded, params, seeds, keys)
+        self._keep(encoded)
+        return samples
+
+    def exact_keys(self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]) -> Any:
+        forecaster: Any = self._forecaster
+        answers = forecaster.exact_keys(encoded, params, seeds, keys)
+        self._keep(encoded)
+        return answers
+
+    def _keep(self, encoded: Any) -> None:
+        """Put what is known by now and was not when it was put last."""
+        if encoded not in self._kept:
+            return
+        keys, before = self._kept[encoded]
+        now = list(self._forecaster.known(encoded))
+        if grown := [place for place, count in enumerate(now) if count > before[place]]:
+            records = self._forecaster.records(encoded, grown)
+            self._store.put({keys[place]: record for place, record in zip(grown, records, strict=True)})
+            self._kept[encoded] = keys, now
+
+    def _agrees(self, encoded: Any, found: Sequence[bytes | None]) -> bool:
+        """Whether windows that were computed beside a missing one are what the store has; else it is not asked again."""
+        there = [place for place, record in enumerate(found) if record is not None]
+        if self._forecaster.records(encoded, there) == [found[place] for place in there]:
+            return True
+        self._trusted = False
+        _log.warning("what is computed here differs in its last bits from kept encodings: they are not used")
+        return False
+
+    # -- keys ----------------------------------------------------------------------------------------------------------
+
+    def _keys(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str, company: str
+    ) -> list[bytes]:
+        forecaster = self._forecaster
+        of = "" if forecaster.answers_together(params) else key
+        asked = [forecaster.fingerprint, forecaster.surroundings, sorted(params.items()), horizon, of, company]
+        windows = [bars_fingerprint(forecaster.read(bars, params)) for bars in contexts]
+        if company and len(contexts) > 1 and not self._free_of_places(contexts, params, horizon, key, asked):
+            asked.append(windows)
+        base = hashlib.blake2b(json.dumps(asked, default=float).encode(), digest_size=32).digest()
+        return [hashlib.blake2b(window.encode(), key=base, digest_size=32).digest() for window in windows]
+
+    def _free_of_places(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str, asked: Sequence[Any]
+    ) -> bool:
+        """Whether a batch of this shape answers the same with its windows moved on by one place."""
+        words = json.dumps(["places", asked[0], asked[1], asked[-1]])
+        question = hashlib.blake2b(words.encode(), digest_size=32).digest()
+        (answer,) = self._store.get([question])
+        if answer is None:
+            every = range(len(contexts))
+            first, moved = (
+                self._forecaster.records(self._forecaster.encode(each, params, horizon, key), every)
+                for each in (contexts, [contexts[-1], *contexts[:-1]])
+            )
+            answer = FREE if [first[-1], *first[:-1]] == moved else BOUND
+            self._store.put({question: answer})
+        return answer == FREE
