@@ -268,7 +268,12 @@ class KeepableForecaster(KeyedForecaster, Protocol):
         ...
 
     def restored(
-        self, records: Sequence[bytes | None], contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str
+        self,
+        records: Sequence[bytes | None],
+        contexts: Sequence[Bars],
+        params: Mapping[str, Any],
+        horizon: int,
+        key: str,
     ) -> Any | None:
         """What `encode` answers, of whose windows these are known; None where all have to be encoded."""
         ...

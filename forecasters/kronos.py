@@ -28,12 +28,11 @@ from forecasters.kronos_encoded import (
 )
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
-from forecasters.kronos_kept import known, records, restored
+from forecasters.kronos_kept import KeptTables
 from forecasters.kronos_model import KRONOS
 from forecasters.kronos_network import CALENDAR, KronosNetwork, KronosTokenizer, LayerCache
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
 from forecasters.kronos_tree import paths
-from forecasters.numerics import surroundings
 
 DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
 DRAW_ROWS = 4096  # paths drawn at a time: 4096 rows of 1024 float64 probabilities are 32 MiB
@@ -44,7 +43,7 @@ FIXED_BYTES = 4 << 30  # keys and values of their generated bars, on an accelera
 NETWORK_CONTEXT = 512  # bars the published networks were trained on; the window slides beyond it
 
 
-class Kronos:
+class Kronos(KeptTables):
     """A tokenizer and a network that answer the forecaster contract."""
 
     model, params = KRONOS.name, KRONOS.params
@@ -204,35 +203,6 @@ class Kronos:
             )
             for i in range(len(contexts))
         ]
-
-    # -- kept between runs, for one step: see kronos_kept.py -----------------------------------------------------------
-
-    @property
-    def surroundings(self) -> str:
-        names = ("", "_encoded", "_exact", "_kept", "_network", "_tree")
-        return surroundings(self.device, *(f"forecasters.kronos{name}" for name in names))
-
-    def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:
-        """None but on a CPU, where windows are encoded one by one, for one step."""
-        del contexts, params
-        return None if self.device.type != "cpu" or self.graphs.on or horizon > 1 else ""
-
-    def read(self, bars: Bars, params: Mapping[str, Any]) -> Bars:
-        return bars.slice(max(0, len(bars) - int(params["max_context"])), len(bars))
-
-    def known(self, encoded: EncodedBars) -> Sequence[int]:
-        return known(encoded, self.network.config.s1_size, self.network.config.s2_size)
-
-    def records(self, encoded: EncodedBars, places: Sequence[int]) -> list[bytes]:
-        return records(encoded, places, self.network.config.s1_size, self.network.config.s2_size)
-
-    def restored(
-        self, records: Sequence[bytes | None], contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str
-    ) -> EncodedBars | None:
-        def fresh(places: Sequence[int]) -> Sequence[Window]:
-            return self.encode([contexts[place] for place in places], params, horizon, key).windows
-
-        return restored(records, fresh, self.network.config.s1_size, self.network.config.s2_size)
 
     def prefill(self, tokens: Tensor, stamps: Tensor, *, keep: bool) -> list[KronosPrefix]:
         """tokens [B, T, 2], stamps [B, T, 5]: one KronosPrefix a row; keep: with the transformer's keys and values."""

@@ -18,8 +18,9 @@ CALENDAR = (("minute", 60), ("hour", 24), ("weekday", 7), ("day", 32), ("month",
 DEPENDENCY_HEADS = 4  # the published layout has four whatever n_heads is
 ROPE_BASE = 10_000
 # Rows of generated tokens run in multiples of this, so that a row's bits do not depend on how many others there are:
-# MKL multiplies fewer than 4 rows by another kernel, torch's exp has other last bits in the tail of its vectors.
-ROWS = 8
+# MKL multiplies fewer than 4 rows by another kernel, and 8 by another with AVX-512; torch's exp has other last bits in
+# the tail of its vectors.
+ROWS = 16
 GATHER_BYTES = 64 << 20  # keys of generated tokens gathered at a time
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values of a prefix, each [heads, T, head_dim]

@@ -35,5 +35,7 @@ def _cpu() -> str:
     """Its model: MKL chooses kernels by it, and a disk may move to another machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = {line for line in lines if line.startswith(("model name", "vendor_id", "cpu family", "model\t", "stepping"))}
+    names = {
+        line for line in lines if line.startswith(("model name", "vendor_id", "cpu family", "model\t", "stepping"))
+    }
     return platform.machine() + " ".join(sorted(names))

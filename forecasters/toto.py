@@ -31,18 +31,16 @@ from forecasters import (
 )
 from forecasters.checkpoints import check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
-from forecasters.numerics import surroundings
 from forecasters.toto_checkpoint import build, fingerprint_of, rename
 from forecasters.toto_encoded import (
     VARIATE_KEYS,
     EncodedPrices,
     first_patch,
     in_price,
-    of_records,
-    records_of,
     series_of,
     unpacked,
 )
+from forecasters.toto_kept import KeptMixtures
 from forecasters.toto_model import KEY_INPUTS, PRICE, RATIO, TOTO, VARIATES
 from forecasters.toto_network import Statistics, TotoNetwork, TotoPrefix
 from forecasters.toto_sampling import stream
@@ -102,7 +100,7 @@ class Trajectories:
         return points
 
 
-class Toto:
+class Toto(KeptMixtures):
     """A loaded Toto 1.0 checkpoint; see `forecasters.KeyedForecaster`."""
 
     model, params = TOTO.name, TOTO.params
@@ -175,41 +173,6 @@ class Toto:
         prefixes = tuple(part[1] for part in parts if part[1] is not None)
         found = unpacked(packed, self.network.config.components, keys=keys, horizon=horizon, prefixes=prefixes)
         return in_price(contexts, found) if read == RATIO else found
-
-    # -- kept between runs: of a window the mixtures of the first patch, 400 bytes where a step has 24 components ------
-
-    @property
-    def surroundings(self) -> str:
-        return surroundings(self.device, *(f"forecasters.toto{name}" for name in ("", "_encoded", "_network")))
-
-    def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:
-        """The shape of the one forward of them all."""
-        if self.device.type != "cpu" or self.graphs.on or self.shares_forwards:
-            return None  # bits depend on memory that ran out, on a compiler, or on what else is asked for
-        variates = len(VARIATE_KEYS) if self.answers_together(params) else 1
-        longest = max(len(self.read(bars, params)) for bars in contexts) - (params.get("key_input") == RATIO)
-        patches = -(-longest // self.network.config.patch_size)
-        together = len(contexts) * patches * variates <= self._batch_tokens
-        return f"{len(contexts)} {variates} {patches}" if together and horizon <= self.network.config.patch_size else None
-
-    def read(self, bars: Bars, params: Mapping[str, Any]) -> Bars:
-        most = int(params["context_length"]) + (params.get("key_input") == RATIO)
-        return bars.slice(max(0, len(bars) - most), len(bars))
-
-    def known(self, encoded: EncodedPrices) -> Sequence[int]:
-        return [1] * (len(encoded.probs) // len(encoded.keys))
-
-    def records(self, encoded: EncodedPrices, places: Sequence[int]) -> list[bytes]:
-        return records_of(encoded, places)
-
-    def restored(
-        self, records: Sequence[bytes | None], contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str
-    ) -> EncodedPrices | None:
-        """None where any is missing: the others are in its forward, whose shape decides their bits."""
-        del contexts
-        found = [each for each in records if each is not None]
-        keys = VARIATE_KEYS if self.answers_together(params) else (key,)
-        return of_records(found, keys=keys, horizon=horizon) if len(found) == len(records) else None
 
     def _may_share(self, contexts: Sequence[Bars], rows: Sequence[np.ndarray], read: str, horizon: int) -> bool:
         whole = all(row.shape[1] == len(bars) for row, bars in zip(rows, contexts, strict=True))

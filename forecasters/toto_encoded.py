@@ -81,37 +81,6 @@ def unpacked(
     )
 
 
-def records_of(encoded: EncodedPrices, places: Sequence[int]) -> list[bytes]:
-    """The windows at these places, each the mixtures as the network's fp32 and the scaling as float64: lossless."""
-    found = []
-    for place in places:
-        rows = encoded.rows(place, place + 1)
-        mixtures = np.stack([each[rows] for each in (encoded.probs, encoded.df, encoded.loc, encoded.scale)])
-        scaling = np.stack([encoded.affine_loc[rows], encoded.affine_scale[rows]])
-        found.append(scaling.astype("<f8").tobytes() + mixtures.astype("<f4").tobytes())
-    return found
-
-
-def of_records(records: Sequence[bytes], *, keys: tuple[str, ...], horizon: int) -> EncodedPrices:
-    """What `records_of` was given, for windows within the first patch."""
-    cut = 16 * len(keys)
-    scaling = np.stack([np.frombuffer(each, "<f8", 2 * len(keys)).reshape(2, -1) for each in records], 1)
-    mixtures = np.stack([np.frombuffer(each, "<f4", offset=cut).reshape(4, len(keys), horizon, -1) for each in records], 1)
-    probs, df, loc, scale = mixtures.reshape(4, -1, *mixtures.shape[3:]).astype(np.float64)
-    affine_loc, affine_scale = scaling.reshape(2, -1).astype(np.float64)
-    return EncodedPrices(
-        keys=keys,
-        horizon=horizon,
-        probs=probs,
-        df=df,
-        loc=loc,
-        scale=scale,
-        affine_loc=affine_loc,
-        affine_scale=affine_scale,
-        prefixes=(),
-    )
-
-
 def in_price(contexts: Sequence[Bars], ratios: EncodedPrices) -> EncodedPrices:
     """The answers for ratios to the last close [W] as those for prices."""
     closes = np.array([bars.close[-1] for bars in contexts])

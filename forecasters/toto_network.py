@@ -379,7 +379,7 @@ class TotoNetwork(nn.Module):
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """F.softplus in whole vectors: torch computes what is left over otherwise, and a row's bits depended on its place."""
+    """F.softplus in whole vectors: torch computes the rest otherwise, by which a row's bits depended on its place."""
     return F.softplus(F.pad(x.flatten(), (0, -x.numel() % VECTOR)))[: x.numel()].view_as(x)
 
 

@@ -100,7 +100,7 @@ class Keeping:
             self._kept[encoded] = keys, now
 
     def _agrees(self, encoded: Any, found: Sequence[bytes | None]) -> bool:
-        """Whether windows that were computed beside a missing one are what the store has; else it is not asked again."""
+        """Whether windows computed beside a missing one are what the store has; else it is not asked again."""
         there = [place for place, record in enumerate(found) if record is not None]
         if self._forecaster.records(encoded, there) == [found[place] for place in there]:
             return True

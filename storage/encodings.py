@@ -12,7 +12,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 MOST_BYTES = 10 * 2**30
@@ -29,6 +29,12 @@ PRAGMAS = (
 )
 TABLE = "create table if not exists kept (key blob primary key, value blob not null, used integer not null)"
 INDEX = "create index if not exists oldest on kept (used)"
+
+DAMAGED = (
+    sqlite3.DatabaseError,
+    UnicodeDecodeError,
+    TypeError,
+)  # the last two: a damaged name, a value of another type
 
 _log = logging.getLogger("encodings")
 
@@ -54,7 +60,7 @@ class Encodings:
             self._connection = self._open()
         except sqlite3.OperationalError as error:
             self._give_up(error)
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             self._set_aside(error)
         except OSError as error:
             self._give_up(error)
@@ -74,7 +80,7 @@ class Encodings:
                 elif row is not None and now - row[1] >= USED_S:
                     old.append((now, key))
                 found.append(value)
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             self._failed(error)
             return [None] * len(keys)
         if old:
@@ -121,19 +127,19 @@ class Encodings:
             raise
         return open_
 
-    def _write(self, work: object) -> None:
+    def _write(self, work: Callable[[sqlite3.Connection], object]) -> None:
         if self._connection is None or self._full:
             return
         try:
             self._connection.execute("begin immediate")
             try:
-                work(self._connection)  # pyright: ignore[reportCallIssue]
+                work(self._connection)
                 self._connection.execute("commit")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("rollback")
                 raise
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             self._failed(error)
 
     def _make_room(self, open_: sqlite3.Connection, size: int) -> None:
@@ -157,7 +163,7 @@ class Encodings:
 
     # -- what goes wrong -----------------------------------------------------------------------------------------------
 
-    def _failed(self, error: sqlite3.DatabaseError) -> None:
+    def _failed(self, error: Exception) -> None:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             return  # others write for so long: this is not kept
