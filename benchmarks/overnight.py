@@ -12,8 +12,9 @@ first one kept (storage/encodings.py), and whether every confirmed MAE of its fi
 them. Its search proposes other trials, as searches are not seeded; with `--same-search` it tries what the first night
 tried, so that both do the same work.
 
-Of one night, some of its studies are then confirmed again in this process, one after the other in turns: with every candidate, the
-whole grid among them, and with the best trials and the default alone, both on windows that nothing is known of.
+Of one night, some of its studies are then confirmed again in this process, one after the other in turns: with every
+candidate, the whole grid among them, and with the best trials and the default alone, both on windows that nothing is
+known of.
 """
 
 from __future__ import annotations

@@ -78,10 +78,6 @@ class Kronos(KeptTables):
         self._fixed_samples = FIXED_SAMPLES
 
     @property
-    def device(self) -> torch.device:
-        return self.network.norm.weight.device
-
-    @property
     def compilation(self) -> str:
         return self.graphs.state
 

@@ -119,6 +119,14 @@ class KeptWindow:
         return self.encode()
 
     @property
+    def tokens(self) -> Tensor:
+        return self.whole.tokens
+
+    @property
+    def stamps(self) -> Tensor:
+        return self.whole.stamps
+
+    @property
     def prefix(self) -> KronosPrefix:
         return self.whole.prefix
 

@@ -29,7 +29,10 @@ class KeptTables:
 
     network: KronosNetwork
     graphs: Graphs
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.norm.weight.device
 
     @property
     def surroundings(self) -> str:

@@ -125,10 +125,6 @@ class Toto(KeptMixtures):
         self._windows_together = BLOCK_TOKENS // TRAJECTORIES
 
     @property
-    def device(self) -> torch.device:
-        return self.network.unembed.weight.device
-
-    @property
     def compilation(self) -> str:
         return self.graphs.state
 

@@ -25,8 +25,11 @@ class KeptMixtures:
     network: TotoNetwork
     graphs: Graphs
     shares_forwards: bool
-    device: torch.device
     _batch_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.unembed.weight.device
 
     @property
     def surroundings(self) -> str:

@@ -54,8 +54,7 @@ class Evaluator:
         store: Store | None = None,
     ) -> None:
         self.forecaster = forecaster
-        kept = store is not None and isinstance(forecaster, KeepableForecaster)
-        self.keeping = Keeping(forecaster, store) if kept else None
+        self.keeping = Keeping(forecaster, store) if store and isinstance(forecaster, KeepableForecaster) else None
         self._keyed: Any = self.keeping or keyed(forecaster)
         self.work = work
         self.rung = rung

@@ -265,7 +265,7 @@ def damaged(path: Path, how: str, seed: int) -> None:
 
 @pytest.mark.parametrize("how", ["a byte", "many bytes", "truncated", "foreign", "another program's"])
 def test_a_damaged_store_is_a_miss_and_one_warning(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
-    keys = keys_of(300)
+    keys, found = keys_of(300), []
     for seed in range(8):
         caplog.clear()
         folder = tmp_path / str(seed)
