@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import RunPlace as Place
+from places import last_bars
 
 import forecasters
 from forecasters import Bars, Forecaster
@@ -230,6 +233,25 @@ def test_settings(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "encodings" / f"{os.uname().nodename}.sqlite").exists()
     with pytest.raises(configuration.ConfigError, match="encodings_mib"):
         restored(-2)
+
+
+@pytest.mark.slow
+def test_workers_of_a_second_night_take_what_those_of_the_first_left(place: Place) -> None:
+    place.search("toto")
+    place.environment["XDG_DATA_HOME"] = str(place.folder / "data")
+    said, errors = [], []
+    for held_back in (1, 0):
+        place.write("SP500.csv", last_bars("SP500", 420)[: 421 - held_back])
+        place.run("launch-workers", "--cpus", "2", "--trials", "4", "--symbols", "SP500")
+        run = max((place.folder / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
+        lines = " ".join(log.read_text() for log in run.glob("*.log"))
+        found = re.findall(r"toto: (\d+) of (\d+) windows came from the encodings kept on this host", lines)
+        said.append([sum(int(pair[part]) for pair in found) for part in (0, 1)])
+        errors.append("kept encodings" in lines)
+    first, second = said
+    assert first[1] >= 90  # validation, confirmation and test, but for what both had in memory
+    assert second[0] >= second[1] - 20 >= 70  # a window more: at most a batch of each worker
+    assert not any(errors)
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
