@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import random
@@ -331,10 +332,6 @@ def test_a_store_that_is_damaged_truncated_or_deleted_while_it_is_used(
 
 
 WRITER = """
-import random, sys
-from pathlib import Path
-from storage.encodings import Encodings
-from tests.test_encodings import keys_of, value_of
 store, keys = Encodings(Path(sys.argv[1]), int(sys.argv[2])), keys_of(int(sys.argv[3]))
 random.seed(sys.argv[4])
 print("ready", flush=True)
@@ -348,7 +345,9 @@ print("done", store._full, flush=True)
 
 
 def writer(folder: Path, limit: int, keys: int, seed: int, rounds: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", WRITER, str(folder), *map(str, (limit, keys, seed, rounds))]
+    imports = "import random, sys\nfrom pathlib import Path\nfrom storage.encodings import Encodings\n"
+    code = imports + inspect.getsource(keys_of) + inspect.getsource(value_of) + WRITER
+    words = [sys.executable, "-c", code, str(folder), *map(str, (limit, keys, seed, rounds))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
