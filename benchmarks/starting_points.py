@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for model in options.models:
         forecaster = evaluators.load_forecaster(config, model, device="cpu")
         for one in series:
-            evaluator = evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES)
+            evaluator = evaluators.evaluator_of(config, forecaster, cache_bytes=CACHE_BYTES, keep=False)
             rows += compare(config, one, evaluator, seeds=options.seeds, trials=options.trials)
             print(model, one.symbol, *(f"{row['search']:+.4f}" for row in rows[-options.seeds :]), flush=True)
     return rows
