@@ -112,7 +112,7 @@ def replay(
 @click.option("--passes", default=1, show_default=True, type=click.IntRange(1),
               help="Draws to average: 1 with the seeds of a search, more with those of a confirmation.")  # fmt: skip
 @click.option("--seeds", default="study", show_default=True, type=click.Choice(["study", "served"]),
-              help="Seeds of studies, or those that forecasts are served with, one at a time, as monitor has them.")  # fmt: skip
+              help="Seeds of a study, or those of served forecasts, one by one as monitor has them.")  # fmt: skip
 @click.option("--params", type=Names(), multiple=True, metavar="A,B,..",
               help="best, stored, default, a promoted file, STUDY#TRIAL.  [default: best,stored]")  # fmt: skip
 @keys_option
