@@ -182,6 +182,28 @@ def claim(
     return storage.transaction(run, wait_s=wait_s)
 
 
+def renew(storage: RetryingStorage, digests: Sequence[str], owner: str, *, lease_s: float) -> None:
+    """Keep the claims that this owner still has for so long from now on."""
+    statement = text(
+        "update forecast_claims set lease_until = now() + make_interval(secs => :lease_s) "
+        "where digest = any(cast(:digests as text[])) and owner = :owner"
+    )
+    values = {"digests": sorted(digests), "owner": owner, "lease_s": lease_s}
+    storage.transaction(lambda c: c.execute(statement, values), wait_s=0.0)
+
+
+def finish(
+    storage: RetryingStorage, rows: Sequence[ForecastRow], owner: str, *, failed: Sequence[str] = (), wait_s: float
+) -> None:
+    """Write what was computed and give its claims back, and those of what failed."""
+
+    def run(connection: Connection) -> None:
+        write_forecasts(connection, rows)
+        release(connection, [*(row.digest for row in rows), *failed], owner)
+
+    storage.transaction(run, wait_s=wait_s)
+
+
 def release(connection: Connection, digests: Iterable[str], owner: str) -> None:
     """Give claims back, done or not."""
     connection.execute(
@@ -232,6 +254,18 @@ def add_requests(connection: Connection, counts: Mapping[tuple[date, str, str], 
     )
 
 
+def catch_up(
+    storage: RetryingStorage, rows: Sequence[ForecastRow], counts: Mapping[tuple[date, str, str], int]
+) -> None:
+    """Write forecasts and counts that had to wait, in one try; with neither only see whether the database answers."""
+
+    def run(connection: Connection) -> None:
+        write_forecasts(connection, rows)
+        add_requests(connection, counts)
+
+    storage.transaction(run, wait_s=0.0)
+
+
 def request_counts(
     storage: RetryingStorage, *, since: date | None = None, wait_s: float | None = None
 ) -> dict[tuple[date, str, str], int]:
@@ -241,7 +275,7 @@ def request_counts(
         "where day >= coalesce(cast(:since as date), '-infinity')"
     )
     found = storage.transaction(lambda c: c.execute(statement, {"since": since}).all(), wait_s=wait_s)
-    return {(row.day, row.symbol, row.kind): row.count for row in found}
+    return {(row.day, row.symbol, row.kind): row[3] for row in found}
 
 
 def add_events(connection: Connection, rows: Sequence[EventRow]) -> None:
@@ -262,14 +296,15 @@ def events_of(storage: RetryingStorage, symbol: str | None = None, *, kind: str 
 # --- retention ----------------------------------------------------------------------------------------------
 
 
-def forget(storage: RetryingStorage, *, keep_days: int) -> int:
-    """Delete forecasts computed longer ago than this, with their outcomes, and older counts; returns how many."""
+def forget(storage: RetryingStorage, *, keep_days: int, wait_s: float | None = None) -> int:
+    """Delete forecasts computed longer ago than this, with their outcomes; returns how many.
+
+    Numbers of requests stay, a few rows a symbol and day: whoever watches their sums takes a fall for a new beginning.
+    """
 
     def run(connection: Connection) -> int:
-        values = {"days": keep_days}
-        connection.execute(text("delete from forecast_requests where day < current_date - :days"), values)
         connection.execute(text("delete from forecast_claims where lease_until < now() - interval '1 day'"))
         statement = "delete from forecasts where computed_at < now() - make_interval(days => :days)"
-        return connection.execute(text(statement), values).rowcount
+        return connection.execute(text(statement), {"days": keep_days}).rowcount
 
-    return storage.transaction(run)
+    return storage.transaction(run, wait_s=wait_s)
