@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from launch import learning
+from launch import learning, watching
 from launch.options import (
     FILE,
     HELP,
@@ -187,11 +187,12 @@ def promote(
 
 @click.group(
     cls=SectionedGroup,
-    commands=learning.COMMANDS,
+    commands=(*learning.COMMANDS, *watching.COMMANDS),
     context_settings=HELP,
     sections={
         "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
         "Learn": [str(one.name) for one in learning.COMMANDS],
+        "Use and watch": [str(one.name) for one in watching.COMMANDS],
         "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
     },
 )

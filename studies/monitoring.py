@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from storage.commands import command
 from storage.forecasts import LIVE, SHADOW, ForecastRow, OutcomeRow
 from studies import readings as reading
 from studies.readings import Reading, Scored
+from studies.settling import origin_of
 
 STRATEGY = "simple"  # whose returns are watched
 ROLLBACK, ROLLBACK_BARS = 100.0, 60  # E and bars that `--auto` asks for
@@ -85,6 +87,13 @@ class Monitored:
     alarm: Alarm
     advice: str
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `asdict` and JSON."""
+        readings = [Reading(**{**one, "interval": _pair(one["interval"])}) for one in values["readings"]]
+        found = Alarm(**{**values["alarm"], "interval": _pair(values["alarm"]["interval"])})
+        return cls(**{**values, "readings": readings, "alarm": found})
+
     @property
     def by_name(self) -> dict[str, Reading]:
         return {one.name: one for one in self.readings}
@@ -93,6 +102,10 @@ class Monitored:
     def alarmed(self) -> bool:
         """Whether somebody should look: an alarm, or a trigger that enough is known of."""
         return self.alarm.rings or any(one.acts for one in self.readings)
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
 
 
 def monitored(
@@ -132,7 +145,7 @@ def monitored(
         confirmed_skill=in_use.confirmed_skill,
         min_improvement=min_improvement,
     )
-    places = {place: row for row in live.values() if (place := _target(row, bars)) is not None}
+    places = {place: row for row in live.values() if (place := origin_of(row, bars)) is not None}
     come = {place: row for place, row in places.items() if place < len(bars)}
     if come and tradable and in_use.key == CLOSE:
         others = {place: other for place, row in come.items() if (other := shadow.get(row.as_of))}
@@ -175,13 +188,6 @@ def _by_origin(
 
 def _is_done(row: ForecastRow, told: Mapping[tuple[str, str], Mapping[int, OutcomeRow]], in_use: InUse) -> bool:
     return all(step in told.get((row.digest, row.role), {}) for step in range(1, in_use.horizon + 1))
-
-
-def _target(row: ForecastRow, bars: Bars) -> int | None:
-    """The place of the first bar that was forecast, len(bars) where it has not come; None: it is not known any more."""
-    as_of = np.datetime64(row.as_of.replace(tzinfo=None), "ns")
-    place = int(np.searchsorted(bars.timestamps, as_of))
-    return place + 1 if place < len(bars) and bars.timestamps[place] == as_of else None
 
 
 def _scored(

@@ -1,20 +1,26 @@
-"""What came of forecasts: each step of each price beside the bar that was forecast.
+"""What came of forecasts: each step of each price beside the bar that was forecast; and shadows of what was served.
 
-Pure: rows and bars in, rows out. Knows no files, databases, models or commands.
+A shadow is the forecast of the same bars by the configuration that a promotion replaced. With the seeds of served
+forecasts it can be made at any time later, from the bars that there were, and is the same to the last bit; so it is
+made where outcomes are, for every forecast that was served. Knows no databases or commands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 import numpy as np
 
-from forecasters import Bars
+from forecasters import KEYS, Bars
+from objectives.bars import bars_fingerprint
 from objectives.strategies import trailing_sigma
 from objectives.windows import Windows
+from storage.configs import Record
 from storage.forecasts import ForecastRow, OutcomeRow
+from studies.config import Config
+from studies.questions import Question, ReadBars, question_of, utc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +38,8 @@ def settle(row: ForecastRow, bars: Bars, *, now: datetime) -> Settled:
     Errors are of what the model said, relative to the last close that it knew. Where that close was revised meanwhile,
     as by an adjustment for a dividend or a split, the prices that came are brought to its scale.
     """
-    as_of = np.datetime64(row.as_of.replace(tzinfo=None), "ns")
-    origin = int(np.searchsorted(bars.timestamps, as_of)) + 1
-    if origin > len(bars) or bars.timestamps[origin - 1] != as_of:
+    origin = origin_of(row, bars)
+    if origin is None:
         return Settled(outcomes=(), lost=True)
     steps = min(row.horizon, len(bars) - origin)
     last_close = bars.close[origin - 1]
@@ -43,7 +48,7 @@ def settle(row: ForecastRow, bars: Bars, *, now: datetime) -> Settled:
     scale = 1.0 if last_close == row.last_close else row.last_close / last_close
     windows = Windows(symbol=row.symbol, bars=bars, origins=(origin,), horizon=steps)
     sigma = float(trailing_sigma(bars.close[:origin], 1)[0])
-    dues = [_utc(time) for time in bars.timestamps[origin : origin + steps]]
+    dues = [utc(time) for time in bars.timestamps[origin : origin + steps]]
     found = []
     for key, said in row.content["keys"].items():
         of_key = windows.of_key(key)
@@ -70,5 +75,26 @@ def settle(row: ForecastRow, bars: Bars, *, now: datetime) -> Settled:
     return Settled(outcomes=found, revised=scale != 1.0)
 
 
-def _utc(time: np.datetime64) -> datetime:
-    return time.astype("datetime64[us]").item().replace(tzinfo=UTC)
+def shadow_question(
+    config: Config, row: ForecastRow, record: Record, read: ReadBars, checkpoint: str
+) -> Question | None:
+    """What the replaced configuration is asked of the bars that a served forecast knew; None where those were revised.
+
+    Raises ConfigError for a configuration that cannot be forecast with.
+    """
+    origin = origin_of(row, read.bars)
+    if origin is None:
+        return None
+    known = read.bars.slice(0, origin)
+    if (digest := bars_fingerprint(known)) != row.bars:
+        return None
+    keys = [key for key in KEYS if key in row.content["keys"]]
+    then = replace(read, bars=known, digest=digest)
+    return question_of(config, record, then, horizon=row.horizon, keys=keys, checkpoint=checkpoint)
+
+
+def origin_of(row: ForecastRow, bars: Bars) -> int | None:
+    """The place of the first bar that was forecast; None where the last one that was known is not there any more."""
+    as_of = np.datetime64(row.as_of.replace(tzinfo=None), "ns")
+    origin = int(np.searchsorted(bars.timestamps, as_of)) + 1
+    return origin if origin <= len(bars) and bars.timestamps[origin - 1] == as_of else None
