@@ -130,7 +130,7 @@ def _keep(config: Config, storage: RetryingStorage, rows: Sequence[Monitored]) -
         if row.symbol not in before or before[row.symbol].content != content:
             events.append(EventRow(at=now, symbol=row.symbol, kind=monitor.MONITORED, content=content))
             moved.append(row)
-        what = (["E"] if row.alarm.rings else []) + [one.name for one in row.readings if one.acts]
+        what = (["E"] if row.alarm.rings else []) + row.acting
         told = [
             name
             for event in (events_of(storage, row.symbol, kind=ALARM) if what else ())

@@ -23,7 +23,7 @@ from objectives.strategies import STRATEGIES, Forecasts, known_before
 from storage.commands import command
 from storage.forecasts import LIVE, SHADOW, ForecastRow, OutcomeRow
 from studies import readings as reading
-from studies.readings import Reading, Scored
+from studies.readings import HIT_RATE, Reading, Scored
 from studies.settling import origin_of
 
 STRATEGY = "simple"  # whose returns are watched
@@ -99,9 +99,13 @@ class Monitored:
         return {one.name: one for one in self.readings}
 
     @property
+    def acting(self) -> list[str]:
+        return acting_names(self.readings)
+
+    @property
     def alarmed(self) -> bool:
-        """Whether somebody should look: an alarm, or a trigger that enough is known of."""
-        return self.alarm.rings or any(one.acts for one in self.readings)
+        """Whether somebody should look."""
+        return self.alarm.rings or bool(self.acting)
 
 
 def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
@@ -250,26 +254,36 @@ def _traded(
     return performance(book(orders, bars.slice(first, last + 1), asset), asset.bars_a_year)
 
 
+def acting_names(readings: Sequence[Reading]) -> list[str]:
+    """What is beyond its trigger with enough known to say so. Few hits harm nobody."""
+    return [one.name for one in readings if one.acts and one.name != HIT_RATE]
+
+
+def evidence_text(value: float | None) -> str:
+    """E as people read it."""
+    if value is None:
+        return "-"
+    return "over 10,000" if value > 10_000 else f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+
+
 # --- advice ---------------------------------------------------------------------------------------------------
 
 
 def _advice(in_use: InUse, readings: Sequence[Reading], found: Alarm, behind: int | None) -> str:
     """One sentence."""
-    symbol = in_use.symbol
+    symbol, now, highest = in_use.symbol, evidence_text(found.evidence), evidence_text(found.highest)
     if behind is None:
         return f"no forecast of the file in use was served yet: {command(f'studies forecast {symbol}')}"
-    if found.rings and found.evidence is not None and found.improvement is not None:
-        if found.improvement > 0:
-            return (
-                f"roll it back with {command(f'promote --rollback {symbol}')}: what it replaced has "
-                f"{100 * found.improvement:.1f} % less error on {found.n} bars (E reached {found.highest:.0f})"
-            )
-        return f"look again later: E reached {found.highest:.0f}, but what it replaced has no less error by now"
-    if acting := [one.name for one in readings if one.acts]:
+    if found.rings and found.improvement is not None:
+        if found.improvement <= 0:
+            return f"look again later: E reached {highest}, but what it replaced has no less error by now"
+        less = f"{100 * found.improvement:.1f} % less error on {found.n} bars (E reached {highest})"
+        return f"roll it back with {command(f'promote --rollback {symbol}')}: what it replaced has {less}"
+    if acting := acting_names(readings):
         return f"look at {', '.join(acting)}: beyond the trigger, and enough is known to say so"
     if behind > 1:
         return f"ask for forecasts: the newest is {behind} bars old, {command(f'studies forecast {symbol}')}"
     if found.evidence is None:
         settle = f"nothing can be compared yet: {command('studies settle')} after the next bar"
         return settle if in_use.replaced else "keep it: it replaced nothing that could be compared with it"
-    return f"keep it: nothing says that what it replaced was better (E = {found.evidence:.2g} on {found.n} bars)"
+    return f"keep it: nothing says that what it replaced was better (E = {now} on {found.n} bars)"

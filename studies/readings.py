@@ -20,6 +20,7 @@ BAND = 0.8  # of the outcomes are expected between the quantiles of 10 and 90 %
 BIAS = 0.2  # sigmas that the mean error may be away from 0
 MAE_RISE, SHARPE_FALL, WIN_FALL = 0.10, 0.10, 0.05  # relative
 LEAST_HITS, MOST_MISSED = 0.30, 0.05
+HIT_RATE = "hit rate"
 HITS = ("memory", "stored", "joined")  # requests that cost no forecast
 
 
@@ -84,7 +85,7 @@ def of_errors(
             name="skill",
             value=found,
             n=n,
-            unit="bars",
+            unit="bar",
             interval=scaled(interval_of(gains), level),
             reference=confirmed_skill,
             trigger="below 0" if promised > 0 else "",
@@ -95,7 +96,7 @@ def of_errors(
             name="MAE",
             value=mae,
             n=n,
-            unit="bars",
+            unit="bar",
             interval=interval_of(errors),
             reference=confirmed,
             trigger=f"{MAE_RISE:.0%} above the confirmed" if confirmed else "",
@@ -111,7 +112,7 @@ def of_errors(
                 name="bias",
                 value=float(bias.mean()),
                 n=len(bias),
-                unit="bars",
+                unit="bar",
                 interval=interval_of(bias),
                 reference=0.0,
                 trigger=f"{BIAS:g} sigma from 0",
@@ -121,7 +122,7 @@ def of_errors(
         )
     if count := len(scored.in_band):
         held = int(scored.in_band.sum())
-        readings.append(_share("coverage", held, count, "steps", BAND - 0.1, other=BAND, reference=BAND))
+        readings.append(_share("coverage", held, count, "step", BAND - 0.1, other=BAND, reference=BAND))
     return readings
 
 
@@ -138,7 +139,7 @@ def of_returns(live: Performance, other: Performance | None, bars_a_year: float)
             name="Sharpe ratio",
             value=sharpe,
             n=n,
-            unit="bars",
+            unit="bar",
             interval=None if sharpe is None or width is None else (sharpe - width, sharpe + width),
             reference=rival,
             trigger=f"{SHARPE_FALL:.0%} below the replaced",
@@ -151,7 +152,7 @@ def of_returns(live: Performance, other: Performance | None, bars_a_year: float)
             name="win rate",
             value=wins,
             n=live.trades,
-            unit="trades",
+            unit="trade",
             interval=live.win_interval,
             reference=won,
             trigger=f"{WIN_FALL:.0%} below the replaced",
@@ -162,7 +163,7 @@ def of_returns(live: Performance, other: Performance | None, bars_a_year: float)
             name="return",
             value=live.mean,
             n=n,
-            unit="bars",
+            unit="bar",
             interval=live.interval,
             reference=other.mean if other else None,
             needed=alarm.needed_for_mean(1.0, sharpe / year) if sharpe else None,
@@ -171,7 +172,7 @@ def of_returns(live: Performance, other: Performance | None, bars_a_year: float)
             name="drawdown",
             value=live.drawdown,
             n=n,
-            unit="bars",
+            unit="bar",
             reference=other.drawdown if other else None,
         ),
     ]
@@ -182,9 +183,9 @@ def of_service(requests: Mapping[str, int], *, missed: int, bars: int) -> list[R
     readings = []
     if total := sum(requests.values()):
         hits = sum(requests.get(kind, 0) for kind in HITS)
-        readings.append(_share("hit rate", hits, total, "requests", LEAST_HITS, other=0.2))
+        readings.append(_share(HIT_RATE, hits, total, "request", LEAST_HITS, other=0.2))
     if bars:
-        readings.append(_share("missed bars", missed, bars, "bars", MOST_MISSED, other=0.01, below=False))
+        readings.append(_share("missed bars", missed, bars, "bar", MOST_MISSED, other=0.01, below=False))
     return readings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from launch.output import counted
 from launch.views.tables import (
     NOTHING,
     Column,
@@ -17,14 +18,14 @@ from launch.views.tables import (
     percent_share,
 )
 from storage.forecasts import EventRow
-from studies.monitoring import Monitored
+from studies.monitoring import Monitored, evidence_text
 from studies.readings import Reading
 
 MONITORED = "monitored"  # kind of the event that keeps what was found last
 TITLE = "Since promotion"
 EXPLANATIONS = (
-    "n needed: what it takes to find the trigger's effect in 80 % of cases, at 5 % false ones; with fewer a trigger acts "
-    "on luck, and is only shown.",
+    "n needed: what finds the trigger's effect in 80 % of cases, at 5 % false ones; with fewer a trigger would act on "
+    "luck, and is only shown.",
     "E: evidence that what was replaced forecasts better; an alarm at 20 is false in at most 5 % of cases, however "
     "often one looks. Returns are of the strategy `simple`, net, with conservative fills.",
 )
@@ -51,52 +52,32 @@ def summary_table(rows: Sequence[Monitored]) -> Table:
             numbers("MAE", [percent_error(one) for one in of("MAE")], 5),
             numbers("coverage", [_share(one) for one in of("coverage")], 4),
             numbers("Sharpe ratio", [_ratio(one) for one in of("Sharpe ratio")], 4),
-            numbers("over the replaced", [percent_gain(_loss(row)) for row in rows], 7),
-            numbers("E", [NOTHING if row.alarm.evidence is None else f"{row.alarm.evidence:.2g}" for row in rows], 9),
+            numbers("gain by rollback", [percent_gain(row.alarm.improvement) for row in rows], 7),
+            numbers("E", [evidence_text(row.alarm.evidence) for row in rows], 9),
             Column(heading="advice", cells=[row.advice for row in rows], wrap_width=24, priority=10),
         ]
     )
 
 
-def _loss(row: Monitored) -> float | None:
-    return None if row.alarm.improvement is None else -row.alarm.improvement
-
-
 def readings_table(one: Monitored) -> Table:
     """Every reading of one symbol, and the comparison with what was replaced."""
-    rows = list(one.readings)
-    cells = {name: [_cells(row)[name] for row in rows] for name in ("value", "interval", "compared with")}
-    found = one.alarm
+    told, found = [_cells(row) for row in one.readings], one.alarm
+    bars = counted(found.n, "bar")
+    gain = percent_interval(*found.interval) if found.interval else NOTHING
+    told.append(("gain by rollback", percent_gain(found.improvement), gain, NOTHING, bars, NOTHING, NOTHING, NOTHING))
+    rings = "alarm" if found.rings else "none"
+    told.append(("evidence, E", evidence_text(found.evidence), NOTHING, NOTHING, bars, "any", "20", rings))
+    names, values, intervals, references, counts, needed, triggers, verdicts = zip(*told, strict=True)
     return Table(
         columns=[
-            Column(heading="reading", cells=[*(row.name for row in rows), "gain over the replaced", "alarm, E"]),
-            numbers(
-                "value",
-                [
-                    *cells["value"],
-                    percent_gain(_loss(one)),
-                    NOTHING if found.evidence is None else f"{found.evidence:.3g}",
-                ],
-                9,
-            ),
-            numbers(
-                "95 % interval",
-                [
-                    *cells["interval"],
-                    percent_interval(-found.interval[1], -found.interval[0]) if found.interval else NOTHING,
-                    NOTHING,
-                ],
-                8,
-            ),
-            numbers("compared with", [*cells["compared with"], NOTHING, NOTHING], 5),
-            numbers("n", [*(f"{row.n:,} {row.unit}" for row in rows), f"{found.n:,} bars", f"{found.n:,} bars"], 7),
-            numbers("n needed", [*(f"{row.needed:,}" if row.needed else NOTHING for row in rows), NOTHING, "any"], 6),
-            Column(heading="trigger", cells=[*(row.trigger or NOTHING for row in rows), NOTHING, "20"], priority=4),
-            Column(
-                heading="verdict",
-                cells=[*(_verdict(row) for row in rows), NOTHING, "alarm" if found.rings else "none"],
-                priority=8,
-            ),
+            Column(heading="reading", cells=names),
+            numbers("value", values, 9),
+            numbers("95 % interval", intervals, 8),
+            numbers("compared with", references, 5),
+            numbers("n", counts, 7),
+            numbers("n needed", needed, 6),
+            Column(heading="trigger", cells=triggers, priority=4),
+            Column(heading="verdict", cells=verdicts, priority=8),
         ]
     )
 
@@ -107,26 +88,29 @@ def _verdict(row: Reading) -> str:
     return "beyond" if row.acts else "beyond, n too small"
 
 
-def _cells(row: Reading) -> dict[str, str]:
+def _cells(row: Reading) -> tuple[str, ...]:
     """What each column says, in the unit of the reading."""
     interval = row.interval
     if row.name == "return":
         shown, both = (lambda value: f"{basis_points(value)} bp"), f"{basis_points_interval(interval)} bp"
     elif row.name == "skill":
         shown, both = percent_gain, percent_interval(*(interval or (None, None)))
-    elif row.name == "MAE":
-        shown = percent_error
-        both = NOTHING if interval is None else f"{100 * interval[0]:.3f} to {100 * interval[1]:.3f} %"
     elif row.name in ("Sharpe ratio", "bias"):
-        shown, both = _ratio, NOTHING if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+        shown, both = _ratio, interval and f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+    elif row.name == "MAE":
+        shown, both = percent_error, interval and f"{100 * interval[0]:.3f} to {100 * interval[1]:.3f} %"
     else:
-        shown = _share
-        both = NOTHING if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
-    return {
-        "value": NOTHING if row.value is None else shown(row.value),
-        "interval": NOTHING if interval is None else both,
-        "compared with": NOTHING if row.reference is None else shown(row.reference),
-    }
+        shown, both = _share, interval and f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+    return (
+        row.name,
+        NOTHING if row.value is None else shown(row.value),
+        both if interval and both else NOTHING,
+        NOTHING if row.reference is None else shown(row.reference),
+        counted(row.n, row.unit),
+        f"{row.needed:,}" if row.needed else NOTHING,
+        row.trigger or NOTHING,
+        _verdict(row),
+    )
 
 
 def _share(value: float | None) -> str:
