@@ -122,6 +122,8 @@ def planted(place: Place, bars: int) -> None:
 
 
 def test_a_bad_promotion_is_found_and_undone_as_promote_does(place: Place) -> None:
+    place.put_in_use(GOOD)
+    place.replay(range(LAST - 105, LAST - 100))
     planted(place, 100)
     good = history.standing(place.folder / "hyperparams", "SP500")[1]
     assert good is not None
@@ -146,6 +148,7 @@ def test_a_bad_promotion_is_found_and_undone_as_promote_does(place: Place) -> No
     assert event.content["promoted"] == found["promoted"]
     later = place.monitor("--auto")  # nothing that was forecast before counts any more
     assert (later["alarm"]["n"], later["promoted"]) == (0, good.digest)
+    assert "MAE" not in later["readings"]
     with pytest.raises(history.NothingLeft):
         history.rollback(place.folder / "hyperparams", "SP500")
 

@@ -12,6 +12,7 @@ from places import last_bars, patch_python
 from served import BAD, BARS, GOOD
 from served import ServedPlace as Place
 
+from launch import settling
 from objectives.strategies import trailing_sigma
 from storage import forecasts
 from studies import config as configuration
@@ -139,7 +140,9 @@ def test_a_forecast_whose_last_bar_is_gone_is_counted_and_left(place: Place) -> 
 
 
 @pytest.mark.parametrize("model", ["naive", "toto"])
-def test_a_shadow_is_what_the_replaced_configuration_would_have_served(place: Place, model: str) -> None:
+def test_a_shadow_is_what_the_replaced_configuration_would_have_served(
+    place: Place, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, though it is made when the bars have come; and only of what was served since the promotion."""
     old = GOOD if model == "naive" else {"context_length": 256, "num_samples": 64, "aggregate": "median"}
     place.put_in_use(old, model=model)
@@ -155,6 +158,7 @@ def test_a_shadow_is_what_the_replaced_configuration_would_have_served(place: Pl
             assert shadow.content["keys"][key]["points"] == list(said.points)
             assert shadow.content["keys"][key]["q10"] == list(said.q10 or ())
     assert len(shadows) == 2
+    monkeypatch.setattr(settling, "load_forecaster", None)  # nothing is forecast again
     assert settled(place)["SP500"]["shadows"] == 0
 
 
