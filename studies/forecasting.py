@@ -109,7 +109,8 @@ class Forecast:
     computed_at: datetime  # UTC
     age_s: float  # since then
     bars_age_s: float  # since as_of
-    stale: bool  # whether a newer bar has closed that the file does not have, or the clock was set back
+    stale: bool
+    stale_reason: str | None  # a newer bar has closed that the file does not have, or the clock was set back
     cached: str  # memory, stored, computed or joined
     price_moved: bool  # whether the price asked with is so far from the last close that bars were read again
 
@@ -261,6 +262,7 @@ class Forecasts:
         assert row is not None
         clock = time.time()
         age_s = clock - row.computed_at.timestamp()
+        reason = _stale_reason(question, row, clock)
         return Forecast(
             symbol=question.symbol,
             model=question.model,
@@ -279,7 +281,8 @@ class Forecasts:
             computed_at=row.computed_at,
             age_s=max(age_s, 0.0),
             bars_age_s=max(clock - read.as_of.timestamp(), 0.0),
-            stale=clock >= read.next_close.timestamp() or age_s < -CLOCKS_APART_S,
+            stale=reason is not None,
+            stale_reason=reason,
             cached=kind if found.future is None or found.mine else JOINED,
             price_moved=found.moved,
         )
@@ -307,6 +310,15 @@ class _Found:
     row: ForecastRow | None = None
     future: Future[tuple[ForecastRow, str]] | None = None
     mine: bool = False  # whether this request is the first that asked
+
+
+def _stale_reason(question: Question, row: ForecastRow, clock: float) -> str | None:
+    if clock < row.computed_at.timestamp() - CLOCKS_APART_S:
+        return f"this machine's time is before {row.computed_at:%Y-%m-%d %H:%M}Z, when it was computed; set the clock"
+    if clock >= question.read.next_close.timestamp():
+        closed = f"{question.read.next_close:%Y-%m-%d %H:%M}Z"
+        return f"a bar after the last of {question.read.path} has closed by {closed}; add it"
+    return None
 
 
 def _key_forecast(content: Mapping[str, Any], last_close: float) -> KeyForecast:

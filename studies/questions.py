@@ -35,6 +35,7 @@ from studies.promoted_file import InUse
 NUMERICS = 1  # raised where equal questions get other numbers than before
 QUANTILES = {"q10": "quantile_0.10", "q50": "quantile_0.50", "q90": "quantile_0.90"}
 CACHE_BYTES = 2**28  # of an evaluator: the draws that points and quantiles of one question share
+MAX_HORIZON = 256  # steps: one request must not keep the thread of models busy for hours
 RECENT_BARS = 60  # whose steps say how long a bar lasts
 SAME_TIMES = 8  # earlier bars of the same weekday and time that say when the next one comes
 
@@ -124,6 +125,8 @@ def question_of(
         raise ConfigError(f"unknown key {unknown[0]!r}; the keys are {', '.join(KEYS)}")
     if not keys:
         raise ConfigError(f"no key is asked for; the keys are {', '.join(KEYS)}")
+    if not 1 <= horizon <= MAX_HORIZON:
+        raise ConfigError(f"horizon {horizon}: expected 1 to {MAX_HORIZON} bars")
     if reason := MODELS[model].refuses(config.models[model], horizon):
         raise ConfigError(f"{symbol}: horizon {horizon} {reason}; ask for a shorter one")
     try:
