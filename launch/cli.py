@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from launch import learning, watching
+from launch import learning, using, watching
 from launch.options import (
     FILE,
     HELP,
@@ -187,12 +187,12 @@ def promote(
 
 @click.group(
     cls=SectionedGroup,
-    commands=(*learning.COMMANDS, *watching.COMMANDS),
+    commands=(*using.COMMANDS, *watching.COMMANDS, *learning.COMMANDS),
     context_settings=HELP,
     sections={
         "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
+        "Use and watch": [str(one.name) for one in (*using.COMMANDS, *watching.COMMANDS)],
         "Learn": [str(one.name) for one in learning.COMMANDS],
-        "Use and watch": [str(one.name) for one in watching.COMMANDS],
         "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
     },
 )

@@ -20,6 +20,7 @@ from storage.retrying import RetryingStorage
 
 LIVE, SHADOW = "live", "shadow"  # roles
 REQUEST_KINDS = ("memory", "stored", "computed", "joined", "failed")
+HITS = ("memory", "stored")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,12 @@ def request_counts(
     )
     found = storage.transaction(lambda c: c.execute(statement, {"since": since}).all(), wait_s=wait_s)
     return {(row.day, row.symbol, row.kind): row[3] for row in found}
+
+
+def hit_rate(counts: Mapping[str, int]) -> float | None:
+    """The share of requests, by kind, that nobody computed or waited for; None without requests."""
+    total = sum(counts.values())
+    return sum(counts.get(kind, 0) for kind in HITS) / total if total else None
 
 
 def add_events(connection: Connection, rows: Sequence[EventRow]) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from forecasters import ExpectedError
+from objectives.bars import DataError
 from storage.forecasts import ForecastRow
 from storage.retrying import RetryingStorage
 from studies import config as configuration
@@ -185,11 +186,13 @@ class Forecasts:
         horizon: int | None = None,
         keys: Sequence[str] = (),
         price: float | None = None,
+        max_age_s: float | None = None,
     ) -> Answers:
         """The forecasts of these symbols, or why there is none; raises nothing that a person can mend.
 
         horizon: bars ahead, by default the settings'. keys: of `forecasters.KEYS`, by default the settings'.
         price: where the market is now, of a single symbol; far from the last close it has the bars read again.
+        max_age_s: how long ago, at most, the last bar may have begun.
         """
         found: dict[str, _Found] = {}
         forecasts: dict[str, Forecast] = {}
@@ -201,7 +204,9 @@ class Forecasts:
                 refused[symbol] = " ".join(str(error).split())
         for symbol, one in found.items():
             try:
-                forecasts[symbol] = self._forecast(one)
+                forecast = self._forecast(one)
+                _check_age(forecast, max_age_s)
+                forecasts[symbol] = forecast
             except Exception as error:  # noqa: BLE001 - what nobody expects was logged where it was raised
                 refused[symbol] = " ".join(str(error).split()) or type(error).__name__
         self._note_answers(forecasts, refused)
@@ -310,6 +315,15 @@ class _Found:
     row: ForecastRow | None = None
     future: Future[tuple[ForecastRow, str]] | None = None
     mine: bool = False  # whether this request is the first that asked
+
+
+def _check_age(forecast: Forecast, max_age_s: float | None) -> None:
+    """Raises DataError."""
+    if max_age_s is not None and forecast.bars_age_s > max_age_s:
+        raise DataError(
+            f"{forecast.symbol}: too old: its last bar, of {forecast.as_of:%Y-%m-%d %H:%M}Z, began "
+            f"{forecast.bars_age_s:.0f} s ago, and {max_age_s:g} s are allowed; add newer bars"
+        )
 
 
 def _stale_reason(question: Question, row: ForecastRow, clock: float) -> str | None:

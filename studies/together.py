@@ -82,7 +82,7 @@ class Together:
 
     def submit(self, question: Question, future: Answer) -> None:
         """Have it answered: the future gets the forecast and STORED, COMPUTED or JOINED, or an ExpectedError."""
-        if not self._models.is_alive():
+        if not self.alive:
             future.set_exception(ForecastsFailed("these forecasts are closed; open others"))
         self._asked.put((question, future))
 
@@ -90,6 +90,11 @@ class Together:
     def loaded(self) -> Mapping[str, str]:
         """The models that are loaded, and their weights' fingerprints."""
         return {model: one.forecaster.fingerprint for model, one in list(self._evaluators.items())}
+
+    @property
+    def alive(self) -> bool:
+        """Whether questions are answered."""
+        return self._models.is_alive()
 
     def close(self) -> None:
         """Answer what was asked for, and write what is not written."""

@@ -265,7 +265,7 @@ def test_bars_are_read_again_after_a_while_and_when_the_price_has_moved(place: P
         return asked.sources._bars["SP500"].read_at
 
     path = place.data / "SP500.csv"
-    os.utime(path, (time.time() - 60,) * 2)
+    os.utime(path, (time.time() - 60, time.time() - 60))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("studies.sources.SETTLED_NS", 0)  # its times are trusted at once
         slow, quick = place.open(), place.open(PREDICTION_TIME_THRESHOLD="0.05")

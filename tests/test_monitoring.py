@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import BAD, BARS, GOOD
-from served import ServedPlace as Place
+from watched import BAD, BARS, GOOD
+from watched import ServedPlace as Place
 
 from launch import cli, monitoring
 from objectives.evaluation import Evaluator

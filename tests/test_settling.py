@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from places import last_bars, patch_python
-from served import BAD, BARS, GOOD
-from served import ServedPlace as Place
+from watched import BAD, BARS, GOOD
+from watched import ServedPlace as Place
 
 from launch import settling
 from objectives.strategies import trailing_sigma
