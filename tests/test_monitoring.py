@@ -60,6 +60,20 @@ def test_a_replay_gives_the_numbers_of_compare_and_backtest(place: Place, model:
     assert found["win rate"]["interval"] == list(expected.win_interval or ())
 
 
+def test_a_longer_horizon_is_that_of_compare(place: Place) -> None:
+    place.put_in_use(GOOD, horizon=3)
+    last = BARS - 22  # the first of 20 test windows of three bars
+    place.replay(range(last - 32, last - 2), horizon=3)
+    place.settle()
+    found = place.monitor()["readings"]
+    words = ("--symbols", "SP500", "--models", "naive", "--params", "best", "--horizon", "3", "--stride", "1")
+    ended = place.studies("compare", *words, "--windows", "30", "--seeds", "served", "--cpus", "1", "--json")
+    (row,) = [row for row in json.loads(ended.stdout)["rows"] if row["label"] == "naive best"]
+    assert (found["MAE"]["n"], found["MAE"]["value"]) == (row["windows"], row["mae"])
+    assert found["skill"]["value"] == pytest.approx(row["skill"], rel=1e-12)
+    assert found["coverage"]["n"] == 90
+
+
 def test_what_it_says_of_service_and_of_the_confirmation(place: Place) -> None:
     place.put_in_use(GOOD, selection_value=0.004, skill=-0.05)
     place.replay([*range(LAST - 30, LAST - 10), *range(LAST - 5, LAST)])  # five bars without a forecast

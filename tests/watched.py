@@ -26,11 +26,11 @@ class ServedPlace(RunPlace):
     BARS: ClassVar[Mapping[str, int]] = {"SP500": BARS, "NASDAQ": BARS}
 
     def put_in_use(
-        self, config: Mapping[str, Any], *, symbol: str = "SP500", model: str = "naive", **said: Any
+        self, config: Mapping[str, Any], *, symbol: str = "SP500", model: str = "naive", horizon: int = 1, **said: Any
     ) -> None:
         """Promote it, with a history."""
         metrics = {"price_mae": 1.0, "pct_return_mae": 0.01, "latency_s": 0.1}
-        windows = {"forecast_horizon": 1}
+        windows = {"forecast_horizon": horizon}
         payload = {"symbol": symbol, "model": model, "config": dict(config), "validation": metrics, "metadata": said}
         folders = (model, "optimized_compiled", "best")
         history.write(self.folder / "hyperparams", symbol, {**payload, "windows": windows}, folders)
