@@ -19,7 +19,7 @@ from launch.views.tables import terminal
 from objectives.bars import DataError
 from objectives.fills import check_bars
 from objectives.strategies import STRATEGIES, StrategyError
-from storage import DatabaseUnavailable, history, outcomes
+from storage import DatabaseUnavailable, configs, history, outcomes
 from storage.commands import command as suggested
 from storage.configs import Record
 from storage.forecasts import EventRow, add_events, events_of, forecasts_of, outcomes_of, request_counts
@@ -36,9 +36,11 @@ ALARMED = 3  # exit status
 def command(config: Config, symbols: Sequence[str], *, auto: bool, as_json: bool) -> None:
     """What the command does. Exits with status 3 on an alarm, else with 1 where a symbol could not be looked at."""
     storage = open_storage(config, write=True)
-    names = symbols or outcomes.symbols(storage)
+    in_use = configs.symbols_in(config.hyperparams.dir, "best")
+    names = symbols or [symbol for symbol in outcomes.symbols(storage) if symbol in in_use]
     if not names:
-        say(f"no forecast was served yet; ask for one with: {suggested('studies forecast SYMBOL')}")
+        served_by = suggested("studies forecast SYMBOL")
+        say(f"no forecast of a promoted configuration was served yet; ask for one with: {served_by}")
     counts, rows, failed = request_counts(storage), [], False
     for symbol in names:
         try:

@@ -20,14 +20,15 @@ from launch.output import counted, say, wide_console
 from launch.places import open_storage
 from launch.views.tables import Column, Table, numbers, terminal
 from objectives.evaluation import Evaluator
-from storage import DatabaseUnavailable, history, outcomes
+from storage import DatabaseUnavailable, configs, history, outcomes
+from storage.commands import command as suggested
 from storage.forecasts import LIVE, SHADOW, ForecastRow, forecasts_of, write_forecasts, write_outcomes
 from storage.retrying import RetryingStorage
 from studies import questions
 from studies.bars_cache import read_bars_once
 from studies.config import Config, ConfigError
 from studies.evaluators import checkpoint_fingerprint, load_forecaster, serving
-from studies.questions import ReadBars, closed_bars, promoted, serving_evaluator
+from studies.questions import ReadBars, closed_bars, serving_evaluator
 from studies.series import file_of
 from studies.settling import settle, shadow_question
 
@@ -51,7 +52,7 @@ def command(config: Config, symbols: Sequence[str], *, device: str, as_json: boo
     storage = open_storage(config, write=True)
     names = symbols or outcomes.symbols(storage)
     if not names:
-        say("no forecast was served yet; ask for one with: studies forecast SYMBOL")
+        say(f"no forecast was served yet; ask for one with: {suggested('studies forecast SYMBOL')}")
     shadows, rows, failed = Shadows(config, device), [], False
     for symbol in names:
         try:
@@ -114,9 +115,9 @@ class Shadows:
         What cannot be forecast is said, and does not keep outcomes from being settled. Raises DatabaseUnavailable.
         """
         try:
-            record = promoted(self._config, symbol)
-            since, replaced = history.standing(self._config.hyperparams.dir, symbol)
-            if replaced is None:
+            root = self._config.hyperparams.dir
+            record, (since, replaced) = configs.read(root, "best", symbol), history.standing(root, symbol)
+            if record is None or replaced is None:
                 return 0
             if replaced.model not in MODELS:
                 raise ConfigError(f"is of the model {replaced.model!r}; those here are {', '.join(MODELS)}")

@@ -183,5 +183,16 @@ def test_what_cannot_be_a_shadow_is_one_line_and_outcomes_go_on(place: Place) ->
     assert len(place.outcomes()) == 1
 
 
+def test_a_symbol_that_is_no_longer_in_use_is_settled_and_not_watched(place: Place) -> None:
+    place.put_in_use(GOOD)
+    place.put_in_use(BAD)
+    place.replay([390])
+    place.promoted_file("SP500").unlink()
+    assert settled(place)["SP500"]["outcomes"] == 1
+    ended = place.studies("monitor")
+    assert (ended.stdout, ended.stderr.count("\n")) == ("", 1)
+    assert "no forecast of a promoted configuration was served yet" in ended.stderr
+
+
 def test_nothing_served_is_said(place: Place) -> None:
     assert "no forecast was served yet" in place.settle().stderr
