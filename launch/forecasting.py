@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import click
 
@@ -43,7 +44,9 @@ def command(
     as_json: bool,
 ) -> None:
     """What the command does. Raises ExpectedError; exits with status 1 where a symbol has no forecast."""
-    with Forecasts(config, storage=_storage(config), device=device, note=say) as asked:
+    storage = _storage(config)
+    config = replace(config, storage=replace(config.storage, url=""))  # it is open, or does not answer
+    with Forecasts(config, storage=storage, device=device, note=say) as asked:
         answers = asked.ask(symbols, horizon=horizon, keys=keys, price=price, max_age_s=max_age_s)
     found = list(answers.forecasts.values())
     if as_json:

@@ -6,6 +6,7 @@ Knows HTTP; what is answered is studies/forecasting.py, who may come in launch/d
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -24,9 +25,11 @@ from launch.output import say
 from launch.places import open_storage, private_server_kept_alive
 from launch.views import status
 from storage import DatabaseUnavailable, configs
+from storage.retrying import one_line
 from studies.config import Config, ConfigError
 from studies.forecasting import Answers, Forecast, Forecasts
 
+_log = logging.getLogger("studies")
 DANGER = "read the forecasts and have others computed"
 GRACE_S = 60.0  # that requests in progress may take once the server is to end
 TIDY_S = 6 * 3600.0  # between two looks for forecasts that are kept for too long
@@ -95,7 +98,11 @@ def application(forecasts: Forecasts) -> doors.Application:
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             answered = ("405 Method Not Allowed", TEXT, b"GET is the only method\n")
         else:
-            answered = page(parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True))
+            try:
+                answered = page(parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True))
+            except Exception as error:  # noqa: BLE001 - one request's failure is told to who asked
+                _log.exception("%s failed", environ["PATH_INFO"])
+                answered = ("500 Internal Server Error", JSON, _json({"error": one_line(error)}))
         start_response(answered[0], [("Content-Type", answered[1]), ("Content-Length", str(len(answered[2])))])
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else answered[2]]
 

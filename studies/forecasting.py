@@ -236,7 +236,7 @@ class Forecasts:
         threshold = self.policy.moved
         if threshold is None:
             threshold = MOVED[question.read.asset.name]
-        return abs(price / question.read.bars.close[-1] - 1) >= threshold
+        return abs(price / float(question.read.bars.close[-1]) - 1) >= threshold
 
     def _find(self, question: Question, moved: bool) -> _Found:
         """The forecast from memory, or who makes it."""

@@ -72,6 +72,7 @@ class Together:
         self._lock = threading.Lock()  # of counts and of rows that are not written
         self._counts: Counts = Counter()
         self._unwritten: dict[str, ForecastRow] = {}
+        self._flushing = threading.Lock()  # whoever flushes next sees what another thread was writing
         self._left_alone_until = 0.0
         self._closing = threading.Event()
         self._models = threading.Thread(target=self._answer_all, name="models", daemon=True)
@@ -258,18 +259,19 @@ class Together:
         """Write counts and forecasts that are not written yet; without any, see whether the database answers."""
         assert self.storage is not None
         storage = self.storage
-        with self._lock:
-            counts, self._counts = self._counts, Counter()
-            rows = list(self._unwritten.values())
-        try:
-            self._in_database(lambda: forecasts.catch_up(storage, rows, counts), at_once=True)
-        except BaseException:
+        with self._flushing:
             with self._lock:
-                self._counts.update(counts)
-            raise
-        with self._lock:
-            for row in rows:
-                self._unwritten.pop(row.digest, None)
+                counts, self._counts = self._counts, Counter()
+                rows = list(self._unwritten.values())
+            try:
+                self._in_database(lambda: forecasts.catch_up(storage, rows, counts), at_once=True)
+            except BaseException:
+                with self._lock:
+                    self._counts.update(counts)
+                raise
+            with self._lock:
+                for row in rows:
+                    self._unwritten.pop(row.digest, None)
 
 
 class ForecastsFailed(ExpectedError):
