@@ -118,7 +118,7 @@ def _print(rows: Sequence[Monitored], *, whole: bool) -> None:
     for row in rows if whole else ():
         console.print(monitor.title(row), style="bold")
         console.print(terminal(monitor.readings_table(row), console.width))
-        console.print(f"{row.advice}\n", soft_wrap=True)
+        console.print(f"{monitor.service(row)}\n{row.advice}\n", soft_wrap=True)
     for line in monitor.EXPLANATIONS if whole else ():
         say(line)
 

@@ -87,6 +87,8 @@ def test_what_it_says_of_service_and_of_the_confirmation(place: Place) -> None:
     assert found["requests"] == {"computed": 25}
     assert (said["hit rate"]["value"], said["hit rate"]["needed"]) == (0.0, 119)
     assert found["bars_behind"] == 1
+    shown = place.studies("monitor", "SP500").stdout
+    assert "1 bar since the newest forecast; requests: 25 computed\n" in shown
     assert "keep it: it replaced nothing" in found["advice"]
     assert said["return"]["n"] == 30
     place.show_bars(BARS)

@@ -128,6 +128,15 @@ def title(one: Monitored) -> str:
     return f"{one.symbol} {one.model}{since}{until}"
 
 
+def service(one: Monitored) -> str:
+    """How fresh the forecasts are, and what answered requests, by kind."""
+    behind = (
+        "no forecast" if one.bars_behind is None else f"{counted(one.bars_behind, 'bar')} since the newest forecast"
+    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(one.requests.items(), key=lambda item: -item[1]))
+    return f"{behind}; requests: {kinds or 'none'}"
+
+
 def kept(events: Mapping[str, EventRow]) -> list[Monitored]:
     """What `studies monitor` found last, of each symbol."""
     return [Monitored.from_json(one.content) for one in events.values()]

@@ -283,7 +283,7 @@ def _decision(facts: StudyFacts) -> str:
 
 
 def _watched(found: Monitored) -> str:
-    told = f"{monitor.title(found)}: {found.advice}."
+    told = f"{monitor.title(found)}: {found.advice}. {monitor.service(found)}."
     return "\n\n".join([told, markdown(monitor.readings_table(found), spaced=True), *monitor.EXPLANATIONS])
 
 
