@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from launch import learning
+from launch import learning, using
 from launch.options import (
     FILE,
     HELP,
@@ -189,10 +189,11 @@ def promote(
 
 @click.group(
     cls=SectionedGroup,
-    commands=learning.COMMANDS,
+    commands=(*using.COMMANDS, *learning.COMMANDS),
     context_settings=HELP,
     sections={
         "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
+        "Use and watch": [str(one.name) for one in using.COMMANDS],
         "Learn": [str(one.name) for one in learning.COMMANDS],
         "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
     },

@@ -30,7 +30,7 @@ from launch.views.comparison import BLOCKS, ComparisonRow, Fan
 from launch.views.tables import duration, terminal
 from objectives.bars import DataError, require_keys
 from objectives.evaluation import Evaluator
-from objectives.windows import Windows
+from objectives.windows import SeedKind, Windows
 from storage.commands import this_command
 from studies import chosen, comparing
 from studies.comparing import ComparedConfiguration, MeasuredRow
@@ -53,6 +53,7 @@ class Asked:
     passes: int
     params: Sequence[str]
     keys: Sequence[str]  # prices of a bar; figures are of the first
+    seeds: SeedKind = SeedKind.STUDY
     profile: bool = False
 
 
@@ -75,6 +76,7 @@ class Job:
     rows: Sequence[ComparedConfiguration]
     keys: Sequence[str]
     passes: int
+    seeds: SeedKind
     fan: bool  # also the band of the samples of the last window
     profile: bool
 
@@ -193,6 +195,7 @@ def measure(
             rows=[row for row in case.rows if row.model == model],
             keys=asked.keys,
             passes=asked.passes,
+            seeds=asked.seeds,
             fan=fan and case is cases[0],
             profile=asked.profile,
         )
@@ -268,11 +271,12 @@ def measure_job(job: Job, device: str) -> tuple[list[Answer], Profile]:
 def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer:
     try:
         passes = comparing.passes_of(evaluator, job.passes)
-        measured = comparing.measure_keys(evaluator, job.windows, params, job.keys, passes=passes)
+        measured = comparing.measure_keys(evaluator, job.windows, params, job.keys, passes=passes, kind=job.seeds)
         band = None
         if job.fan and not evaluator.exact:
             last = replace(job.windows, origins=job.windows.origins[-1:])
-            band = np.quantile(evaluator.samples(last, params, pass_number=passes[0])[0], BAND, axis=0)
+            samples = evaluator.samples(last, params, pass_number=passes[0], kind=job.seeds)
+            band = np.quantile(samples[0], BAND, axis=0)
         return Answer(measured=measured, band=band)
     except ForecastError as error:
         return Answer(error=str(error))

@@ -125,13 +125,15 @@ class Evaluator:
         keys: Sequence[str],
         *,
         passes: Sequence[int],
+        kind: SeedKind = SeedKind.STUDY,
     ) -> dict[str, np.ndarray]:
         """By key what `batch_points` are of these windows' `of_key`, bit for bit.
 
-        Where a model answers keys together, all of them cost one encoding and one draw. Raises what `measure` raises.
+        Where a model answers keys together, all of them cost one encoding and one draw. kind: whose seeds.
+        Raises what `measure` raises.
         """
         plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
-        return self._answers(windows, indices, keys, plan, passes, SeedKind.STUDY, self._points(params))
+        return self._answers(windows, indices, keys, plan, passes, kind, self._points(params))
 
     def forecast(
         self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY

@@ -116,6 +116,7 @@ class Storage:
     artifacts_dir: Path
     listen: str = setting(_address)
     wait_s: float = setting(at_least(0))
+    keep_days: int = setting(at_least(1))
 
 
 @dataclass(frozen=True, kw_only=True)

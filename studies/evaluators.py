@@ -5,6 +5,7 @@ Loads torch, and that only when a forecaster is asked for. Knows nothing of stud
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import forecasters
@@ -37,6 +38,12 @@ def evaluator_of(
         exact=config.search.objective == "exact",
         work=WorkCounter() if profile and forecaster.compilation == "off" else None,
     )
+
+
+def serving(config: Config, horizon: int) -> Config:
+    """The settings to forecast this many bars with, one window at a time."""
+    search = replace(config.search, rung=1, batch=1)
+    return replace(config, search=search, windows=replace(config.windows, horizon=horizon))
 
 
 def load_forecaster(config: Config, model: str, *, device: str) -> LoadedForecaster:
