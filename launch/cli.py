@@ -155,8 +155,7 @@ def promote(
         if as_json:
             click.echo(json.dumps(asdict(restored), indent=2, default=str))
         else:
-            click.echo("\n".join(decisions.rollback_lines(restored, dry_run=dry_run)))
-            decisions.say_rollback(symbol, restored, dry_run=dry_run)
+            decisions.show_rollback(symbol, restored, click.echo, dry_run=dry_run)
         return
     if line := decisions.WARNINGS.get(on):
         say(f"warning: {line}")

@@ -161,6 +161,4 @@ def _roll_back(config: Config, storage: RetryingStorage, row: Monitored) -> None
     said = {"promoted": row.promoted, "alarm": asdict(row.alarm), "model": restored.model, "step": str(restored.kept)}
     event = EventRow(at=datetime.now(UTC), symbol=row.symbol, kind=ROLLBACK, content=said)
     storage.transaction(lambda c: add_events(c, [event]))
-    for line in decisions.rollback_lines(restored, dry_run=False):
-        say(line)
-    decisions.say_rollback(row.symbol, restored, dry_run=False)
+    decisions.show_rollback(row.symbol, restored, say)
