@@ -15,9 +15,9 @@ from launch.output import say, wide_console
 from launch.places import open_storage, server_folder
 from launch.views import forecasts as view
 from launch.views.tables import terminal
-from storage import DatabaseUnavailable
+from storage import DatabaseUnavailable, configs
 from storage.retrying import RetryingStorage
-from studies.config import Config
+from studies.config import Config, ConfigError
 from studies.forecasting import Forecasts
 
 
@@ -43,7 +43,13 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """What the command does. Raises ExpectedError; exits with status 1 where a symbol has no forecast."""
+    """What the command does. Raises ExpectedError; exits with status 1 where a symbol has no forecast.
+
+    symbols: none are all that have a promoted file.
+    """
+    symbols = symbols or configs.symbols_in(config.hyperparams.dir, "best")
+    if not symbols:
+        raise ConfigError(f"{config.hyperparams.dir / 'best'}: nothing is promoted yet; make a file with: promote")
     storage = _storage(config)
     config = replace(config, storage=replace(config.storage, url=""))  # it is open, or does not answer
     with Forecasts(config, storage=storage, device=device, note=say) as asked:

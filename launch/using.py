@@ -29,7 +29,7 @@ cores_option = click.option("--cpus", type=click.IntRange(min=1), help="Number o
 
 
 @click.command(context_settings=HELP)
-@click.argument("symbols", nargs=-1, required=True, metavar="SYMBOL..")
+@click.argument("symbols", nargs=-1, metavar="[SYMBOL]..")
 @click.option("--horizon", type=click.IntRange(1), help="Bars ahead.  [default: the settings']")
 @keys_option
 @click.option("--price", type=Fraction(0, min_open=True), metavar="P",
@@ -51,7 +51,7 @@ def forecast(
     cpus: int | None,
     as_json: bool,
 ) -> None:
-    """Forecast the next bars of symbols with their promoted configurations.
+    """Forecast the next bars of symbols, or of all that have one, with their promoted configurations.
 
     A forecast that is in the database is read from there; others are computed, and kept there where there is one. Exits
     with status 1 if a symbol has none, and still shows the others.
@@ -63,7 +63,7 @@ def forecast(
 
     check_devices(gpus, cpus)
     names = checked_symbols([symbols])
-    if price is not None and len(names) > 1:
+    if price is not None and len(names) != 1:
         raise click.UsageError("--price is of a single SYMBOL")
     forecasting.command(
         config,
