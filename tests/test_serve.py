@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from browser import Tab
 from click.testing import CliRunner
+from conftest import execute
 from forecast_places import NAIVE, Place, daily
 from places import BIN, last_bars, patch_python
 from prometheus_client.parser import text_string_to_metric_families
@@ -198,6 +199,15 @@ def test_health_is_told_while_a_forecast_is_computed(place: Place, monkeypatch: 
         assert "cannot be read" in text
 
 
+def test_a_server_has_its_models_loaded_before_they_are_asked_for(place: Place) -> None:
+    place.put_promoted("ALIEN", {}, model="chronos2")
+    with servers(place) as (server,):
+        deadline = time.monotonic() + 30
+        while json.loads(get(server.address, "/healthz")[1])["models"] == {}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_curl_can_ask(place: Place) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl here")
@@ -237,6 +247,8 @@ def test_the_page_shows_what_was_answered(place: Place, tab: Tab) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_told_to_end_answers_first(place: Place, number: int) -> None:
+    found = place.open().ask(["SP500"], horizon=3)  # and long ago, so that it is not kept
+    execute(place.url, "update forecasts set computed_at = now() - interval '401 days'")
     with servers(place, slow_s=1.0) as (server,), ThreadPoolExecutor(2) as thread:
         waiting = [thread.submit(forecast, server.address, f"symbol={name}") for name in ("SP500", "NASDAQ")]
         time.sleep(0.5)
@@ -244,7 +256,9 @@ def test_a_server_that_is_told_to_end_answers_first(place: Place, number: int) -
         assert server.process.returncode == 0
         assert {one["cached"] for each in waiting for one in each.result().values()} == {"computed"}
         assert place.rows() == 2
-        assert place.counts() == {"computed": 2}  # written at the end
+        assert forecasts.read_forecasts(place.storage, [found.forecasts["SP500"].digest]) == {}
+        place.opened.pop().close()
+        assert place.counts() == {"computed": 3}  # written at the end
 
 
 def test_what_a_killed_server_was_computing_is_computed_by_another(place: Place) -> None:
