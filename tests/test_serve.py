@@ -261,6 +261,30 @@ def test_a_server_that_is_told_to_end_answers_first(place: Place, number: int) -
         assert place.counts() == {"computed": 3}  # written at the end
 
 
+def test_a_server_waits_for_the_requests_in_progress() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(environ: Any, start_response: Any) -> list[bytes]:
+        begun.set()
+        assert go_on.wait(30)
+        start_response("200 OK", [])
+        return [b"done"]
+
+    server = doors.bind(slow, Door(host="127.0.0.1", token=None), 0)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    with ThreadPoolExecutor(1) as client:
+        waiting = client.submit(get, f"127.0.0.1:{server.server_port}", "/")
+        assert begun.wait(30)
+        server.shutdown()
+        thread.join()
+        assert not server.drain(0.05)
+        go_on.set()
+        assert server.drain(30)
+        assert waiting.result() == (200, "done")
+    server.server_close()
+
+
 def test_what_a_killed_server_was_computing_is_computed_by_another(place: Place) -> None:
     with servers(place, 2, slow_s=1.0) as (one, other), ThreadPoolExecutor(4) as threads:
         lost = threads.submit(forecast, one.address)
