@@ -5,6 +5,7 @@ Knows HTTP; what is answered is studies/forecasting.py, who may come in launch/d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from storage import DatabaseUnavailable, configs
 from storage.retrying import one_line
 from studies.config import Config, ConfigError
 from studies.forecasting import Answers, Forecast, Forecasts
+from studies.questions import promoted
 
 _log = logging.getLogger("studies")
 DANGER = "read the forecasts and have others computed"
@@ -46,6 +48,8 @@ def command(config: Config, host: str, port: int, token_file: Path | None, *, de
     log = config.workers.log_dir / "serve.log"
     with Forecasts(config, storage=storage, device=device, note=say) as forecasts:
         server = doors.bind(application(forecasts), door, port)
+        for model in sorted(models_in_use(config)):
+            forecasts.together.load(model)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
         with private_server_kept_alive(config, say=say, log=log, on_stop=ended.set):
@@ -63,6 +67,15 @@ def command(config: Config, host: str, port: int, token_file: Path | None, *, de
         server.server_close()
     storage.engine.dispose()
     say("stopped")
+
+
+def models_in_use(config: Config) -> set[str]:
+    """Those of the promoted files that can be read; who asks for one of the others is told why."""
+    found = set()
+    for symbol in configs.symbols_in(config.hyperparams.dir, "best"):
+        with contextlib.suppress(ExpectedError):
+            found.add(promoted(config, symbol).model)
+    return found
 
 
 # --- pages --------------------------------------------------------------------------------------------------

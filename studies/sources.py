@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from forecasters import KEYS
 from objectives.bars import DataError, timestamp_text
 from storage import configs
 from storage.configs import Record
@@ -22,6 +23,7 @@ from studies.questions import Question, ReadBars, closed_bars, promoted, questio
 from studies.series import file_of
 
 SETTLED_NS = 10**9  # a file changed since may change again without any of its times telling
+QUESTIONS = 4096  # kept; each may hold the bars of when it was asked
 TRIES = 5  # to read a file that is being written
 
 T = TypeVar("T")
@@ -69,6 +71,7 @@ class Sources:
         max_read_s: how long ago, at most, the bars may have been read, whatever their file's times say; at_once: they
         are read again unless that was within the last second.
         """
+        keys = [key for key in KEYS if key in keys] + [key for key in keys if key not in KEYS]  # of which none is known
         record = self._record(symbol)
         read = self._read(symbol, min(max_read_s, 1.0) if at_once else max_read_s)
         asked = (symbol, horizon, tuple(keys))
@@ -76,6 +79,8 @@ class Sources:
         if found is None or found.record is not record or found.read is not read:
             checkpoint = self.checkpoint(record.model)
             found = question_of(self.config, record, read, horizon=horizon, keys=keys, checkpoint=checkpoint)
+            if len(self._questions) >= QUESTIONS:
+                self._questions.clear()  # those that are asked again are made again, in less than a millisecond
             self._questions[asked] = found
         return found
 

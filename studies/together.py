@@ -66,7 +66,7 @@ class Together:
         self.computing_s, self.computed = 0.0, Counter[str]()  # seconds spent, and forecasts by model
         self._kept, self._note = kept, note
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._asked: queue.SimpleQueue[tuple[Question, Answer] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Question, Answer] | str | None] = queue.SimpleQueue()
         self._evaluators: dict[str, Evaluator] = {}
         self._claimed: set[str] = set()
         self._lock = threading.Lock()  # of counts and of rows that are not written
@@ -86,6 +86,10 @@ class Together:
         if not self.alive:
             future.set_exception(ForecastsFailed("these forecasts are closed; open others"))
         self._asked.put((question, future))
+
+    def load(self, model: str) -> None:
+        """Have a model loaded before it is asked for; where it cannot be, those who ask are told."""
+        self._asked.put(model)
 
     @property
     def loaded(self) -> Mapping[str, str]:
@@ -119,6 +123,10 @@ class Together:
                     one = self._asked.get(timeout=wait_s) if not closing else self._asked.get_nowait()
                     if one is None:
                         closing = True
+                        continue
+                    if isinstance(one, str):
+                        with contextlib.suppress(ExpectedError):
+                            self._evaluator(one)
                         continue
                     batch[one[0].digest] = one
                     until = until or time.monotonic() + GATHER_S

@@ -102,6 +102,7 @@ def test_what_decides_the_numbers_is_in_the_digest_and_nothing_else(place: Place
     first = one(asked)
     assert one(asked, horizon=2).digest != first.digest
     assert one(asked, keys=["high"]).digest != first.digest
+    assert one(asked, keys=["low", "high"]).digest == one(asked, keys=["high", "low", "high"]).digest
     place.put_promoted("SP500", NAIVE, model="naive", metadata={"study": "other", "trial": 1})
     promoted_again = one(asked)
     assert (promoted_again.digest, promoted_again.cached) == (first.digest, "memory")
