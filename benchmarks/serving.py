@@ -138,17 +138,17 @@ def hits(address: str, names: list[str], *, rate: int, seconds: float) -> dict[s
     }
 
 
-def health(address: str, names: list[str]) -> float:
-    """The slowest /healthz in milliseconds while forecasts of another horizon are computed."""
-    slowest = 0.0
+def health(address: str, names: list[str]) -> dict[str, float]:
+    """Milliseconds of /healthz, by percentile, while forecasts of another horizon are computed."""
+    took = []
     with ThreadPoolExecutor(1) as thread:
         computing = thread.submit(get, address, f"/forecast?symbol={','.join(names)}&keys={KEYS}&horizon=2")
         while not computing.done():
             began = time.perf_counter()
             get(address, "/healthz")
-            slowest = max(slowest, time.perf_counter() - began)
+            took.append(1000 * (time.perf_counter() - began))
             time.sleep(0.02)
-    return 1000 * slowest
+    return dict(zip(map(str, PERCENTILES), np.percentile(took, PERCENTILES).tolist(), strict=True))
 
 
 def other_client(address: str, names: list[str], seconds: float) -> dict[str, str]:
@@ -186,7 +186,7 @@ def measure(folder: Path, options: Any) -> dict[str, Any]:
             figures["warm, from rows, ms"], figures["answers from rows"] = 1000 * seconds, sorted(kinds)
         figures["hits"] = hits(address, names, rate=options.rate, seconds=options.seconds)
         figures["other client"] = other_client(address, names, min(options.seconds, 10))
-        figures["slowest /healthz while computing, ms"] = health(address, names)
+        figures["/healthz while computing, ms"] = health(address, names)
         figures["metrics"] = [line for line in get(address, "/metrics")[1].decode().splitlines() if "_total{" in line]
     return figures
 
@@ -219,7 +219,8 @@ def main() -> None:
             for name, value in figures["other client"].items()
             if name != "client"
         ),
-        ("slowest /healthz while computing, ms", figures["slowest /healthz while computing, ms"]),
+        ("/healthz while computing", None),
+        *((f"    {name} %, ms", value) for name, value in figures["/healthz while computing, ms"].items()),
         *((f"requests of all servers: {kind}", count) for kind, count in counts.items()),
     ]
     recording.table(f"{options.size} sizes, {os.cpu_count()} cores", ("figure", "value"), rows)
