@@ -47,7 +47,7 @@ checkpoint = "kronos-tiny"
 """
 IN_USE = {
     "toto": {"num_samples": 256, "samples_per_batch": 256, "aggregate": "trimmed_mean_10", "context_length": 512},
-    "kronos": {"temperature": 0.3, "top_p": 0.9, "top_k": 0, "sample_count": 128, "max_context": 512, "clip": 5.0},
+    "kronos": {"temperature": 0.3, "top_p": 0.9, "top_k": 0, "sample_count": 128, "max_context": 192, "clip": 5.0},
 }
 PERCENTILES = (50, 90, 99, 99.9, 100)
 

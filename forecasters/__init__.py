@@ -180,6 +180,15 @@ class KeyedForecaster(Forecaster, Protocol):
         ...
 
 
+@runtime_checkable
+class StackingForecaster(Protocol):
+    """A forecaster that can encode the keys of a bar, each for itself, as rows of one forward."""
+
+    def encode_stacked(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> dict[str, Encoded]:
+        """As `KeyedForecaster.encode`, of every key. The last bits may differ, as forwards of other sizes do."""
+        ...
+
+
 def seed_of_key(seed: int, key: str) -> int:
     """A number below 2**66 that keys a key's own draws; of the close it is the seed of the window."""
     return seed + ((KEYS.index(key) + 1) % len(KEYS) << 64)

@@ -22,6 +22,7 @@ from torch import Tensor
 from forecasters import (
     BY_DEFAULT,
     CLOSE,
+    KEYS,
     Bars,
     ForecastError,
     Running,
@@ -92,6 +93,12 @@ class Trajectories:
         return points
 
 
+def check_asked(read: str, horizon: int) -> None:
+    """Raise ForecastError for a horizon that cannot be forecast from such an input."""
+    if horizon < 1 or read not in KEY_INPUTS or (read == RATIO and horizon > 1):
+        raise ForecastError(f"horizon {horizon} with key_input {read}: at least 1 step is needed, of ratios just 1")
+
+
 class Toto:
     """A loaded Toto 1.0 checkpoint; see `forecasters.KeyedForecaster`."""
 
@@ -139,8 +146,7 @@ class Toto:
         closes are not known then, and when one window does not fit the memory.
         """
         read = params.get("key_input", PRICE)
-        if horizon < 1 or read not in KEY_INPUTS or (read == RATIO and horizon > 1):
-            raise ForecastError(f"horizon {horizon} with key_input {read}: at least 1 step is needed, of ratios just 1")
+        check_asked(read, horizon)
         keys = VARIATE_KEYS if read == VARIATES else (key,)
         rows = [series_of(bars, int(params["context_length"]), keys, ratio=read == RATIO) for bars in contexts]
         if not rows:
@@ -165,6 +171,24 @@ class Toto:
         prefixes = tuple(part[1] for part in parts if part[1] is not None)
         found = unpacked(packed, self.network.config.components, keys=keys, horizon=horizon, prefixes=prefixes)
         return in_price(contexts, found) if read == RATIO else found
+
+    def encode_stacked(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int
+    ) -> dict[str, EncodedPrices]:
+        """`encode` of every key, up to a patch ahead in one forward where the keys are series of their own."""
+        read, count = params.get("key_input", PRICE), len(contexts)
+        if read == VARIATES or self.graphs.on or horizon > self.network.config.patch_size:
+            return {key: self.encode(contexts, params, horizon, key) for key in KEYS}
+        check_asked(read, horizon)
+        points = int(params["context_length"])
+        rows = [series_of(bars, points, (key,), ratio=read == RATIO) for key in KEYS for bars in contexts]
+        packed, _ = self._prefill(rows, horizon, 0)
+        found = {}
+        for place, key in enumerate(KEYS):
+            part = packed[place * count : (place + 1) * count]
+            one = unpacked(part, self.network.config.components, keys=(key,), horizon=horizon, prefixes=())
+            found[key] = in_price(contexts, one) if read == RATIO else one
+        return found
 
     def _may_share(self, contexts: Sequence[Bars], rows: Sequence[np.ndarray], read: str, horizon: int) -> bool:
         whole = all(row.shape[1] == len(bars) for row, bars in zip(rows, contexts, strict=True))

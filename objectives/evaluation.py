@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from forecasters import KEYS, Encoded, ExactKeyedForecaster, Forecaster, ForecastError
+from forecasters import KEYS, Encoded, ExactKeyedForecaster, Forecaster, ForecastError, StackingForecaster
 from objectives.aggregation import Draw, parse
 from objectives.exact import exact_points
 from objectives.keys import KeyForecasts, key_forecasts, keyed
@@ -304,13 +304,22 @@ class Evaluator:
             batch.contexts.digest(batch.indices),
         )
 
-    def _encoded(self, cache_key: Hashable, batch: _Batch, plan: _Plan, key: str, seconds: dict[str, float]) -> Any:
+    def _encoded(
+        self, cache_key: tuple[Hashable, ...], batch: _Batch, plan: _Plan, key: str, seconds: dict[str, float]
+    ) -> Any:
         """The encoding that answers this key."""
         encoded: Any = self._cache.get(cache_key)
         if encoded is None:
             with _timed(seconds, "encode"):
                 contexts = batch.contexts.contexts(batch.indices)
-                encoded = self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
+                if self.batch == 1 and cache_key[-1] == key and isinstance(self.forecaster, StackingForecaster):
+                    # Whatever is asked for: a forward of one series reads all weights, and four rows cost no more.
+                    stacked = self.forecaster.encode_stacked(contexts, plan.encode_params, batch.contexts.horizon)
+                    for other, one in stacked.items():
+                        self._cache.put((*cache_key[:-1], other), one)
+                    encoded = stacked[key]
+                else:
+                    encoded = self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
             self._cache.put(cache_key, encoded)
             if self.work is not None:
                 self.work.add("encode", len(batch.indices), lambda: None, lambda _: self._encode_one(batch, plan, key))

@@ -58,7 +58,7 @@ def test_a_replay_gives_what_was_served_bit_for_bit(place: Place, model: str, pa
     place.bars("SP500", last_bars("SP500", 300))  # what came later changes nothing
     bars, _ = read_bars(place.data / "SP500.csv")
     config = load(place.settings)
-    evaluator = Evaluator(forecasters.load(model, **loading_options(config, model)), cache_bytes=0)
+    evaluator = Evaluator(forecasters.load(model, **loading_options(config, model)), cache_bytes=0, rung=1, batch=1)
     origin = Contexts(symbol="SP500", bars=bars, origins=(280,), horizon=1)
     for key in ALL_KEYS:
         scored = evaluator.forecast(origin.of_key(key), params, kind=SeedKind.SERVED)
@@ -71,6 +71,18 @@ def test_a_replay_gives_what_was_served_bit_for_bit(place: Place, model: str, pa
     assert served.last_close == bars.close[279]
     assert served.keys["close"].returns[0] == served.keys["close"].points[0] / bars.close[279] - 1
     assert served.as_of == bars.timestamps[279].astype("datetime64[us]").item().replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize("key_input", ["price", "ratio", "variates"])
+def test_what_a_price_of_a_bar_is_forecast_to_be_depends_on_no_other_that_is_asked_for(
+    place: Place, key_input: str
+) -> None:
+    place.put_promoted("SP500", {**TOTO, "key_input": key_input})
+    place.bars("SP500", last_bars("SP500", 300))
+    every = one(place.open(), keys=ALL_KEYS).keys
+    for key in ALL_KEYS:
+        alone = one(place.open(), keys=[key]).keys[key]
+        assert (alone.q10, alone.q50, alone.q90) == (every[key].q10, every[key].q50, every[key].q90)
 
 
 def test_a_bar_is_served_as_one_can_be(place: Place) -> None:
