@@ -50,8 +50,13 @@ def command(config: Config, host: str, port: int, token_file: Path | None, *, de
         server = doors.bind(application(forecasts), door, port)
         for model in sorted(models_in_use(config)):
             forecasts.together.load(model)
+
+        def end(number: int, frame: object) -> None:
+            ended.set()
+            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ended.set())
+            signal.signal(number, end)
         with private_server_kept_alive(config, say=say, log=log, on_stop=ended.set):
             answering = threading.Thread(target=server.serve_forever, args=(0.05,), name="http", daemon=True)
             answering.start()

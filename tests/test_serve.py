@@ -223,6 +223,8 @@ def test_who_comes_from_elsewhere_needs_the_token(place: Place) -> None:
         assert [get(address, path)[0] for path in pages] == [401] * 4
         assert place.rows() == 0
         assert [get(address, path, Authorization=f"Bearer {TOKEN}")[0] for path in pages] == [200] * 4
+        taken = place.invoke(cli.studies, "serve", "--port", address.rpartition(":")[2])
+        assert (taken.exit_code, "Address already in use" in taken.stderr) == (1, True)
     refused = place.invoke(cli.studies, "serve", "--port", "0", "--host", "0.0.0.0")
     assert refused.exit_code == 1
     assert "lets other machines in, and whoever reaches it could read the forecasts" in refused.stderr
@@ -259,6 +261,21 @@ def test_a_server_that_is_told_to_end_answers_first(place: Place, number: int) -
         assert forecasts.read_forecasts(place.storage, [found.forecasts["SP500"].digest]) == {}
         place.opened.pop().close()
         assert place.counts() == {"computed": 3}  # written at the end
+
+
+def test_a_second_signal_ends_a_server_at_once(place: Place) -> None:
+    with servers(place, slow_s=30.0) as (server,), ThreadPoolExecutor(1) as thread:
+        lost = thread.submit(forecast, server.address)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        began = time.monotonic()
+        server.end()
+        assert time.monotonic() - began < 10
+        assert server.process.returncode == -signal.SIGTERM
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            lost.result()
 
 
 def test_a_server_waits_for_the_requests_in_progress() -> None:
