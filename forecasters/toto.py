@@ -12,7 +12,8 @@ Q points of a head, N samples or trajectories, H steps, h of them in the first p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,17 @@ def check_asked(read: str, horizon: int) -> None:
         raise ForecastError(f"horizon {horizon} with key_input {read}: at least 1 step is needed, of ratios just 1")
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Do what this process computes within in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Toto:
     """A loaded Toto 1.0 checkpoint; see `forecasters.KeyedForecaster`."""
 
@@ -182,7 +194,8 @@ class Toto:
         check_asked(read, horizon)
         points = int(params["context_length"])
         rows = [series_of(bars, points, (key,), ratio=read == RATIO) for key in KEYS for bars in contexts]
-        packed, _ = self._prefill(rows, horizon, 0)
+        with one_thread():  # several share the rows out among them, which changes last bits with their number
+            packed, _ = self._prefill(rows, horizon, 0)
         found = {}
         for place, key in enumerate(KEYS):
             part = packed[place * count : (place + 1) * count]

@@ -211,7 +211,8 @@ class Evaluator:
         for pass_number in passes:
             seeds = contexts.seeds(pass_number, kind)
             of_batch = tuple(seeds[index] for index in indices)
-            asked = _Batch(contexts=contexts, indices=indices, seeds=of_batch, keys=tuple(keys))
+            alone = kind is SeedKind.SERVED and len(indices) == 1
+            asked = _Batch(contexts=contexts, indices=indices, seeds=of_batch, keys=tuple(keys), alone=alone)
             seconds = dict.fromkeys(STAGES, 0.0)
             answers.append(answer(asked, plan, seconds))
             for stage in STAGES:
@@ -302,6 +303,7 @@ class Evaluator:
             tuple(plan.encode_params.items()),
             batch.contexts.horizon,
             batch.contexts.digest(batch.indices),
+            batch.alone,
         )
 
     def _encoded(
@@ -312,7 +314,7 @@ class Evaluator:
         if encoded is None:
             with _timed(seconds, "encode"):
                 contexts = batch.contexts.contexts(batch.indices)
-                if self.batch == 1 and cache_key[-1] == key and isinstance(self.forecaster, StackingForecaster):
+                if batch.alone and cache_key[-1] == key and isinstance(self.forecaster, StackingForecaster):
                     # Whatever is asked for: a forward of one series reads all weights, and four rows cost no more.
                     stacked = self.forecaster.encode_stacked(contexts, plan.encode_params, batch.contexts.horizon)
                     for other, one in stacked.items():
@@ -350,6 +352,7 @@ class _Batch:
     indices: Sequence[int]
     seeds: tuple[int, ...]  # one a window
     keys: tuple[str, ...]  # which prices are asked for
+    alone: bool  # a single window, as forecasts are served
 
 
 @dataclass(frozen=True, kw_only=True)

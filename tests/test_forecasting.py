@@ -58,7 +58,7 @@ def test_a_replay_gives_what_was_served_bit_for_bit(place: Place, model: str, pa
     place.bars("SP500", last_bars("SP500", 300))  # what came later changes nothing
     bars, _ = read_bars(place.data / "SP500.csv")
     config = load(place.settings)
-    evaluator = Evaluator(forecasters.load(model, **loading_options(config, model)), cache_bytes=0, rung=1, batch=1)
+    evaluator = Evaluator(forecasters.load(model, **loading_options(config, model)), cache_bytes=0)
     origin = Contexts(symbol="SP500", bars=bars, origins=(280,), horizon=1)
     for key in ALL_KEYS:
         scored = evaluator.forecast(origin.of_key(key), params, kind=SeedKind.SERVED)

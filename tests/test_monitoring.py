@@ -46,7 +46,7 @@ def test_a_replay_gives_the_numbers_of_compare_and_backtest(place: Place, model:
     bars = read_series(settings, ["SP500"])[0][0].bars.slice(0, LAST)
     asset = settings.backtest.asset_class("SP500", bars.timestamps)
     forecaster = evaluators.load_forecaster(settings, model, device="cpu")
-    alone = Evaluator(forecaster, cache_bytes=0, rung=1, batch=1)
+    alone = Evaluator(forecaster, cache_bytes=0)
     closes = [
         alone.forecast(now(bars.slice(0, origin), symbol="SP500"), row["params"], kind=SeedKind.SERVED)[0, 0]
         for origin in range(LAST - 60, LAST)
