@@ -22,7 +22,7 @@ from launch.views.tables import Column, Table, numbers, terminal
 from objectives.evaluation import Evaluator
 from storage import DatabaseUnavailable, configs, history, outcomes
 from storage.commands import command as suggested
-from storage.forecasts import LIVE, SHADOW, ForecastRow, forecasts_of, write_forecasts, write_outcomes
+from storage.forecasts import LIVE, SHADOW, ForecastRow, forecasts_of, forget, write_forecasts, write_outcomes
 from storage.retrying import RetryingStorage
 from studies import questions
 from studies.bars_cache import read_bars_once
@@ -73,6 +73,8 @@ def command(config: Config, symbols: Sequence[str], *, device: str, as_json: boo
             say(f"{row.symbol}: the last close of {what} was revised since; what came is brought to its scale")
         if row.lost:
             say(f"{row.symbol}: {counted(row.lost, 'forecast')} cannot be settled: the last bar known is gone")
+    if deleted := forget(storage, keep_days=config.storage.keep_days):
+        say(f"deleted {counted(deleted, 'forecast')} older than [storage] keep_days = {config.storage.keep_days}")
     if failed or shadows.failed:
         sys.exit(1)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from places import last_bars, patch_python
+from sqlalchemy import text
 from watched import BAD, BARS, GOOD
 from watched import ServedPlace as Place
 
@@ -64,6 +65,23 @@ def test_every_step_and_key_is_settled_as_its_bar_arrives(place: Place) -> None:
         assert said.q90 is not None
         assert row.in_band == (said.q10[step] <= actual <= said.q90[step])
         assert found["high", step + 1].actual == bars.high[400 + step]
+
+
+def test_what_is_older_than_the_settings_keep_is_deleted(place: Place) -> None:
+    place.put_in_use(GOOD)
+    place.replay([400, 401])
+    place.storage.transaction(
+        lambda c: c.execute(
+            text(
+                "update forecasts set computed_at = now() - interval '401 days' "
+                "where as_of = (select min(as_of) from forecasts)"
+            )
+        )
+    )
+    ended = place.settle()
+    assert "deleted 1 forecast older than [storage] keep_days = 400" in ended.stderr
+    assert len(forecasts.forecasts_of(place.storage, "SP500")) == 1
+    assert len(forecasts.outcomes_of(place.storage, "SP500")) == 1
 
 
 def test_settling_again_changes_nothing(place: Place) -> None:
