@@ -28,7 +28,7 @@ from typing import Any
 from forecasters import ExpectedError
 from objectives.bars import DataError
 from storage.forecasts import ForecastRow
-from storage.retrying import RetryingStorage
+from storage.retrying import RetryingStorage, one_line
 from studies import config as configuration
 from studies.config import Config, ConfigError
 from studies.questions import QUANTILES, Question
@@ -207,8 +207,11 @@ class Forecasts:
                 forecast = self._forecast(one)
                 _check_age(forecast, max_age_s)
                 forecasts[symbol] = forecast
-            except Exception as error:  # noqa: BLE001 - what nobody expects was logged where it was raised
-                refused[symbol] = " ".join(str(error).split()) or type(error).__name__
+            except ExpectedError as error:
+                refused[symbol] = " ".join(str(error).split())
+            except Exception as error:  # noqa: BLE001 - the others are answered, and this one is told
+                _log.exception("%s: the forecast failed", symbol)
+                refused[symbol] = f"{symbol}: the forecast failed: {one_line(error)}"
         self._note_answers(forecasts, refused)
         return Answers(forecasts=forecasts, refused=refused)
 

@@ -24,7 +24,7 @@ from objectives.evaluation import Evaluator
 from objectives.windows import Contexts, SeedKind
 from storage import embedded, forecasts
 from storage.database import create_schema
-from studies import together
+from studies import forecasting, together
 from studies.config import load
 from studies.evaluators import loading_options
 from studies.forecasting import Forecast, Forecasts
@@ -410,10 +410,13 @@ def test_weights_that_cannot_be_had_are_one_line(place: Place, monkeypatch: pyte
 
 
 def test_a_failure_that_nobody_expects_is_one_line_and_the_next_request_is_answered(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = place.open()
-    with monkeypatch.context() as patch:
-        patch.setattr(together, "answer", lambda *words: 1 / 0)
-        assert "SP500: the forecast failed: ZeroDivisionError" in refused(asked)
-    assert one(asked).cached == "computed"
+    for module, name in ((together, "answer"), (forecasting, "_key_forecast")):  # where it is made, where it is told
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *words: 1 / 0)
+            caplog.clear()
+            assert "SP500: the forecast failed: ZeroDivisionError" in refused(asked)
+            assert [record.exc_info is not None for record in caplog.records] == [True]  # with its traceback, once
+        assert one(asked).symbol == "SP500"

@@ -51,6 +51,12 @@ def test_a_replay_gives_the_numbers_of_compare_and_backtest(place: Place, model:
         alone.forecast(now(bars.slice(0, origin), symbol="SP500"), row["params"], kind=SeedKind.SERVED)[0, 0]
         for origin in range(LAST - 60, LAST)
     ]
+    shared = evaluators.load_forecaster(settings, model, device="cpu")
+    together = evaluators.evaluator_of(settings, shared, cache_bytes=0, together=60)  # as a backtest forecasts
+    together.max_num_samples = 0
+    contexts = backtesting.last_bars("SP500", bars, 60)
+    near = together.forecast(contexts, row["params"], kind=SeedKind.SERVED)[:, 0]
+    np.testing.assert_allclose(near, closes, rtol=1e-6)
     plan = Plan(bars=60, train=60, step=20, evaluations=1, hold=1)
     (traded,) = backtesting.trade(plan, strategies(("simple",)), bars, Forecasts(close=np.array(closes)), asset)
     expected = performance(traded.booked["conservative"], asset.bars_a_year)
