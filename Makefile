@@ -12,6 +12,7 @@ search: $(INSTALLED)
 	@$(BIN)/studies demo-data --config demo --in-use >/dev/null
 	$(BIN)/launch-workers --config demo --cpus 2
 	$(BIN)/promote --config demo
+	$(BIN)/studies forecast --config demo
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def main() -> None:
         found["strategies of all pairs"] = fastest(lambda: list(pool.map(trade, range(options.pairs))))
     found["strategies of one pair"] = fastest(partial(trade, 0))
     found["one fit by DIRECT"] = fastest(fit, times=20)
-    forecaster = toto.Toto(random_toto(), fingerprint="random")
+    forecaster: Any = toto.Toto(random_toto(), fingerprint="random")
     found["forecasts"] = fastest(lambda: forecast(Evaluator(forecaster, cache_bytes=0, batch=ORIGINS)))
     counting = Evaluator(forecaster, cache_bytes=0, batch=ORIGINS, work=WorkCounter())
     forecast(counting)

@@ -180,6 +180,15 @@ class KeyedForecaster(Forecaster, Protocol):
         ...
 
 
+@runtime_checkable
+class StackingForecaster(Protocol):
+    """A forecaster that can encode the keys of a bar, each for itself, as rows of one forward."""
+
+    def encode_stacked(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> dict[str, Encoded]:
+        """As `KeyedForecaster.encode`, of every key. The last bits may differ, as forwards of other sizes do."""
+        ...
+
+
 def seed_of_key(seed: int, key: str) -> int:
     """A number below 2**66 that keys a key's own draws; of the close it is the seed of the window."""
     return seed + ((KEYS.index(key) + 1) % len(KEYS) << 64)
@@ -230,13 +239,30 @@ class LoadedForecaster(Forecaster, Protocol):
 
 
 @runtime_checkable
-class SharingForecaster(Protocol):
-    """A forecaster whose `encode` can answer several origins of one series with one forward, where it is asked to.
+class SharingForecaster(Forecaster, Protocol):
+    """A causal forecaster: a forward over a series answers contexts that end earlier in it as well.
 
-    The last bits of an answer then depend on what else is encoded with it.
+    The contexts of a series that begin at its first bar make groups. What a group's forward says of a context depends
+    on the bars up to there and on how long the series is, and not on which contexts are asked for.
     """
 
-    shares_forwards: bool
+    def groups_of(
+        self, lengths: Sequence[int], params: Mapping[str, Any], horizon: int, series_length: int
+    ) -> list[int] | None:
+        """The group of each of these lengths, bars; None where contexts are encoded each for itself."""
+        ...
+
+    def reach(self, group: int, series_length: int) -> tuple[int, ...]:
+        """The contexts, bars, that a group's forward runs over: they decide its shape."""
+        ...
+
+    def encode_group(self, bars: Bars, group: int, params: Mapping[str, Any], horizon: int, key: str) -> Encoded:
+        """As `KeyedForecaster.encode`, of all contexts of a group. bars: the whole series."""
+        ...
+
+    def gathered(self, groups: Mapping[int, Any], lengths: Sequence[int], series_length: int) -> Encoded:
+        """The encoding of the contexts of these lengths, from the groups that have them."""
+        ...
 
 
 @runtime_checkable
@@ -246,6 +272,11 @@ class KeepableForecaster(KeyedForecaster, Protocol):
     @property
     def surroundings(self) -> str:
         """Everything but weights, params and contexts that decides the bits of an encoding: code, machine, threads."""
+        ...
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept as it runs here."""
         ...
 
     def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:

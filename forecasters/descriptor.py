@@ -74,6 +74,7 @@ class Model:
     search: Callable[[Any], SearchedParams]  # from the settings
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     by_default: Mapping[str, Any] = field(default_factory=dict)  # what params are that are neither said nor searched
+    batch: int = 0  # windows that one forward of the network has at its best; 0: they gain nothing by being more
     starting_points: Sequence[Mapping[str, Any]]  # configurations known to be sensible, the published default first
     # What else to begin a search with, by how volatile a symbol is; what one leaves out is as the default says.
     volatility_points: Mapping[Volatility, Sequence[Mapping[str, Any]]] = field(default_factory=dict)

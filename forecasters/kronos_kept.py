@@ -39,10 +39,14 @@ class KeptTables:
         names = ("", "_encoded", "_exact", "_kept", "_network", "_tree")
         return surroundings(self.device, *(f"forecasters.kronos{name}" for name in names))
 
+    @property
+    def keeps(self) -> bool:
+        return self.device.type == "cpu" and not self.graphs.on
+
     def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:
         """None but on a CPU, where windows are encoded one by one, for one step."""
         del contexts, params
-        return None if self.device.type != "cpu" or self.graphs.on or horizon > 1 else ""
+        return "" if self.keeps and horizon == 1 else None
 
     def read(self, bars: Bars, params: Mapping[str, Any]) -> Bars:
         return bars.slice(max(0, len(bars) - int(params["max_context"])), len(bars))

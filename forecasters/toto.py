@@ -12,7 +12,8 @@ Q points of a head, N samples or trajectories, H steps, h of them in the first p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from forecasters import (
     BY_DEFAULT,
     CLOSE,
+    KEYS,
     Bars,
     ForecastError,
     Running,
@@ -44,7 +46,7 @@ from forecasters.toto_kept import KeptMixtures
 from forecasters.toto_model import KEY_INPUTS, PRICE, RATIO, TOTO, VARIATES
 from forecasters.toto_network import Statistics, TotoNetwork, TotoPrefix
 from forecasters.toto_sampling import stream
-from forecasters.toto_shared import answers, share
+from forecasters.toto_shared import SharedForwards
 
 TRAJECTORIES = 64  # a block; its size never depends on num_samples, so fewer samples are a prefix bit for bit
 BLOCK_TOKENS = 1024  # trajectories of all windows in one forward past the first patch
@@ -100,7 +102,24 @@ class Trajectories:
         return points
 
 
-class Toto(KeptMixtures):
+def check_asked(read: str, horizon: int) -> None:
+    """Raise ForecastError for a horizon that cannot be forecast from such an input."""
+    if horizon < 1 or read not in KEY_INPUTS or (read == RATIO and horizon > 1):
+        raise ForecastError(f"horizon {horizon} with key_input {read}: at least 1 step is needed, of ratios just 1")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Do what this process computes within in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Toto(SharedForwards, KeptMixtures):
     """A loaded Toto 1.0 checkpoint; see `forecasters.KeyedForecaster`."""
 
     model, params = TOTO.name, TOTO.params
@@ -114,9 +133,6 @@ class Toto(KeptMixtures):
         self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
         identity = f"{network.config} {network.unembed.weight.dtype}"
-        # Whether contexts of one `encode` may share a forward (toto_shared.py). The last bits of an answer then depend
-        # on what else is asked for, so only for work that always asks for the same contexts together.
-        self.shares_forwards = False
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._chunk = chunk
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
@@ -143,14 +159,11 @@ class Toto(KeptMixtures):
         closes are not known then, and when one window does not fit the memory.
         """
         read = params.get("key_input", PRICE)
-        if horizon < 1 or read not in KEY_INPUTS or (read == RATIO and horizon > 1):
-            raise ForecastError(f"horizon {horizon} with key_input {read}: at least 1 step is needed, of ratios just 1")
+        check_asked(read, horizon)
         keys = VARIATE_KEYS if read == VARIATES else (key,)
         rows = [series_of(bars, int(params["context_length"]), keys, ratio=read == RATIO) for bars in contexts]
         if not rows:
             raise ForecastError("no contexts: at least one window is needed")
-        if self._may_share(contexts, rows, read, horizon):
-            return self._encode_shared([getattr(bars, key) for bars in contexts], horizon, key)
         # Of the forward's rows
         tokens = -(-max(row.shape[1] for row in rows) // self.network.config.patch_size) * len(keys)
         parts, start = [], 0
@@ -170,32 +183,24 @@ class Toto(KeptMixtures):
         found = unpacked(packed, self.network.config.components, keys=keys, horizon=horizon, prefixes=prefixes)
         return in_price(contexts, found) if read == RATIO else found
 
-    def _may_share(self, contexts: Sequence[Bars], rows: Sequence[np.ndarray], read: str, horizon: int) -> bool:
-        whole = all(row.shape[1] == len(bars) for row, bars in zip(rows, contexts, strict=True))
-        free = self.shares_forwards and not self.graphs.on and horizon <= self.network.config.patch_size
-        return free and whole and read == PRICE
-
-    def _encode_shared(self, series: Sequence[np.ndarray], horizon: int, key: str) -> EncodedPrices:
-        """`encode` of whole series with as few forwards as can be."""
-        groups = share(series, self.network.config.patch_size)
-        components = self.network.config.components
-        packed = np.empty((len(series), 4 * horizon * components + 2), np.float32)
-        start = 0
-        while start < len(groups):
-            patches = -(
-                -len(series[groups[start][-1]]) // self.network.config.patch_size
-            )  # of the longest that is left
-            batch = groups[start : start + max(1, self._batch_tokens // patches)]
-            try:
-                found = answers(self.network, series, batch, horizon)
-            except torch.OutOfMemoryError as error:
-                fit = halved(len(batch), self.device, f"one series of {patches} patches", error)
-                self._batch_tokens = fit * patches
-                continue
-            self.forwards += 1
-            packed[[place for group in batch for place in group]] = found
-            start += len(batch)
-        return unpacked(packed, components, keys=(key,), horizon=horizon, prefixes=())
+    def encode_stacked(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int
+    ) -> dict[str, EncodedPrices]:
+        """`encode` of every key, up to a patch ahead in one forward where the keys are series of their own."""
+        read, count = params.get("key_input", PRICE), len(contexts)
+        if read == VARIATES or self.graphs.on or horizon > self.network.config.patch_size:
+            return {key: self.encode(contexts, params, horizon, key) for key in KEYS}
+        check_asked(read, horizon)
+        points = int(params["context_length"])
+        rows = [series_of(bars, points, (key,), ratio=read == RATIO) for key in KEYS for bars in contexts]
+        with one_thread():  # several share the rows out among them, which changes last bits with their number
+            packed, _ = self._prefill(rows, horizon, 0)
+        found = {}
+        for place, key in enumerate(KEYS):
+            part = packed[place * count : (place + 1) * count]
+            one = unpacked(part, self.network.config.components, keys=(key,), horizon=horizon, prefixes=())
+            found[key] = in_price(contexts, one) if read == RATIO else one
+        return found
 
     def draw(self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples of the first key that was encoded, float64 [W, N, H]; see `draw_keys`."""

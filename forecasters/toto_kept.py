@@ -24,7 +24,6 @@ class KeptMixtures:
 
     network: TotoNetwork
     graphs: Graphs
-    shares_forwards: bool
     _batch_tokens: int
 
     @property
@@ -33,13 +32,18 @@ class KeptMixtures:
 
     @property
     def surroundings(self) -> str:
-        names = ("", "_encoded", "_kept", "_network")
+        names = ("", "_encoded", "_kept", "_network", "_shared")
         return surroundings(self.device, *(f"forecasters.toto{name}" for name in names))
+
+    @property
+    def keeps(self) -> bool:
+        """Not on a GPU, where bits depend on memory that ran out, and not where they depend on a compiler."""
+        return self.device.type == "cpu" and not self.graphs.on
 
     def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:
         """The shape of the one forward of them all."""
-        if self.device.type != "cpu" or self.graphs.on or self.shares_forwards:
-            return None  # bits depend on memory that ran out, on a compiler, or on what else is asked for
+        if not self.keeps:
+            return None
         variates, patch = len(_keys(params, "")), self.network.config.patch_size
         longest = max(len(self.read(bars, params)) for bars in contexts) - (params.get("key_input") == RATIO)
         patches = -(-longest // patch)

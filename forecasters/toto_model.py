@@ -99,6 +99,7 @@ TOTO = Model(
     kinds={"aggregate": "aggregate", "num_samples": "count", "context_length": "count", "key_input": KEY_INPUTS},
     by_default=BY_DEFAULT,
     search=_search,
+    batch=30,  # 1.35 times as fast as ten of 512 points on one thread
     starting_points=(PUBLISHED,),
     volatility_points=VOLATILITY_POINTS,
     limits=_limits,

@@ -1,54 +1,91 @@
 """Forwards of Toto's network that many origins of one series share.
 
-The network is causal: what it says after a patch depends on nothing behind it. Contexts that begin at one bar and are a
-whole number of patches apart are padded alike, so the forward of the longest answers all of them. 300 origins with
-patches of 64 points take 64 forwards at most. Knows nothing of what the answers are for.
+The network is causal: what it says after a patch depends on nothing behind it. Contexts that begin at the first bar and
+are a whole number of patches apart are padded alike, so that the forward of the longest answers all of them: 300
+origins take 64 forwards of patches of 64 points.
+
+Which contexts share a forward is fixed by their lengths: those whose lengths leave remainders by the patch in the same
+run of ROWS are one group, whoever asks for which of them. A group answers every context it has, so its numbers are the
+same bits for all workers and runs; beside separate forwards they differ by less than 1e-6 of a standard deviation.
+Knows nothing of what the answers are for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from forecasters import Bars
+from forecasters.compilation import Graphs
+from forecasters.toto_encoded import EncodedPrices, series_of, unpacked
+from forecasters.toto_model import PRICE
 from forecasters.toto_network import TotoNetwork
 
-
-def share(series: Sequence[np.ndarray], patch: int) -> list[list[int]]:
-    """The places of series [T] that one forward answers, each with the longest last; the longest group first.
-
-    Series that begin at the same element of one array, as slices of a symbol's bars do, are the same up to there.
-    """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for place in sorted(range(len(series)), key=lambda place: len(series[place])):
-        begin = series[place].__array_interface__["data"][0]
-        groups.setdefault((begin, len(series[place]) % patch), []).append(place)
-    return sorted(groups.values(), key=lambda group: -len(series[group[-1]]))
+ROWS = 8  # series in a forward: with one bar more, one group of a patch's eight runs again
+ARRAYS = ("probs", "df", "loc", "scale", "affine_loc", "affine_scale")
 
 
-@torch.inference_mode()
-def answers(
-    network: TotoNetwork, series: Sequence[np.ndarray], groups: Sequence[Sequence[int]], steps: int
-) -> np.ndarray:
-    """The numbers of `TotoNetwork.answer` for every series of these groups, group by group, in one forward.
+class SharedForwards:
+    """The part of Toto that makes it a `forecasters.SharingForecaster`."""
 
-    steps: at most a patch. Returns fp32 [n, 4 * steps * K + 2].
-    """
-    patch, device = network.config.patch_size, network.unembed.weight.device
-    longest = [series[group[-1]] for group in groups]
-    length = -(-max(map(len, longest)) // patch) * patch
-    padded = np.zeros((len(groups), 1, length), np.float32)
-    for row, values in zip(padded, longest, strict=True):
-        row[0, length - len(values) :] = values
-    pads = np.array([length - len(values) for values in longest])
-    rows = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    ends = np.array([pads[row] + len(series[place]) for row, group in enumerate(groups) for place in group])
-    found = network.answers_along(
-        torch.from_numpy(padded).to(device),
-        torch.from_numpy(pads).to(device),
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(ends // patch - 1).to(device),
-        steps,
-    )
-    return found.cpu().numpy()
+    network: TotoNetwork
+    graphs: Graphs
+    forwards: int
+
+    def groups_of(
+        self, lengths: Sequence[int], params: Mapping[str, Any], horizon: int, series_length: int
+    ) -> list[int] | None:
+        """None where a context of the series would be cut, beyond the first patch and where graphs are compiled."""
+        whole = series_length <= int(params["context_length"]) and params.get("key_input", PRICE) == PRICE
+        patch = self.network.config.patch_size
+        if not whole or self.graphs.on or horizon > patch:
+            return None
+        return [length % patch // ROWS for length in lengths]
+
+    def reach(self, group: int, series_length: int) -> tuple[int, ...]:
+        """Of each remainder the longest context."""
+        patch = self.network.config.patch_size
+        remainders = range(group * ROWS, min((group + 1) * ROWS, patch))
+        found = (series_length - (series_length - remainder) % patch for remainder in remainders)
+        return tuple(length for length in found if length > 0)
+
+    @torch.inference_mode()
+    def encode_group(self, bars: Bars, group: int, params: Mapping[str, Any], horizon: int, key: str) -> EncodedPrices:
+        """The mixtures after every patch of a group's series, ordered by length. Raises ForecastError as `encode`."""
+        del params
+        patch = self.network.config.patch_size
+        reach = self.reach(group, len(bars))
+        (series,) = series_of(bars.slice(0, max(reach)), max(reach), (key,), ratio=False)
+        room = -(-max(reach) // patch) * patch
+        padded = np.zeros((len(reach), 1, room), np.float32)
+        for row, length in zip(padded, reach, strict=True):
+            row[0, room - length :] = series[:length]
+        pads = room - np.array(reach)
+        lengths = self.lengths(group, len(bars))
+        remainders = [length % patch for length in reach]
+        rows = np.array([remainders.index(length % patch) for length in lengths])
+        words = (padded, pads, rows, (pads[rows] + lengths) // patch - 1)
+        device = self.network.unembed.weight.device
+        self.forwards += 1
+        packed = self.network.answers_along(*(torch.from_numpy(word).to(device) for word in words), horizon)
+        components = self.network.config.components
+        return unpacked(packed.cpu().numpy(), components, keys=(key,), horizon=horizon, prefixes=())
+
+    def gathered(
+        self, groups: Mapping[int, EncodedPrices], lengths: Sequence[int], series_length: int
+    ) -> EncodedPrices:
+        """The rows of these lengths, in their order."""
+        patch = self.network.config.patch_size
+        every = {group: self.lengths(group, series_length) for group in groups}
+        picks = [(group, int(np.searchsorted(every[group], one))) for one in lengths for group in [one % patch // ROWS]]
+        arrays = {name: np.stack([getattr(groups[group], name)[row] for group, row in picks]) for name in ARRAYS}
+        return replace(next(iter(groups.values())), **arrays)
+
+    def lengths(self, group: int, series_length: int) -> np.ndarray:
+        """All contexts of a group, int64 [n], ascending, bars."""
+        every = np.arange(1, series_length + 1)
+        return every[every % self.network.config.patch_size // ROWS == group]

@@ -38,6 +38,7 @@ from studies.evidence import MeasuredConfiguration
 from studies.promoting import ReturnsGate
 from studies.promotion import ReturnsDifference
 from studies.series import Series, confirmation_windows, read_series, read_usable_series
+from studies.space import digest_of
 from studies.study import Study
 from studies.walk_forward import check_length, check_train
 
@@ -259,7 +260,7 @@ def trade_job(job: Job, device: str) -> list[Answer]:
         try:
             forecasts = backtesting.forecasts_of(evaluator, contexts, row.params, picked)
             traded = backtesting.trade(job.plan, picked, job.bars, forecasts, job.asset)
-            digest = backtesting.digest_of(row, evaluator.forecaster.fingerprint)
+            digest = digest_of(row.model, row.params, evaluator.forecaster.fingerprint)
             found.append(Answer(digest=digest, traded=traded))
         except ExpectedError as error:
             found.append(Answer(error=str(error)))

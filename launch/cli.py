@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from launch import learning
+from launch import learning, using
 from launch.options import (
     FILE,
     HELP,
@@ -155,8 +155,7 @@ def promote(
         if as_json:
             click.echo(json.dumps(asdict(restored), indent=2, default=str))
         else:
-            click.echo("\n".join(decisions.rollback_lines(restored, dry_run=dry_run)))
-            decisions.say_rollback(symbol, restored, dry_run=dry_run)
+            decisions.show_rollback(symbol, restored, click.echo, dry_run=dry_run)
         return
     if line := decisions.WARNINGS.get(on):
         say(f"warning: {line}")
@@ -189,10 +188,11 @@ def promote(
 
 @click.group(
     cls=SectionedGroup,
-    commands=learning.COMMANDS,
+    commands=(*using.COMMANDS, *learning.COMMANDS),
     context_settings=HELP,
     sections={
         "Look at and keep studies": ("list", "show", "report", "dashboard", "confirm", "retire"),
+        "Use and watch": [str(one.name) for one in using.COMMANDS],
         "Learn": [str(one.name) for one in learning.COMMANDS],
         "The server and the machine": ("url", "stop", "demo-data", "verify-compile"),
     },

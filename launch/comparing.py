@@ -30,7 +30,7 @@ from launch.views.comparison import BLOCKS, ComparisonRow, Fan
 from launch.views.tables import duration, terminal
 from objectives.bars import DataError, require_keys
 from objectives.evaluation import Evaluator
-from objectives.windows import Windows
+from objectives.windows import SeedKind, Windows
 from storage.commands import this_command
 from studies import chosen, comparing
 from studies.comparing import ComparedConfiguration, MeasuredRow
@@ -53,6 +53,7 @@ class Asked:
     passes: int
     params: Sequence[str]
     keys: Sequence[str]  # prices of a bar; figures are of the first
+    seeds: SeedKind = SeedKind.STUDY
     profile: bool = False
 
 
@@ -75,6 +76,7 @@ class Job:
     rows: Sequence[ComparedConfiguration]
     keys: Sequence[str]
     passes: int
+    seeds: SeedKind
     fan: bool  # also the band of the samples of the last window
     profile: bool
 
@@ -193,6 +195,7 @@ def measure(
             rows=[row for row in case.rows if row.model == model],
             keys=asked.keys,
             passes=asked.passes,
+            seeds=asked.seeds,
             fan=fan and case is cases[0],
             profile=asked.profile,
         )
@@ -206,7 +209,8 @@ def measure(
         tried = {job.model: found for job, found in pool.run(pilot, pilots)}
         spent = [profile for _, profile in tried.values()]
         sizes = [len(job.windows) * len(job.rows) for job in jobs]
-        total = sum(tried[job.model][0] * len(job.windows) for job in jobs) * asked.passes / len(slots[: len(jobs)])
+        each = [tried[job.model][0] * len(job.windows) * asked.passes for job in jobs]
+        total = max(*each, sum(each) / len(slots[: len(jobs)]))  # one symbol and model is one process's
         say(
             f"{counted(len(cases), 'symbol')}, {sum(sizes)} forecasts of {counted(asked.horizon, 'step')} on "
             f"{counted(len(slots[: len(jobs)]), slots[0].device.split(':')[0] + ' process')}: about {duration(total)}"
@@ -223,9 +227,10 @@ def measure(
 
 
 def pilot(job: Job, device: str) -> tuple[float, Profile]:
-    """Seconds that a window of these configurations takes, from the bars to the points, the less of two tries.
+    """Seconds that a window of these configurations takes, from the bars to the points: the mean of first and last.
 
-    Beside it what it took to load the model.
+    A longer context may cost many times a shorter one, where it slides past what the network sees. Beside it what it
+    took to load the model.
     """
     began = time.perf_counter()
     evaluator = _evaluator(job, device)
@@ -239,7 +244,7 @@ def pilot(job: Job, device: str) -> tuple[float, Profile]:
             except ForecastError:  # the measurement says it
                 continue
         tried.append(sum(evaluator.seconds.values()) - before)
-    return min(tried), Profile(seconds={"load": load_s})
+    return sum(tried) / len(tried), Profile(seconds={"load": load_s})
 
 
 def _evaluator(job: Job, device: str) -> Evaluator:
@@ -268,11 +273,12 @@ def measure_job(job: Job, device: str) -> tuple[list[Answer], Profile]:
 def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer:
     try:
         passes = comparing.passes_of(evaluator, job.passes)
-        measured = comparing.measure_keys(evaluator, job.windows, params, job.keys, passes=passes)
+        measured = comparing.measure_keys(evaluator, job.windows, params, job.keys, passes=passes, kind=job.seeds)
         band = None
         if job.fan and not evaluator.exact:
             last = replace(job.windows, origins=job.windows.origins[-1:])
-            band = np.quantile(evaluator.samples(last, params, pass_number=passes[0])[0], BAND, axis=0)
+            samples = evaluator.samples(last, params, pass_number=passes[0], kind=job.seeds)
+            band = np.quantile(samples[0], BAND, axis=0)
         return Answer(measured=measured, band=band)
     except ForecastError as error:
         return Answer(error=str(error))

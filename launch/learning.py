@@ -111,6 +111,8 @@ def replay(
 @click.option("--stride", type=click.IntRange(1), help="Bars between two of them.  [default: a quarter of --horizon]")
 @click.option("--passes", default=1, show_default=True, type=click.IntRange(1),
               help="Draws to average: 1 with the seeds of a search, more with those of a confirmation.")  # fmt: skip
+@click.option("--seeds", default="study", show_default=True, type=click.Choice(["study", "served"]),
+              help="Seeds of a study, or those of served forecasts, one by one as monitor has them.")  # fmt: skip
 @click.option("--params", type=Names(), multiple=True, metavar="A,B,..",
               help="best, stored, default, a promoted file, STUDY#TRIAL.  [default: best,stored]")  # fmt: skip
 @keys_option
@@ -127,6 +129,7 @@ def compare(
     windows: int,
     stride: int | None,
     passes: int,
+    seeds: str,
     params: Sequence[Sequence[str]],
     keys: Sequence[Sequence[str]],
     gpus: Sequence[Sequence[int]],
@@ -146,8 +149,11 @@ def compare(
     studies compare --horizon 1 --windows 250 --params default,NVDA/toto@2026-02-05#34 --plot compare.html
     """
     from launch import comparing, switches
+    from objectives.windows import SeedKind
 
     check_devices(gpus, cpus)
+    if seeds == "served" and passes > 1:
+        raise click.UsageError("--seeds served: a forecast is served from one draw; leave --passes out")
     steps, count = switches.of_comparison(os.environ, horizon=horizon, windows=windows, default=comparing.HORIZON)
     asked = comparing.Asked(
         symbols=checked_symbols(symbols),
@@ -158,6 +164,7 @@ def compare(
         passes=passes,
         params=flat(params) or ("best", "stored"),
         keys=checked_keys(keys, config),
+        seeds=SeedKind(seeds),
         profile=profile,
     )
     comparing.command(config, asked, gpus=flat(gpus), cpus=cpus, plot=plot, as_json=as_json)

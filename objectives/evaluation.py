@@ -1,6 +1,6 @@
 """The staged evaluation of one set of params on some contexts or windows.
 
-Owns the stages and the cache between trials. A trial pays only for the stages whose inputs it changed, and its
+Owns the stages and what is remembered between trials. A trial pays only for the stages whose inputs it changed, and its
 numbers are the same to the last bit whatever ran before and however little the cache holds. Knows nothing of trials,
 search spaces, studies or devices.
 """
@@ -8,19 +8,17 @@ search spaces, studies or devices.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from forecasters import KEYS, Encoded, Forecaster, ForecastError, KeepableForecaster
+from forecasters import KEYS, Forecaster, ForecastError
 from objectives.aggregation import Draw, parse
+from objectives.encoding import Batch, Cache, Encoder, Plan, timed
 from objectives.exact import exact_points
-from objectives.keeping import Keeping, Store
-from objectives.keys import KeyForecasts, key_forecasts, keyed
+from objectives.keeping import Store
+from objectives.keys import KeyForecasts, key_forecasts
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
 from objectives.windows import Contexts, SeedKind, Windows
 from objectives.work import WorkCounter
@@ -54,8 +52,6 @@ class Evaluator:
         store: Store | None = None,
     ) -> None:
         self.forecaster = forecaster
-        self.keeping = Keeping(forecaster, store) if store and isinstance(forecaster, KeepableForecaster) else None
-        self._keyed: Any = self.keeping or keyed(forecaster)
         self.work = work
         self.rung = rung
         self.batch = batch or rung
@@ -63,7 +59,9 @@ class Evaluator:
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self.fresh, self.fresh_s = 0, 0.0  # windows whose bars were encoded so far, and the seconds to their points
-        self._cache = _Cache(cache_bytes)
+        self._cache = Cache(cache_bytes)
+        self._encoder = Encoder(forecaster, self._cache, store=store, work=work)
+        self.keeping, self._keyed = self._encoder.keeping, self._encoder.stages
 
     @property
     def restored(self) -> int:
@@ -135,13 +133,15 @@ class Evaluator:
         keys: Sequence[str],
         *,
         passes: Sequence[int],
+        kind: SeedKind = SeedKind.STUDY,
     ) -> dict[str, np.ndarray]:
         """By key what `batch_points` are of these windows' `of_key`, bit for bit.
 
-        Where a model answers keys together, all of them cost one encoding and one draw. Raises what `measure` raises.
+        Where a model answers keys together, all of them cost one encoding and one draw. kind: whose seeds.
+        Raises what `measure` raises.
         """
-        plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
-        return self._answers(windows, indices, keys, plan, passes, SeedKind.STUDY, self._points(params))
+        plan = Plan.of(self.forecaster, params, at_least=self.max_num_samples)
+        return self._answers(windows, indices, keys, plan, passes, kind, self._points(params))
 
     def forecast(
         self, contexts: Contexts, params: Mapping[str, Any], *, pass_number: int = 0, kind: SeedKind = SeedKind.STUDY
@@ -197,7 +197,7 @@ class Evaluator:
     ) -> dict[str, np.ndarray]:
         """The answers of one pass in the order of the origins, [W, ...], by key."""
         found: dict[str, dict[int, np.ndarray]] = {key: {} for key in keys}
-        plan = _Plan.of(self.forecaster, params, at_least=self.max_num_samples)
+        plan = Plan.of(self.forecaster, params, at_least=self.max_num_samples)
         for indices in self.batches(contexts):
             for key, answers in self._answers(contexts, indices, keys, plan, (pass_number,), kind, answer).items():
                 found[key].update(zip(indices, answers[0], strict=True))
@@ -208,7 +208,7 @@ class Evaluator:
         contexts: Contexts,
         indices: Sequence[int],
         keys: Sequence[str],
-        plan: _Plan,
+        plan: Plan,
         passes: Sequence[int],
         kind: SeedKind,
         answer: _Answer,
@@ -219,7 +219,8 @@ class Evaluator:
         for pass_number in passes:
             seeds = contexts.seeds(pass_number, kind)
             of_batch = tuple(seeds[index] for index in indices)
-            asked = _Batch(contexts=contexts, indices=indices, seeds=of_batch, keys=tuple(keys))
+            alone = kind is SeedKind.SERVED and len(indices) == 1
+            asked = Batch(contexts=contexts, indices=indices, seeds=of_batch, keys=tuple(keys), alone=alone)
             seconds, restored = dict.fromkeys(STAGES, 0.0), self.restored
             answers.append(answer(asked, plan, seconds))
             for stage in STAGES:
@@ -238,41 +239,41 @@ class Evaluator:
         """What answers with points, [w, H]. Raises ValueError for an unknown aggregate."""
         aggregate = parse(params.get("aggregate", "mean"))
 
-        def sampled(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
+        def sampled(batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
             points = {}
             for key, (cache_key, draw) in self._draws(batch, plan, seconds).items():
-                with _timed(seconds, "aggregate"):
+                with timed(seconds, "aggregate"):
                     _check(batch.contexts, batch.indices, draw.non_finite_window(plan.count))
                     points[key] = draw.aggregate(aggregate, plan.count)
                 self._cache.put(cache_key, draw)  # after its use: sorting has made it larger
             return points
 
-        def exact(batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
+        def exact(batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
             points, exactly = {}, self._keyed.exact_keys
-            for keys, encode_key in self._encodings(batch, plan):
+            for keys, encode_key in self._encoder.encodings(batch, plan):
                 with _naming(batch.contexts.symbol):
-                    encoded = self._encoded(encode_key, batch, plan, keys[0], seconds)
-                    with _timed(seconds, "draw"):
+                    encoded = self._encoder.encoded(encode_key, batch, plan, keys[0], seconds)
+                    with timed(seconds, "draw"):
                         answers = exactly(encoded, plan.draw_params, batch.seeds, keys)
                     self._count_draw(batch, plan, exactly, plan.draw_params, keys)
                     self._cache.put(encode_key, encoded)
-                    with _timed(seconds, "aggregate"):
+                    with timed(seconds, "aggregate"):
                         points |= {key: exact_points(each, aggregate) for key, each in zip(keys, answers, strict=True)}
             return points
 
         return exact if self.exact else sampled
 
-    def _samples(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
+    def _samples(self, batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
         """The samples that params ask for, [w, S, H], by key."""
         found = self._draws(batch, plan, seconds)
         for cache_key, draw in found.values():
             self._cache.put(cache_key, draw)
         return {key: draw.samples(plan.count) for key, (_, draw) in found.items()}
 
-    def _draws(self, batch: _Batch, plan: _Plan, seconds: dict[str, float]) -> dict[str, tuple[Hashable, Draw]]:
+    def _draws(self, batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, tuple[Hashable, Draw]]:
         """By key samples of a batch, at least as many as params ask for, and what to keep them under."""
         found: dict[str, tuple[Hashable, Draw]] = {}
-        for keys, encode_key in self._encodings(batch, plan):
+        for keys, encode_key in self._encoder.encodings(batch, plan):
             asked = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, batch.seeds)
             lacking = []
             for key in keys:
@@ -284,8 +285,8 @@ class Evaluator:
             if not lacking:
                 continue
             with _naming(batch.contexts.symbol):
-                encoded = self._encoded(encode_key, batch, plan, keys[0], seconds)
-                with _timed(seconds, "draw"):
+                encoded = self._encoder.encoded(encode_key, batch, plan, keys[0], seconds)
+                with timed(seconds, "draw"):
                     samples = self._keyed.draw_keys(encoded, plan.asked, batch.seeds, lacking)
                     for key, of_key in zip(lacking, samples, strict=True):
                         found[key] = ((*asked, key), Draw(of_key))
@@ -297,92 +298,21 @@ class Evaluator:
                 raise ValueError(f"{self.forecaster.model} drew {list(samples[0].shape)} and not {list(expected)}")
         return found
 
-    def _encodings(self, batch: _Batch, plan: _Plan) -> list[tuple[Sequence[str], tuple[Hashable, ...]]]:
-        """The encodings that answer the batch's keys: of each which keys, and what to keep it under."""
-        whole = self._encode_key(batch, plan)
-        if self._keyed.answers_together(plan.encode_params):
-            return [(batch.keys, whole)]
-        return [((key,), (*whole, key)) for key in batch.keys]
-
-    def _encode_key(self, batch: _Batch, plan: _Plan) -> tuple[Hashable, ...]:
-        # Whole batches, not windows, are kept: then no window is ever in a batch of other company.
-        return (
-            self.forecaster.fingerprint,
-            tuple(plan.encode_params.items()),
-            batch.contexts.horizon,
-            batch.contexts.digest(batch.indices),
-        )
-
-    def _encoded(self, cache_key: Hashable, batch: _Batch, plan: _Plan, key: str, seconds: dict[str, float]) -> Any:
-        """The encoding that answers this key."""
-        encoded: Any = self._cache.get(cache_key)
-        if encoded is None:
-            with _timed(seconds, "encode"):
-                contexts = batch.contexts.contexts(batch.indices)
-                encoded = self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
-            self._cache.put(cache_key, encoded)
-            if self.work is not None:
-                self.work.add("encode", len(batch.indices), lambda: None, lambda _: self._encode_one(batch, plan, key))
-        return encoded
-
-    def _encode_one(self, batch: _Batch, plan: _Plan, key: str) -> Encoded:
-        contexts = batch.contexts.contexts(batch.indices[:1])
-        return self._keyed.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
-
     def _count_draw(
-        self, batch: _Batch, plan: _Plan, draw: Callable[..., object], params: Mapping[str, Any], keys: Sequence[str]
+        self, batch: Batch, plan: Plan, draw: Callable[..., object], params: Mapping[str, Any], keys: Sequence[str]
     ) -> None:
         if self.work is not None:
             count, seeds = len(batch.indices), batch.seeds[:1]
             self.work.add(
                 "draw",
                 count,
-                lambda: self._encode_one(batch, plan, keys[0]),
+                lambda: self._encoder.encode_one(batch, plan, keys[0]),
                 lambda one: draw(one, params, seeds, keys),
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """Windows that are always computed together, w of them."""
-
-    contexts: Contexts
-    indices: Sequence[int]
-    seeds: tuple[int, ...]  # one a window
-    keys: tuple[str, ...]  # which prices are asked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Params by stage, with the number of samples apart."""
-
-    encode_params: Mapping[str, Any]
-    draw_params: Mapping[str, Any]  # without the number of samples
-    count_name: str | None  # what the model calls the number of samples, where params have it
-    count: int | None  # samples to use; None: all that the model draws by default
-    drawn: int | None  # samples to draw
-
-    @classmethod
-    def of(cls, forecaster: Forecaster, params: Mapping[str, Any], *, at_least: int) -> _Plan:
-        stages = forecaster.params
-        count_name = stages.num_samples if stages.num_samples in params else None
-        count = None if count_name is None else int(params[count_name])
-        return cls(
-            encode_params={name: params[name] for name in stages.encode if name in params},
-            draw_params={name: params[name] for name in stages.draw if name in params and name != count_name},
-            count_name=count_name,
-            count=count,
-            drawn=None if count is None else max(count, at_least),
-        )
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The draw params to draw with."""
-        return {**self.draw_params, **({self.count_name: self.drawn} if self.count_name else {})}
-
-
 # Of a batch, [w, ...] by key; adds to the seconds by stage.
-_Answer = Callable[[_Batch, _Plan, dict[str, float]], dict[str, np.ndarray]]
+_Answer = Callable[[Batch, Plan, dict[str, float]], dict[str, np.ndarray]]
 
 
 def _check(contexts: Contexts, batch: Sequence[int], bad: int | None) -> None:
@@ -399,45 +329,3 @@ def _naming(symbol: str) -> Iterator[None]:
         yield
     except ForecastError as error:
         raise ForecastError(f"{symbol}: {error}") from error
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] += time.perf_counter() - start
-
-
-# --- cache -------------------------------------------------------------------------------------------------
-
-
-class _Cache:
-    """The entries used last, as many as fit. One that alone is too large is not kept."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.nbytes = 0
-        self._entries: OrderedDict[Hashable, tuple[Encoded | Draw, int]] = (
-            OrderedDict()
-        )  # with its size when it was put
-
-    def get(self, key: Hashable) -> Encoded | Draw | None:
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
-
-    def put(self, key: Hashable, entry: Encoded | Draw) -> None:
-        """Keep it as the one used last, at the size that it has now."""
-        if key in self._entries:
-            self.nbytes -= self._entries.pop(key)[1]
-        size = entry.nbytes
-        if size > self.limit:
-            return
-        self._entries[key] = (entry, size)
-        self.nbytes += size
-        while self.nbytes > self.limit:
-            _, (_, dropped) = self._entries.popitem(last=False)
-            self.nbytes -= dropped

@@ -75,6 +75,26 @@ class Keeping:
             self._keep(encoded)
         return encoded
 
+    def encode_group(self, bars: Bars, group: int, params: Mapping[str, Any], horizon: int, key: str) -> Any:
+        """See `forecasters.SharingForecaster`. A group is kept as one record."""
+        forecaster: Any = self._forecaster
+        if not forecaster.keeps:
+            return forecaster.encode_group(bars, group, params, horizon, key)
+        reach = forecaster.reach(group, len(bars))
+        asked = [*self._asked(params, horizon, key), reach, bars_fingerprint(bars.slice(0, max(reach)))]
+        name = hashlib.blake2b(json.dumps(asked, default=float).encode(), digest_size=32).digest()
+        count = len(forecaster.lengths(group, len(bars)))
+        self.asked += count
+        (found,) = self._store.get([name])
+        if found is not None:
+            self.restored += count
+            size = len(found) // count
+            records = [found[start : start + size] for start in range(0, len(found), size)]
+            return forecaster.restored(records, (), params, horizon, key)
+        encoded = forecaster.encode_group(bars, group, params, horizon, key)
+        self._store.put({name: b"".join(forecaster.records(encoded, range(count)))})
+        return encoded
+
     def draw_keys(
         self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
     ) -> np.ndarray:
@@ -110,13 +130,16 @@ class Keeping:
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
+    def _asked(self, params: Mapping[str, Any], horizon: int, key: str) -> list[Any]:
+        forecaster = self._forecaster
+        of = "" if forecaster.answers_together(params) else key
+        return [forecaster.fingerprint, forecaster.surroundings, sorted(params.items()), horizon, of]
+
     def _keys(
         self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str, company: str
     ) -> list[bytes]:
-        forecaster = self._forecaster
-        of = "" if forecaster.answers_together(params) else key
-        asked = [forecaster.fingerprint, forecaster.surroundings, sorted(params.items()), horizon, of, company]
-        windows = [bars_fingerprint(forecaster.read(bars, params)) for bars in contexts]
+        asked = [*self._asked(params, horizon, key), company]
+        windows = [bars_fingerprint(self._forecaster.read(bars, params)) for bars in contexts]
         if company and len(contexts) > 1 and not self._free_of_places(contexts, params, horizon, key, asked):
             asked.append(windows)
         base = hashlib.blake2b(json.dumps(asked, default=float).encode(), digest_size=32).digest()

@@ -87,13 +87,13 @@ def known_before(bars: Bars, start: int, forecasts: Forecasts) -> Known:
         close=bars.close[before],
         high=bars.high[before],
         low=bars.low[before],
-        sigma=_sigma(bars.close[: start + count - 1], count),
+        sigma=trailing_sigma(bars.close[: start + count - 1], count),
         forecasts=forecasts,
     )
 
 
-def _sigma(closes: np.ndarray, count: int) -> np.ndarray:
-    """The sd of the last returns at each of the last `count` closes."""
+def trailing_sigma(closes: np.ndarray, count: int) -> np.ndarray:
+    """The sd (ddof 1) of the last `SIGMA_BARS` log returns at each of the last `count` closes, as `Known` has it."""
     returns = np.diff(np.log(closes))
     ends = range(len(returns) - count + 1, len(returns) + 1)  # returns known at each of them
     if ends[0] >= SIGMA_BARS:

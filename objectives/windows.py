@@ -66,6 +66,11 @@ class Contexts:
         return read_only(self.bars.close[np.array(self.origins) - 1])
 
     @cached_property
+    def series_digest(self) -> str:
+        """BLAKE2b of all the bars, those behind the origins among them, as hexadecimal text."""
+        return bars_fingerprint(self.bars)
+
+    @cached_property
     def no_change(self) -> np.ndarray:
         """What is forecast of the key, for every step, where nothing is known, float64 [W], price.
 

@@ -58,7 +58,68 @@ create table if not exists backtest_tries (
     primary key (symbol, configuration, strategy, hold)
 );
 """
-HAS_TRIES = "select to_regclass('backtest_tries') is not null"
+
+# Forecasts that were served and what came of them: see storage/forecasts.py.
+FORECASTS_DDL = """
+create table if not exists forecasts (
+    digest text not null,
+    role text not null check (role in ('live', 'shadow')),
+    symbol text not null,
+    model text not null,
+    configuration text not null,
+    promoted text not null,
+    study text,
+    trial integer,
+    as_of timestamptz not null,
+    bars text not null,
+    horizon integer not null,
+    last_close double precision not null,
+    content jsonb not null,
+    computed_at timestamptz not null,
+    primary key (digest, role)
+);
+create index if not exists forecasts_as_of on forecasts (symbol, as_of);
+create index if not exists forecasts_computed_at on forecasts (computed_at);
+create table if not exists forecast_claims (
+    digest text primary key,
+    owner text not null,
+    lease_until timestamptz not null
+);
+create table if not exists outcomes (
+    digest text not null,
+    role text not null,
+    key text not null,
+    step integer not null,
+    due timestamptz not null,
+    actual double precision not null,
+    error double precision not null,
+    signed_error double precision not null,
+    no_change_error double precision not null,
+    sigma double precision,
+    in_band boolean,
+    settled_at timestamptz not null,
+    primary key (digest, role, key, step),
+    foreign key (digest, role) references forecasts (digest, role) on delete cascade
+);
+create table if not exists forecast_requests (
+    day date not null,
+    symbol text not null,
+    kind text not null check (kind in ('memory', 'stored', 'computed', 'joined', 'failed')),
+    count bigint not null,
+    primary key (day, symbol, kind)
+);
+create table if not exists events (
+    id bigint generated always as identity primary key,
+    at timestamptz not null,
+    symbol text,
+    kind text not null,
+    content jsonb not null
+);
+create index if not exists events_symbol on events (symbol, id);
+"""
+
+LATER_TABLES = ("backtest_tries", "forecasts", "forecast_claims", "outcomes", "forecast_requests", "events")
+HAS_TABLES = "select bool_and(to_regclass(name) is not null) from unnest(cast(:names as text[])) as name"
 
 COLUMNS = "select attname from pg_attribute where attrelid = to_regclass('slots') and attnum > 0 and not attisdropped"
 LATER = ("seconds", "progress")  # columns that a table made earlier lacks
@@ -108,7 +169,7 @@ def create_schema(url: str) -> None:
             columns = _columns_of_slots(connection, parsed)
             for column in LATER if columns and not columns.issuperset(LATER) else ():
                 connection.execute(text(f"alter table slots add column if not exists {column} jsonb"))
-            if columns and connection.execute(text(HAS_TRIES)).scalar():
+            if columns and connection.execute(text(HAS_TABLES), {"names": list(LATER_TABLES)}).scalar():
                 return
         while not _made_tables(engine, parsed):
             time.sleep(0.1)
@@ -136,6 +197,7 @@ def _made_tables(engine: Engine, url: URL) -> bool:
             optunas.engine.dispose()
             connection.execute(text(SLOTS_DDL))
         connection.execute(text(TRIES_DDL))
+        connection.execute(text(FORECASTS_DDL))
     return True
 
 
@@ -157,14 +219,15 @@ def check_version(storage: RDBStorage) -> None:
 WRITABLE = """
 select current_setting('transaction_read_only') = 'off' as writable, current_user as role,
        (select bool_and(has_table_privilege(name, rights))
-          from unnest(array['studies', 'trials', 'slots', 'backtest_tries']) as name,
+          from unnest(array['studies', 'trials', 'slots'] || cast(:later as text[])) as name,
                unnest(array['select', 'insert', 'update', 'delete']) as rights) as allowed
 """
 
 
 def check_writable(storage: RetryingStorage) -> None:
     """Raises DatabaseUnavailable where the role, or the server as a whole, only reads."""
-    found = storage.transaction(lambda connection: connection.execute(text(WRITABLE)).one())
+    asked = {"later": list(LATER_TABLES)}
+    found = storage.transaction(lambda connection: connection.execute(text(WRITABLE), asked).one())
     if not found.writable:
         raise DatabaseUnavailable(
             f"{without_password(storage.engine.url)}: is read-only for the role {found.role}; "

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +47,10 @@ _STEP = re.compile(r"(\d+)-\d{8}T\d{6}Z(-void)?")
 
 class ConcurrentWrite(ConfigFileError):
     """Another process has replaced the file since it was read."""
+
+
+class NothingLeft(ConfigFileError):
+    """No promotion of a symbol is left to be undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,24 +109,22 @@ def write(
     for folder in folders:
         file_path(root, folder, symbol)
     content = _encoded(symbol, payload)
-    with plain_errors(best), _writing(root, symbol):
+    with plain_errors(best), _writing(root, symbol, expected_digest):
         state = _state(root, symbol)
-        if expected_digest not in (UNCHECKED, digest_of(state["best"])):
-            raise ConcurrentWrite(f"{best} was replaced meanwhile; run the command again")
         changes = _changes(state, dict.fromkeys(folders, content))
         if changes:
             _take(root, symbol, "promotion", state, changes)
 
 
-def rollback(root: Path, symbol: str, *, dry_run: bool = False) -> Restored:
+def rollback(root: Path, symbol: str, *, dry_run: bool = False, expected_digest: str | None = UNCHECKED) -> Restored:
     """Undo the last promotion that replaced `best`: each file it replaced holds what it held, byte by byte.
 
     So does the file of the model that `best` then names, even where a later promotion within that model replaced it:
     readers that take the model from `best` and its parameters from the model's folder get what they got. What is
     replaced here goes to the history too. Again and again it leads back to the first file that `best` held; promotions
-    that left `best` alone are not undone. `dry_run` writes nothing and takes no lock.
-    Raises ConfigFileError where nothing is left to roll back to, or a file cannot be read or written; ValueError for
-    what is no symbol. A crash leaves what one during `write` does.
+    that left `best` alone are not undone. `dry_run` writes nothing and takes no lock. `expected_digest` as of `write`.
+    Raises NothingLeft, ConcurrentWrite if `best` is not what the caller read, ConfigFileError if a file cannot be read
+    or written, and ValueError for what is no symbol. A crash leaves what one during `write` does.
     """
     best = file_path(root, "best", symbol)
     with plain_errors(best):
@@ -130,8 +132,24 @@ def rollback(root: Path, symbol: str, *, dry_run: bool = False) -> Restored:
             return _roll_back(root, symbol, dry_run=True)
         if not _steps(root, symbol):  # a misspelt symbol leaves no lock file behind
             raise _nothing_left(symbol)
-        with _writing(root, symbol):
+        with _writing(root, symbol, expected_digest):
             return _roll_back(root, symbol, dry_run=False)
+
+
+def standing(root: Path, symbol: str) -> tuple[datetime | None, Record | None]:
+    """Since when `best` holds what it holds, if the history says so, and the record that a rollback would put back.
+
+    Raises ConfigFileError for a history that cannot be read.
+    """
+    best = file_path(root, "best", symbol)
+    with plain_errors(best):
+        digest = digest_of(read_bytes(best))
+        times = [step.time for step in _taken(root, symbol) if step.after.get("best", "") == digest]
+        content = None
+        with suppress(NothingLeft):
+            content = _read_step(_roll_back(root, symbol, dry_run=True).step).content("best")
+    since = datetime.fromisoformat(times[-1]) if times else None
+    return since, parse(best, "best", symbol, content) if content else None
 
 
 # --- writing
@@ -384,8 +402,8 @@ def _roll_back(root: Path, symbol: str, *, dry_run: bool) -> Restored:
     )
 
 
-def _nothing_left(symbol: str) -> ConfigFileError:
-    return ConfigFileError(f"{symbol}: nothing left to roll back to; no promotion in its history replaced a file")
+def _nothing_left(symbol: str) -> NothingLeft:
+    return NothingLeft(f"{symbol}: nothing left to roll back to; no promotion in its history replaced a file")
 
 
 def _read_if_whole(root: Path, folder: str, symbol: str, content: bytes | None) -> Record | None:
@@ -399,10 +417,13 @@ def _read_if_whole(root: Path, folder: str, symbol: str, content: bytes | None) 
 
 
 @contextmanager
-def _writing(root: Path, symbol: str) -> Iterator[None]:
-    """Be the symbol's only writer, on files without anything half done."""
+def _writing(root: Path, symbol: str, expected_digest: str | None) -> Iterator[None]:
+    """Be the symbol's only writer, on files without anything half done. Raises ConcurrentWrite."""
     with _locked(root, symbol):
         _recover(root, symbol)  # what a killed writer left
+        best = file_path(root, "best", symbol)
+        if expected_digest not in (UNCHECKED, digest_of(read_bytes(best))):
+            raise ConcurrentWrite(f"{best} was replaced meanwhile; run the command again")
         try:
             yield
         except BaseException:

@@ -8,7 +8,6 @@ have its own. Pure apart from the evaluator: knows no files, databases or comman
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -178,12 +177,6 @@ class Line:
     @property
     def label(self) -> str:
         return self.configuration.label if self.configuration else ""
-
-
-def digest_of(configuration: ComparedConfiguration, checkpoint: str) -> str:
-    """What tells one configuration from another, in hexadecimal."""
-    said = {"model": configuration.model, "params": dict(configuration.params), "checkpoint": checkpoint}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def try_name(line: Line, plan: Plan) -> str:

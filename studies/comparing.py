@@ -1,8 +1,8 @@
 """Configurations side by side: measured on equal windows with equal seeds, each against another, and naive baselines.
 
 What `studies compare`, `studies sweep` and `studies reduce` share. Pure apart from the evaluator, whose numbers are to
-the last bit those of a search (pass 0) or of a confirmation (passes from 1 on) on the same windows. Knows no files,
-databases or commands.
+the last bit those of a search (pass 0), of a confirmation (passes from 1 on) or of forecasts that were served, on the
+same windows. Knows no files, databases or commands.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from forecasters import Bars
 from objectives.evaluation import STAGES, Evaluator
 from objectives.keys import key_forecasts
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
-from objectives.windows import Windows, recent_origins
+from objectives.windows import SeedKind, Windows, recent_origins
 from studies import promotion
 from studies.config import Config
 from studies.measuring import FRESH_FROM
@@ -119,18 +119,23 @@ def measure_keys(
     keys: Sequence[str],
     *,
     passes: Sequence[int] = SEARCH_PASSES,
+    kind: SeedKind = SeedKind.STUDY,
     on_batch: Callable[[int], None] = lambda windows: None,
 ) -> dict[str, MeasuredRow]:
     """Measure one configuration on several prices of a bar at once: by key what `measure` says of `windows.of_key`.
 
-    The first key has the seconds of all. Raises what `Evaluator.measure` raises.
+    kind: with SeedKind.SERVED each window is measured alone, as it is served. The first key has the seconds of all.
+    Raises what `Evaluator.measure` raises.
     """
     before, fresh, fresh_s = dict(evaluator.seconds), evaluator.fresh, evaluator.fresh_s
     asked = {key: windows.of_key(key) for key in keys}
     errors = {key: np.empty((len(passes), len(windows))) for key in keys}
     points, by_step = ({key: np.empty((len(windows), windows.horizon)) for key in keys} for _ in range(2))
-    for indices in evaluator.batches(windows):
-        for key, found in evaluator.batch_key_points(windows, params, indices, keys, passes=passes).items():
+    for indices in (
+        [[index] for index in range(len(windows))] if kind is SeedKind.SERVED else evaluator.batches(windows)
+    ):
+        found_by_key = evaluator.batch_key_points(windows, params, indices, keys, passes=passes, kind=kind)
+        for key, found in found_by_key.items():
             errors[key][:, indices] = price_errors(asked[key], indices, found)
             points[key][indices] = found[0]
             by_step[key][indices] = np.abs(found - asked[key].actuals[indices]).mean(axis=0)

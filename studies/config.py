@@ -99,14 +99,13 @@ class Search:
     trials: int = setting(_trials)
     key: str = setting(one_of(*KEYS))
     rung: int = setting(at_least(1))
-    batch: int = setting(at_least(0))  # 0: as many as a rung
+    batch: int = setting(at_least(0))  # 0: as many as suit the model
     prune_worst: float = setting(_share)
     starts: str = setting(one_of("none", "volatility"))
 
-    @property
-    def batch_size(self) -> int:
+    def batch_size(self, model: str) -> int:
         """Number of windows in a forward of the network."""
-        return self.batch or self.rung
+        return self.batch or MODELS[model].batch or self.rung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +115,7 @@ class Storage:
     artifacts_dir: Path
     listen: str = setting(_address)
     wait_s: float = setting(at_least(0))
+    keep_days: int = setting(at_least(1))
 
     @property
     def local(self) -> Path:

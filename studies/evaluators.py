@@ -5,10 +5,11 @@ Loads torch, and that only when a forecaster is asked for. Knows nothing of stud
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import forecasters
-from forecasters import KeepableForecaster, LoadedForecaster, Running, SharingForecaster
+from forecasters import KeepableForecaster, LoadedForecaster, Running
 from forecasters.models import MODELS
 from objectives.evaluation import Evaluator
 from objectives.work import WorkCounter
@@ -30,11 +31,11 @@ def evaluator_of(
 
     keep: use the encodings kept between runs, unless settings or `profile`, which is about the network, say otherwise.
     profile: count the network's operations, unless it is compiled, where they cannot be seen.
-    together: windows that are always measured together, and share forwards where the model can; 0: as a study's are.
+    together: windows that are always measured together, where one forward can have so many; 0: as a study's are.
     """
-    batch = config.search.batch_size
-    if together and isinstance(forecaster, SharingForecaster):
-        forecaster.shares_forwards, batch = True, together
+    batch = config.search.batch_size(forecaster.model)
+    if together and MODELS[forecaster.model].batch:
+        batch = together
     return Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
@@ -56,6 +57,12 @@ def kept_encodings(config: Config, forecaster: LoadedForecaster) -> Encodings | 
     return Encodings(config.storage.local / "encodings", mib * 2**20 if mib > 0 else None)
 
 
+def serving(config: Config, horizon: int) -> Config:
+    """The settings to forecast this many bars with, one window at a time."""
+    search = replace(config.search, rung=1, batch=1)
+    return replace(config, search=search, windows=replace(config.windows, horizon=horizon))
+
+
 def load_forecaster(config: Config, model: str, *, device: str) -> LoadedForecaster:
     """Load a model as the settings name it onto "cpu" or "cuda:0". Raises CheckpointError and SettingError."""
     return forecasters.load(model, device=device, **loading_options(config, model))
@@ -73,6 +80,6 @@ def loading_options(config: Config, model: str) -> dict[str, Any]:
         compile_backend=config.compile.backend,
         compile_dir=str(config.compile.dir),
         dtype=config.compile.dtype,
-        chunk=config.search.batch_size,
+        chunk=config.search.batch_size(model),
     )
     return {"running": running, **MODELS[model].loading_options(config.models[model])}

@@ -121,7 +121,7 @@ def blocks(
             "origins": [asked.start, asked.stop],
             "horizon": horizon,
             "together": BLOCK,
-            "search": [config.search.rung, config.search.batch_size, config.search.objective],
+            "search": [config.search.rung, config.search.batch_size(model), config.search.objective],
             "candidates": [dict(one.params) for one in candidates],
             **({} if key == CLOSE else {"key": key}),
         }

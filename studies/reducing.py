@@ -108,7 +108,7 @@ def reduce(
         forecaster,
         cache_bytes=CACHE_BYTES,
         rung=config.search.rung,
-        batch=config.search.batch_size,
+        batch=config.search.batch_size(record.model),
         max_num_samples=current,
         store=evaluators.kept_encodings(config, forecaster),
     )

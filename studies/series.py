@@ -76,6 +76,18 @@ def read_usable_series(
     return series, bad, [*notes, *said]
 
 
+def file_of(folder: Path, symbol: str) -> Path:
+    """The file of a symbol's bars, by its name alone where it has the usual one. Raises DataError for none or two."""
+    check_symbol(symbol)
+    usual = [path for suffix in SUFFIXES if (path := folder / f"{symbol}{suffix}").is_file()]
+    if len(usual) == 1:
+        return usual[0]
+    files, refused, _ = list_symbols(folder)
+    if symbol in refused:
+        raise DataError(refused[symbol])
+    return files.get(symbol) or _missing(folder, symbol, files)
+
+
 def _missing(folder: Path, symbol: str, files: Mapping[str, Path]) -> Path:
     """Say why a symbol is not among the files. Raises DataError."""
     for path in sorted(folder.glob(f"{symbol}.*")):

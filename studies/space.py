@@ -6,6 +6,8 @@ forecast is made or where trials are kept.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -162,6 +164,12 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     if model.params.num_samples not in space.knobs:  # an exact objective asks for none
         del params[model.params.num_samples]
     return params
+
+
+def digest_of(model: str, params: Mapping[str, Any], checkpoint: str) -> str:
+    """What tells one configuration from another, in hexadecimal. checkpoint: the fingerprint of its weights."""
+    said = {"model": model, "params": dict(params), "checkpoint": checkpoint}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def parse_value(name: str, kind: Kind, text: str) -> Any:

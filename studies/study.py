@@ -94,7 +94,8 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
     counts, search = config.windows, config.search
     validation = split_windows(config, series.symbol, bars).validation
     # Where a forward has the windows of a rung there is no entry: definitions were once written without one.
-    batch = {"batch": search.batch_size} if search.batch_size != search.rung else {}
+    size = search.batch_size(model)
+    batch = {"batch": size} if size != search.rung else {}
     space = spaces.make(model, config)
     return {
         "symbol": series.symbol,

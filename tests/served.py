@@ -9,6 +9,7 @@ from pathlib import Path
 
 from places import StudyPlace as Place
 
+from launch.door import Door
 from launch.views import dashboard
 from storage import database
 
@@ -17,7 +18,7 @@ from storage import database
 def served(place: Place, folder: Path, *, host: str = "127.0.0.1", token: str | None = None) -> Iterator[str]:
     """The address of a dashboard over the studies."""
     storage = database.open_storage(place.url, wait_s=10, create=False)
-    server = dashboard.bind(storage, folder, dashboard.Door(host=host, token=token), 0)
+    server = dashboard.bind(storage, folder, Door(host=host, token=token), 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

@@ -451,7 +451,7 @@ def test_every_command_knows_h_and_version(command: click.Command) -> None:
 def test_the_help_of_studies_lists_each_command_once_under_a_heading() -> None:
     lines = ask(cli.studies, "--help").splitlines()
     first = lines.index("Look at and keep studies:")
-    headings = ("Learn:", "The server and the machine:")
+    headings = ("Use and watch:", "Learn:", "The server and the machine:")
     assert all(heading in lines for heading in headings)
     listed = [line.split()[0] for line in lines[first + 1 :] if line and line not in headings]
     assert listed[:2] == ["list", "show"]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import Result
+from places import INCUMBENT, tiny_toto
 from places import StudyPlace as Place
 
 import forecasters
@@ -20,7 +21,7 @@ from launch.views import comparison
 from launch.views.comparison import ComparisonRow
 from launch.views.tables import terminal
 from objectives.evaluation import Evaluator
-from objectives.windows import Windows
+from objectives.windows import SeedKind, Windows, now
 from studies import comparing, promotion
 from studies.study import Study
 
@@ -80,6 +81,24 @@ def test_measured_windows_are_the_evaluators_at_any_horizon_and_stride(place: Pl
     assert (found.measurement.mae, found.measurement.sampling_error) == (expected.mae, expected.sampling_error)
     np.testing.assert_allclose(found.by_step.mean(), expected.mae, rtol=1e-12)
     np.testing.assert_array_equal(found.points, place.evaluator().forecast(windows, params, pass_number=1))
+
+
+def test_with_the_seeds_of_serving_its_numbers_are_those_of_forecasts_made_one_by_one(place: Place) -> None:
+    """As if the next bar had not come, alone, with nothing kept: what a trading system was told."""
+    place.put("best", INCUMBENT)
+    found = rows(place, "--horizon", "1", "--windows", "30", "--params", "best", "--seeds", "served")["toto best"]
+    windows = comparing.windows_before_test(place.config(), "SP500", place.series().bars, count=30, stride=1)
+    alone = Evaluator(tiny_toto(), cache_bytes=0)
+    points = np.concatenate(
+        [
+            alone.forecast(now(windows.bars.slice(0, origin), symbol="SP500"), found["params"], kind=SeedKind.SERVED)
+            for origin in windows.origins
+        ]
+    )
+    errors = np.abs(points - windows.actuals).mean(axis=1) / windows.last_closes
+    assert found["mae"] == errors.mean()
+    assert found["mae"] != rows(place, "--horizon", "1", "--params", "best")["toto best"]["mae"]
+    assert place.invoke(cli.studies, "compare", "--seeds", "served", "--passes", "2").exit_code == 2
 
 
 @pytest.mark.parametrize("model", ["toto", "kronos"])

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +483,43 @@ def test_what_others_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
     assert files(tmp_path) == first
     assert restored.kept
     assert (restored.kept / "best.json").read_bytes() == foreign
+
+
+def test_what_stands_and_what_a_rollback_would_put_back(tmp_path: Path) -> None:
+    predecessor(tmp_path)
+    assert history.standing(tmp_path, "NVDA") == (None, None)
+    before = datetime.now(UTC).replace(microsecond=0)
+    for content in (toto(1), kronos(2)):
+        promote(tmp_path, content)
+    since, replaced = history.standing(tmp_path, "NVDA")
+    assert since is not None
+    assert before <= since <= datetime.now(UTC)
+    assert replaced is not None
+    assert (replaced.model, replaced.config) == ("toto", toto(1)["config"])
+    history.rollback(tmp_path, "NVDA")
+    now = configs.read(tmp_path, "best", "NVDA")
+    assert now is not None
+    assert now.digest == replaced.digest
+    again, first = history.standing(tmp_path, "NVDA")
+    assert again is not None
+    assert again >= since
+    assert first is not None
+    assert first.config == {"num_samples": 64}
+
+
+def test_a_rollback_expects_the_file_that_its_caller_read(tmp_path: Path) -> None:
+    promote(tmp_path, toto(1))
+    promote(tmp_path, toto(2))
+    read = configs.read(tmp_path, "best", "NVDA")
+    promote(tmp_path, toto(3))
+    assert read is not None
+    before = everything(tmp_path)
+    with pytest.raises(ConcurrentWrite, match="was replaced meanwhile"):
+        history.rollback(tmp_path, "NVDA", expected_digest=read.digest)
+    assert everything(tmp_path) == before
+    history.rollback(tmp_path, "NVDA")
+    history.rollback(tmp_path, "NVDA", expected_digest=read.digest)
+    assert json.loads(files(tmp_path)["best"])["config"] == toto(1)["config"]
 
 
 def test_rollback_goes_on_behind_what_was_put_back_by_hand(tmp_path: Path) -> None:

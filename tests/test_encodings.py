@@ -109,8 +109,9 @@ def test_numbers_are_those_of_a_fresh_computation(
         kept = measured(forecaster, night(bars, number, key), params, Encodings(tmp_path), **options)
         again = measured(forecaster, night(bars, number, key), params, Encodings(tmp_path), **options)
         assert kept[0] == again[0] == fresh[0]
-        assert again[1:] == (0, 20)
-        if number and params.get("context_length") != 4096 and "rung" not in options:
+        assert again[1] == 0
+        assert again[2] >= 20  # a group of contexts that share a forward is kept whole
+        if number and "rung" not in options:
             assert kept[1] == 1, "one window is new: one forward"
 
 

@@ -18,6 +18,9 @@ COMMANDS = {
     "promote",
     "studies backtest",
     "studies compare",
+    "studies forecast",
+    "studies monitor",
+    "studies settle",
     "studies sweep",
     "studies reduce",
     "studies list",
@@ -88,6 +91,18 @@ REDUCE = {
     "symbol", "model", "samples", "reduced", "reference", "max_cost", "costs", "windows", "passes", "before", "after",
     "written",
 }  # fmt: skip
+FORECAST = {
+    "symbol", "model", "configuration", "promoted", "study", "trial", "fingerprint", "digest", "bars", "as_of",
+    "next_close", "last_close", "horizon", "keys", "computed_at", "age_s", "bars_age_s", "stale", "stale_reason",
+    "cached", "price_moved",
+}  # fmt: skip
+FORECAST_KEY = {"points", "q10", "q50", "q90", "returns", "repaired"}
+SETTLE = {"symbol", "outcomes", "shadows", "waiting", "revised", "lost"}
+MONITOR = {
+    "symbol", "model", "promoted", "study", "since", "as_of", "bars_behind", "readings", "requests", "alarm", "advice",
+}  # fmt: skip
+READING = {"name", "value", "n", "unit", "interval", "reference", "trigger", "needed", "beyond"}
+ALARM = {"n", "evidence", "highest", "improvement", "interval"}
 
 
 def commands(group: Mapping[str, click.Command], before: str = "") -> dict[str, click.Command]:
@@ -145,6 +160,21 @@ def test_keys_of_sweep_and_reduce(place: Place) -> None:
     assert set(reduced) == REDUCE
     assert set(reduced["costs"][0]) == {"samples", "cost", "bound"}
     assert set(reduced["before"]) == set(reduced["after"]) == {"total", "at_once"}
+
+
+def test_keys_of_forecast_settle_and_monitor(place: Place) -> None:
+    place.put("best", {"aggregate": "mean", "num_samples": 64, "samples_per_batch": 64})
+    asked = json.loads(place.invoke(cli.studies, "forecast", "SP500", "NOPE", "--json").stdout)
+    assert set(asked) == {"forecasts", "refused"}
+    assert set(asked["refused"]) == {"NOPE"}
+    assert [set(one) for one in asked["forecasts"]] == [FORECAST]
+    assert {name: set(one) for name, one in asked["forecasts"][0]["keys"].items()} == {"close": FORECAST_KEY}
+    (settled,) = json.loads(place.invoke(cli.studies, "settle", "--json").stdout)
+    assert set(settled) == SETTLE
+    (watched,) = json.loads(place.invoke(cli.studies, "monitor", "--json").stdout)
+    assert set(watched) == MONITOR
+    assert set(watched["alarm"]) == ALARM
+    assert {frozenset(one) for one in watched["readings"]} == {frozenset(READING)}
 
 
 def test_keys(place: Place) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 from conftest import execute
+from forecast_places import Place as ForecastPlace
 from places import RunPlace as Place
 from test_slots import make_study, must_claim, start_trial
 
@@ -92,3 +93,16 @@ def test_eight_open_an_empty_database_through_two_connections(
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(open_once, range(8)))  # raises what one of them raised
     execute(database_server.url, f"drop database {name} with (force)")
+
+
+@pytest.mark.parametrize("bouncer", [1], indirect=True)
+def test_forecasts_are_computed_once_behind_a_pooler(bouncer: PgBouncer, database_url: str, tmp_path: Path) -> None:
+    place = ForecastPlace(tmp_path, bouncer.url(database_url.rsplit("/", 1)[1]))
+    instances = [place.open() for _ in range(2)]
+    with ThreadPoolExecutor(8) as pool:
+        asked = list(pool.map(lambda number: instances[number % 2].ask(["SP500", "NASDAQ"]), range(8)))
+    found = [one for answers in asked for one in answers.forecasts.values()]
+    assert len(found) == 16
+    assert sum(one.cached == "computed" for one in found) == 2
+    assert place.rows() == 2
+    place.close()

@@ -9,13 +9,18 @@ import resource
 import threading
 from pathlib import Path
 
+import optuna
+import optuna_dashboard
 import pytest
 from browser import Tab
 from places import StudyPlace as Place
+from places import last_bars
 
 from launch import cli
 from launch.views import figures
+from launch.views.monitor import TITLE
 from storage import slots
+from studies.forecasting import Forecasts
 from studies.study import Study
 
 ASIDE = "</script><script>document.title = 'taken'</script> | `rm`"  # an error's text, which is not the page's
@@ -40,6 +45,37 @@ def table_after(tables: str, heading: str) -> list[dict[str, str]]:
     lines = tables.split(f"## {heading}\n\n", 1)[1].split("\n\n", 1)[0].splitlines()
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def test_what_monitor_found_since_the_promotion_is_in_the_report_and_the_note(place: Place, study: Study) -> None:
+    assert place.invoke(cli.promote).exit_code == 0
+    promoted = json.loads(place.promoted_file("SP500").read_text())
+    page, tables = report(place)
+    assert TITLE not in page + tables
+    with Forecasts(place.config(), storage=place.storage, environment={}) as forecasts:
+        for count in range(380, 400):
+            place.write("SP500.csv", last_bars("SP500", 400)[: count + 1])
+            assert not forecasts.ask(["SP500"]).refused
+    place.write("SP500.csv", last_bars("SP500", 400))
+    for words in (("settle",), ("monitor",)):
+        ended = place.invoke(cli.studies, *words)
+        assert ended.exit_code == 0, ended.output
+    (found,) = json.loads(place.invoke(cli.studies, "monitor", "--json").stdout)
+    readings = {one["name"]: one for one in found["readings"]}
+    assert readings["MAE"]["reference"] == promoted["metadata"]["selection_value"]
+    page, tables = report(place)
+    assert TITLE in page
+    (row,) = table_after(tables, TITLE)
+    assert (row["symbol"], row["n"], row["advice"]) == ("SP500", "20", found["advice"])
+    assert row["MAE"] == f"{100 * readings['MAE']['value']:.4f} %"
+    note = optuna_dashboard.get_note(optuna.load_study(study_name=study.name, storage=place.storage))
+    panel = note.split(f"## {TITLE}", 1)[1].replace("\u00a0", " ")
+    assert found["advice"] in panel
+    assert row["MAE"] in panel
+    assert f"{readings['MAE']['needed']:,}" in panel
+    assert place.invoke(cli.promote).exit_code == 0  # which rewrites the note
+    note = optuna_dashboard.get_note(optuna.load_study(study_name=study.name, storage=place.storage))
+    assert f"## {TITLE}" in note
 
 
 def test_tables_say_what_promote_says_and_what_was_measured(place: Place, study: Study) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,8 +14,11 @@ from places import index_bars
 import forecasters
 from forecasters import Bars
 from forecasters.toto import Toto
+from objectives.evaluation import Evaluator
+from objectives.windows import Windows, recent_origins
 
 PARAMS = {"context_length": 4096}
+ASKED = {**PARAMS, "num_samples": 64, "aggregate": "mean"}
 PATCH = 32
 
 
@@ -23,59 +28,98 @@ def bars(count: int) -> Bars:
     return Bars(timestamps=table.index.to_numpy().astype("datetime64[ns]"), **columns)
 
 
-def toto(*, shares: bool) -> Toto:
+@pytest.fixture
+def toto() -> Toto:
     loaded = forecasters.load("toto", checkpoint="toto-tiny")
     assert isinstance(loaded, Toto)
-    loaded.shares_forwards = shares
     return loaded
 
 
+def shared(toto: Toto, history: Bars, origins: Sequence[int], horizon: int = 1) -> Any:
+    groups = toto.groups_of(origins, PARAMS, horizon, len(history))
+    assert groups is not None
+    found = {group: toto.encode_group(history, group, PARAMS, horizon, "close") for group in set(groups)}
+    return toto.gathered(found, origins, len(history))
+
+
+def windows(history: Bars, count: int) -> Windows:
+    return recent_origins(history, count, symbol="A")
+
+
 @pytest.mark.parametrize("horizon", [1, 7, PATCH])
-def test_origins_a_patch_apart_share_a_forward_and_are_answered_as_apart(horizon: int) -> None:
+def test_origins_a_patch_apart_are_answered_as_apart(toto: Toto, horizon: int) -> None:
     history = bars(500)
-    contexts = [history.slice(0, origin) for origin in range(300, 500)]
-    together, apart = toto(shares=True), toto(shares=False)
-    found = together.encode(contexts, PARAMS, horizon)
-    expected = apart.encode(contexts, PARAMS, horizon)
+    origins = range(300, 500)
+    found = shared(toto, history, origins, horizon)
+    expected = toto.encode([history.slice(0, origin) for origin in origins], PARAMS, horizon)
     deviation = history.close.std()
-    assert np.abs(together.mean(found) - apart.mean(expected)).max() < 1e-6 * deviation
-    samples = [one.draw(each, {"num_samples": 64}, range(200)) for one, each in ((together, found), (apart, expected))]
+    assert np.abs(toto.mean(found) - toto.mean(expected)).max() < 1e-6 * deviation
+    samples = [toto.draw(each, {"num_samples": 64}, range(200)) for each in (found, expected)]
     assert np.abs(samples[0] - samples[1]).max() < 1e-5 * deviation  # single samples lie some deviations off
 
 
-def test_the_network_reads_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_reads_a_patch_of_series(toto: Toto, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    loaded = toto(shares=True)
-    along = loaded.network.answers_along
+    along = toto.network.answers_along
 
     def noting(series, *words):
         rows.append(len(series))
         return along(series, *words)
 
-    monkeypatch.setattr(loaded.network, "answers_along", noting)
-    history = bars(500)
-    loaded.encode([history.slice(0, origin) for origin in range(300, 500)], PARAMS, 1)
+    monkeypatch.setattr(toto.network, "answers_along", noting)
+    evaluator = Evaluator(toto, cache_bytes=1 << 26)
+    evaluator.measure(windows(bars(500), 200), ASKED)
     assert sum(rows) == PATCH  # and not 200
+    evaluator.measure(windows(bars(500), 250), ASKED)
+    assert sum(rows) == PATCH, "other windows of the series come from the same forwards"
 
 
-def test_bars_behind_an_origin_change_nothing_before_it() -> None:
+def test_bits_depend_neither_on_what_is_asked_for_nor_on_what_was_asked_before(toto: Toto) -> None:
+    history = bars(500)
+    whole = windows(history, 200)
+    expected = Evaluator(toto, cache_bytes=1 << 26).forecast(whole, ASKED)
+    for rung, batch, limit in ((7, 7, 1 << 26), (10, 30, 0), (1, 1, 1 << 26)):
+        evaluator = Evaluator(toto, cache_bytes=limit, rung=rung, batch=batch)
+        few = replace(whole, origins=whole.origins[3::17])
+        assert (evaluator.forecast(few, ASKED) == expected[3::17]).all()
+
+
+def test_the_cache_tells_series_of_other_lengths_apart(toto: Toto) -> None:
+    """Their forwards have other shapes, and other last bits with them."""
+    longer, shorter = bars(500), bars(500).slice(0, 437)
+    evaluator = Evaluator(toto, cache_bytes=1 << 26)
+    for history in (longer, shorter):
+        asked = Windows(symbol="A", bars=history, origins=tuple(range(300, 430)), horizon=1)
+        fresh = Evaluator(toto, cache_bytes=1 << 26).forecast(asked, ASKED)
+        assert (evaluator.forecast(asked, ASKED) == fresh).all()
+
+
+def test_bars_behind_an_origin_change_nothing_before_it(toto: Toto) -> None:
     history = bars(500)
     later = np.arange(500) >= 400
     spoilt = replace(history, close=np.where(later, 1e4 * history.close, history.close))
-    loaded = toto(shares=True)
     origins = range(336, 500)
-    found, other = (loaded.encode([each.slice(0, o) for o in origins], PARAMS, 1) for each in (history, spoilt))
+    found, other = (toto.mean(shared(toto, each, origins)) for each in (history, spoilt))
     seen = [place for place, origin in enumerate(origins) if origin <= 400]
-    assert (loaded.mean(found)[seen] == loaded.mean(other)[seen]).all()
-    assert (loaded.mean(found)[-1] != loaded.mean(other)[-1]).all()
+    assert (found[seen] == other[seen]).all()
+    assert (found[-1] != other[-1]).all()
 
 
-def test_what_begins_elsewhere_or_is_cut_shares_nothing() -> None:
-    history = bars(500)
-    together, apart = toto(shares=True), toto(shares=False)
-    cut = [history.slice(0, origin) for origin in (300, 332, 364)]
-    one = {"context_length": 128}
-    assert (together.mean(together.encode(cut, one, 1)) == apart.mean(apart.encode(cut, one, 1))).all()
-    shifted = [history.slice(place, 300 + place) for place in (0, 32)]
-    found, expected = together.encode(shifted, PARAMS, 1), apart.encode(shifted, PARAMS, 1)
-    assert np.abs(together.mean(found) - apart.mean(expected)).max() < 1e-6 * history.close.std()
+@pytest.mark.parametrize("params", [{"context_length": 499}, {**PARAMS, "key_input": "ratio"}])
+def test_contexts_that_are_cut_and_other_inputs_share_nothing(toto: Toto, params: dict[str, Any]) -> None:
+    assert toto.groups_of([300, 332], params, 1, 500) is None
+    assert toto.groups_of([300, 332], PARAMS, PATCH + 1, 500) is None
+    asked = windows(bars(500), 20)
+    points = Evaluator(toto, cache_bytes=0, rung=20).forecast(asked, {**ASKED, **params, "num_samples": 4})
+    order = Evaluator(toto, cache_bytes=0, rung=20).batches(asked)[0]
+    encoded = toto.encode(asked.contexts(order), params, 1)
+    samples = toto.draw(encoded, {"num_samples": 4}, [asked.seeds(0)[place] for place in order])
+    assert (points[order] == samples.mean(axis=1)).all()
+
+
+def test_a_window_that_is_asked_for_alone_is_encoded_alone(toto: Toto, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is served: its bits then depend on no series beyond it."""
+    from objectives.windows import SeedKind, now
+
+    monkeypatch.setattr(toto, "encode_group", None)
+    Evaluator(toto, cache_bytes=0, rung=1).forecast(now(bars(500), symbol="A"), ASKED, kind=SeedKind.SERVED)

@@ -1,178 +1,35 @@
 """Serve optuna-dashboard over the studies, and let in whom it is for: optuna-dashboard itself has no login.
 
-Knows HTTP; what the pages show is storage/board.py and notes.py.
+What the pages show is storage/board.py and notes.py; who may come in is launch/door.py.
 """
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import logging
-import re
-import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from socketserver import ThreadingMixIn
-from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from forecasters import ExpectedError
+from launch import door as doors
+from launch.door import Door, Server
 from storage import DatabaseUnavailable, board
 from storage.retrying import RetryingStorage
 
 PAGE_WAIT_S = 20.0  # that a page waits for a database that is away; a browser asks again every ten seconds
-MIN_TOKEN = 16  # characters
-MAX_UNREAD = 2**20  # bytes of a refused request that are read, so that its sender reads the answer
-
-
-class CannotServe(ExpectedError, ValueError):
-    """The dashboard cannot be served as asked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Door:
-    """Who may come in.
-
-    A name that another site's owner lets resolve to this machine is not ours, and neither is another site's page: a
-    browser tells both, in Host and in Origin. From other machines only those come in who know the token.
-    """
-
-    host: str  # to listen on
-    token: str | None
-
-    def stranger(self, environ: Mapping[str, Any]) -> str | None:
-        """Why a request is refused whatever its token, in one line; None: it is not."""
-        host, origin = environ.get("HTTP_HOST", ""), environ.get("HTTP_ORIGIN")
-        if not self._is_ours(_host_name(host)):
-            return f"Host is {host!r}: this dashboard is http://{self.host}:{environ['SERVER_PORT']}, so ask for that"
-        # Behind an HTTPS proxy that passes our Host, only the browser knows whether the page is ours.
-        same = environ.get("HTTP_SEC_FETCH_SITE") == "same-origin"
-        if origin is not None and not same and origin not in (f"http://{host}", f"https://{host}"):
-            return f"Origin is {origin!r}: pages of other sites are not let in"
-        return None
-
-    def _is_ours(self, name: str) -> bool:
-        if is_loopback(name) or name == self.host.lower():
-            return True
-        # Listening on every address. No other site's name is an address or this machine's name.
-        return self.host in ("0.0.0.0", "::") and (_is_address(name) or name == socket.gethostname().lower())
-
-    def knows(self, token: str) -> bool:
-        return self.token is not None and hmac.compare_digest(token.encode(), self.token.encode())
-
-    def cookie(self, port: str) -> str:
-        """What a browser keeps in place of the token: other ports' pages share the cookies of a host."""
-        return f"studies-{port}={hmac.digest((self.token or '').encode(), port.encode(), 'sha256').hex()}"
-
-    def has_cookie(self, environ: Mapping[str, Any]) -> bool:
-        wanted = self.cookie(environ["SERVER_PORT"]).encode()
-        return any(
-            hmac.compare_digest(part.strip().encode(), wanted) for part in environ.get("HTTP_COOKIE", "").split(";")
-        )
 
 
 def open_door(host: str, token_file: Path | None) -> Door:
-    """Who may come in at this address. Raises CannotServe where anybody could, and for a bad token."""
-    if token_file is None:
-        if not is_loopback(host):
-            raise CannotServe(
-                f"--host {host} lets other machines in, and optuna-dashboard has no login: whoever reaches it could "
-                "delete studies; give --token-file FILE with a secret, or leave --host out"
-            )
-        return Door(host=host, token=None)
-    advice = f"make a token with: openssl rand -hex 16 > {token_file}"
-    try:
-        token = token_file.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise CannotServe(f"{token_file}: {error.strerror}; {advice}") from None
-    except UnicodeDecodeError:
-        token = ""
-    if len(token) < MIN_TOKEN or len(token.split()) != 1:
-        raise CannotServe(f"{token_file}: not one word of at least {MIN_TOKEN} ASCII characters; {advice}")
-    return Door(host=host, token=token)
+    """Who may come in at this address. Raises CannotServe."""
+    return doors.open_door(
+        host, token_file, what="dashboard", danger="delete studies, as optuna-dashboard has no login"
+    )
 
 
-def guarded(pages: board.Application, door: Door) -> board.Application:
-    """The pages, for those whom the door lets in; others get one line."""
-
-    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        def line(status: str, text: str, *headers: tuple[str, str]) -> Iterable[bytes]:
-            length = environ.get("CONTENT_LENGTH") or "0"
-            environ["wsgi.input"].read(min(int(length), MAX_UNREAD) if length.isdecimal() else 0)
-            start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
-            return [f"{text}\n".encode()]
-
-        if refusal := door.stranger(environ):
-            return line("403 Forbidden", refusal)
-        if door.token is None or door.has_cookie(environ):
-            return pages(environ, start_response)
-        cookie = ("Set-Cookie", f"{door.cookie(environ['SERVER_PORT'])}; Path=/; HttpOnly; SameSite=Strict")
-        kind, _, bearer = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        if kind.lower() == "bearer" and door.knows(bearer.strip()):
-            return pages(environ, lambda status, headers, *more: start_response(status, [*headers, cookie], *more))
-        query = parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
-        if environ["REQUEST_METHOD"] == "GET" and door.knows(dict(query).get("token", "")):
-            # Without the token, which neither the address bar nor the history needs to keep.
-            rest = urlencode([(name, value) for name, value in query if name != "token"])
-            path = "/" + quote(environ["PATH_INFO"].lstrip("/"), encoding="latin-1")
-            return line("303 See Other", path, ("Location", f"{path}?{rest}" if rest else path), cookie)
-        asked = "this dashboard asks for its token: open it once with ?token=TOKEN, or send Authorization: Bearer TOKEN"
-        return line("401 Unauthorized", asked, ("WWW-Authenticate", "Bearer"))
-
-    return answer
-
-
-def _host_name(host: str) -> str:
-    """The name in a Host header, in lower case and without its port; "" for what is no name with or without a port."""
-    found = re.fullmatch(r"(?:\[([\da-f:]+)\]|([\w.-]+))(?::\d+)?", host.lower())
-    return (found[1] or found[2]) if found else ""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-class DashboardServer(ThreadingMixIn, WSGIServer):
-    """A thread a request, as optuna-dashboard's own command has it: a slow page must not hold up the others."""
-
-    daemon_threads = True  # Ctrl-C waits for no page
-
-
-class Handler(WSGIRequestHandler):
-    """Quiet, and patient with browsers that go away in the middle of a page."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def handle(self) -> None:
-        try:
-            super().handle()
-        except (ConnectionResetError, BrokenPipeError):
-            self.close_connection = True
-
-
-class ServerV6(DashboardServer):
-    address_family = socket.AF_INET6
-
-
-def bind(storage: RetryingStorage, folder: Path, door: Door, port: int) -> DashboardServer:
+def bind(storage: RetryingStorage, folder: Path, door: Door, port: int) -> Server:
     """A server that answers once `serve_forever` runs. Port 0: any free one. Raises CannotServe."""
     storage.wait_s = min(storage.wait_s, PAGE_WAIT_S)
     logging.getLogger("optuna_dashboard._bottle_util").addFilter(_in_one_line)
-    kind = ServerV6 if ":" in door.host else DashboardServer
-    pages = guarded(board.application(storage, folder), door)
-    try:
-        return make_server(door.host, port, pages, server_class=kind, handler_class=Handler)
-    except OSError as error:
-        reason = error.strerror or error
-        raise CannotServe(f"{door.host}:{port}: {reason}; name another with --host and --port") from None
+    return doors.bind(board.application(storage, folder), door, port)
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
@@ -183,18 +40,10 @@ def _in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def serve(server: DashboardServer, door: Door, *, say: Callable[[str], None]) -> None:
+def serve(server: Server, door: Door, *, say: Callable[[str], None]) -> None:
     """Answer until KeyboardInterrupt, which is passed on."""
-    address = f"http://{f'[{door.host}]' if ':' in door.host else door.host}:{server.server_port}/"
-    say(f"{address}{'?token=TOKEN the first time' if door.token else ''} (Ctrl-C ends it)")
+    say(f"{doors.address(server, door)} (Ctrl-C ends it)")
     try:
         server.serve_forever()
     finally:
         server.server_close()
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

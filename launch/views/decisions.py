@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from launch.output import counted, say
 from launch.views.tables import (
@@ -198,17 +198,13 @@ def not_believed(rows: Sequence[SymbolDecision], min_improvement: float) -> str 
     )
 
 
-def rollback_lines(restored: Restored, *, dry_run: bool) -> list[str]:
-    """What a rollback put back, or would, one line a file."""
-    put_back = "would be put back" if dry_run else "put back"
-    removed = "would be removed" if dry_run else "removed"
-    return [f"{path}: {put_back}" for path in restored.restored] + [
-        f"{path}: {removed}, as it was before the promotion" for path in restored.removed
-    ]
-
-
-def say_rollback(symbol: str, restored: Restored, *, dry_run: bool) -> None:
-    """Say which promotion is undone, and where the files that are read now disagree."""
+def show_rollback(symbol: str, restored: Restored, echo: Callable[[str], None], *, dry_run: bool = False) -> None:
+    """What a rollback put back, or would, one line a file; which promotion is undone, and where files now disagree."""
+    would = "would be " if dry_run else ""
+    for path in restored.restored:
+        echo(f"{path}: {would}put back")
+    for path in restored.removed:
+        echo(f"{path}: {would}removed, as it was before the promotion")
     if restored.mismatch:
         say(f"{restored.mismatch}: differs from the file in best; programs that read it get other parameters")
     undone = "would be undone" if dry_run else "is undone"

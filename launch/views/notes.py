@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.output import SayOnce, counted
-from launch.views import decisions, figures
+from launch.views import decisions, figures, monitor
 from launch.views.facts import (
     CONFIRMATION,
     DECISION,
@@ -29,9 +29,11 @@ from launch.views.tables import Column, Table, literal, markdown, percent_error,
 from storage import DatabaseUnavailable, board
 from storage.board import Image
 from storage.commands import command
+from storage.outcomes import newest_events
 from storage.progress import Progress, study_progress
 from storage.retrying import RetryingStorage, one_line
 from studies.evidence import Part
+from studies.monitoring import Monitored
 from studies.promoting import SymbolDecision
 from studies.study import Study, list_studies
 
@@ -116,6 +118,17 @@ def record_decisions(
         say(_image_failure(folder, error))
 
 
+def record_monitored(
+    storage: RetryingStorage, folder: Path, rows: Sequence[Monitored], *, say: Callable[[str], None]
+) -> None:
+    """Put what `studies monitor` found into the notes of the studies whose configurations are in use."""
+    names = {row.study for row in rows}
+    try:
+        update(storage, folder, [study for study in list_studies(storage) if study.name in names])
+    except OSError as error:
+        say(_image_failure(folder, error))
+
+
 def _image_failure(folder: Path, error: OSError) -> str:
     return f"{folder}: cannot keep images for the dashboard: {error.strerror}; set [storage] artifacts_dir"
 
@@ -132,6 +145,7 @@ def update(
     failure: OSError | None = None
     decided = decisions.by_study(rows or ())
     progress = study_progress(storage, [study.study_id for study in studies])
+    watched = {one.study: one for one in monitor.kept(newest_events(storage, monitor.MONITORED))} if studies else {}
     for study in studies:
         if study.study_id not in progress:
             continue
@@ -144,7 +158,7 @@ def update(
         board.put(
             storage,
             study.study_id,
-            note=note(facts, image),
+            note=note(facts, image, watched.get(study.name)),
             plots=plots(facts),
             attributes=_attributes(facts),
             image=image,
@@ -199,8 +213,8 @@ def _attributes(facts: StudyFacts) -> dict[str, str | None]:
 # --- the text -------------------------------------------------------------------------------------------------
 
 
-def note(facts: StudyFacts, image: Image | None = None) -> str:
-    """The whole note. image: of the forecasts."""
+def note(facts: StudyFacts, image: Image | None = None, watched: Monitored | None = None) -> str:
+    """The whole note. image: of the forecasts. watched: how the study's configuration did since its promotion."""
     study = facts.study
     parts = [
         f"# {study.symbol} with {study.model}, bars up to {study.as_of}",
@@ -217,6 +231,8 @@ def note(facts: StudyFacts, image: Image | None = None) -> str:
     ]
     if facts.parked:
         parts += ["## Parked work", _parked(facts)]
+    if watched is not None:
+        parts += [f"## {monitor.TITLE}", _watched(watched)]
     if image is not None:
         parts += [f"## {FORECAST}", f"![{FORECAST}]({image.path(study.study_id)})"]
     parts.append("*This note is rewritten automatically: keep your own remarks in the notes of trials.*")
@@ -267,6 +283,11 @@ def _decision(facts: StudyFacts) -> str:
     if facts.decision:
         return facts.decision.replace("<", "&lt;")  # what a promoted file says is in it
     return "None yet." if facts.evidence else "The confirmation comes first."
+
+
+def _watched(found: Monitored) -> str:
+    told = f"{monitor.title(found)}: {found.advice}. {monitor.service(found)}."
+    return "\n\n".join([told, markdown(monitor.readings_table(found), spaced=True), *monitor.EXPLANATIONS])
 
 
 def _parked(facts: StudyFacts) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from launch.output import counted
-from launch.views import decisions, figures, listing, notes, tables
+from launch.views import decisions, figures, listing, monitor, notes, tables
 from launch.views.facts import STAGES, StudyFacts, confirmation_table, gather
 from launch.views.tables import (
     NOTHING,
@@ -35,6 +35,7 @@ from launch.views.tables import (
 from storage import configs
 from storage.configs import ConfigFileError, Record
 from storage.files import replace_file
+from storage.outcomes import newest_events
 from storage.progress import study_progress
 from storage.retrying import RetryingStorage
 from studies import importance, promoting
@@ -75,6 +76,7 @@ class Report:
     subtitle: str
     decisions: Table
     in_use: Table | None
+    watched: Table | None
     improvements: go.Figure | None
     overview: Table
     parked: Table | None
@@ -104,6 +106,7 @@ def make(
         + (f", {duration(seconds)} of worker time" if seconds else ""),
         decisions=_decisions(rows),
         in_use=_in_use(config, [row.symbol for row in rows]),
+        watched=_watched(storage, [row.symbol for row in rows]),
         improvements=figures.improvements(rows),
         overview=listing.table(listing.rows(storage, [facts.study.study_id for facts in found])),
         parked=_parked(found),
@@ -155,6 +158,12 @@ def _in_use(config: Config, symbols: Sequence[str]) -> Table | None:
             Column(heading="before it", cells=[one or NOTHING for one in before], code=True),
         ]
     )
+
+
+def _watched(storage: RetryingStorage, symbols: Sequence[str]) -> Table | None:
+    """What `studies monitor` found last."""
+    found = [one for one in monitor.kept(newest_events(storage, monitor.MONITORED)) if one.symbol in symbols]
+    return monitor.summary_table(found) if found else None
 
 
 def _parked(found: Sequence[StudyFacts]) -> Table | None:
@@ -209,6 +218,7 @@ def html(report: Report) -> str:
         report=report,
         explanations=EXPLANATIONS,
         to_be_promoted=decisions.TO_BE_PROMOTED,
+        since_promotion=(monitor.TITLE, monitor.EXPLANATIONS),
     )
 
 
@@ -237,6 +247,8 @@ def markdown(report: Report) -> str:
     parts = [f"# {report.title}", report.subtitle, "## Decisions", tables.markdown(report.decisions), *EXPLANATIONS]
     if report.in_use:
         parts += ["## Configuration in use", tables.markdown(report.in_use)]
+    if report.watched:
+        parts += [f"## {monitor.TITLE}", tables.markdown(report.watched), *monitor.EXPLANATIONS]
     parts += ["## Studies", tables.markdown(report.overview)]
     if report.parked:
         parts += ["## Parked work", tables.markdown(report.parked)]
