@@ -1,8 +1,9 @@
 """`python -m benchmarks.trial_cost`: what a trial costs, repeated-sample against staged, in one process.
 
 Random weights at the published sizes, Toto-Open-Base-1.0 (151 M) and Kronos-base (102 M), fp32, one thread. A trial is
-30 windows of one step: of 512 points and more and 1,024 samples for Toto, of 192 bars and 256 samples for Kronos. The
-second trial changes only how is sampled and aggregated. Figures that should stay above something say so.
+30 windows of one step: of 512 points and 1,024 samples for Toto, of 192 bars and 256 samples for Kronos. The second
+trial changes only how is sampled and aggregated. Toto's trials are measured as a worker measures them: by its evaluator,
+with its number of windows in a forward, its samples drawn ahead. Figures that should stay above something say so.
 
 The repeated-sample way computes what the references compute. For Toto a window is repeated 128 times and run whole (all
 layers, every patch unembedded and its mixture made, a sample of every point), 8 times for 1,024 samples, 240 runs a
@@ -18,8 +19,10 @@ indicative only.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +35,10 @@ from forecasters import Bars, toto
 from forecasters.kronos import Kronos
 from forecasters.kronos_sampling import sampling_of
 from forecasters.toto_network import TotoNetwork
-from objectives.aggregation import Draw
+from objectives.evaluation import Evaluator
+from objectives.windows import recent_origins
+from studies import config as configuration
+from studies import evaluators
 
 WINDOWS = 30
 Seconds = dict[str, float]  # of one repetition, by what was done
@@ -68,27 +74,41 @@ def repeated_run(network: TotoNetwork, closes: np.ndarray) -> torch.Tensor:
     return (drawn * scale[..., None] + loc[..., None])[:, 0, -1, 0]
 
 
+def worker(config: configuration.Config, forecaster: Any) -> Evaluator:
+    """What a worker measures its trials with, knowing nothing yet."""
+    return evaluators.evaluator_of(config, forecaster, cache_bytes=2**30)
+
+
 def toto_figures(repeats: int) -> dict[str, float]:
     """Of Toto, by name. A first repetition warms up and is not counted."""
     network = random_toto()
-    forecaster, seeds = toto.Toto(network, fingerprint="random"), range(WINDOWS)
-    walk = random_bars(TOTO_CONTEXT + WINDOWS)
-    contexts = [walk.slice(0, TOTO_CONTEXT + i) for i in range(WINDOWS)]  # expanding, as a study has them
-    closes = contexts[0].close[-TOTO_CONTEXT:]
+    forecaster = toto.Toto(network, fingerprint="random")
+    windows = recent_origins(random_bars(TOTO_CONTEXT + WINDOWS), WINDOWS, symbol="A")
+    closes = windows.bars.close[:TOTO_CONTEXT]
     square = torch.randn(TOTO_MATMUL, TOTO_MATMUL)
+    settings = {"toto": {"context_length": TOTO_CONTEXT}, "workers": {"encodings_mib": 0}}
+    config = configuration.load(None, settings)
+    params = {"context_length": TOTO_CONTEXT, "num_samples": TOTO_SAMPLES, "aggregate": "median"}
+    (together,) = worker(config, forecaster).batches(windows)
+    contexts = windows.contexts(together)
 
     def encode() -> toto.EncodedPrices:
         return forecaster.encode(contexts, {"context_length": TOTO_CONTEXT}, 1)
 
-    def trial(encoded: toto.EncodedPrices, count: int, aggregate: str) -> np.ndarray:
-        return Draw(forecaster.draw(encoded, {"num_samples": count}, seeds)).aggregate(aggregate)
+    measured = worker(config, forecaster)
+    measured.measure(windows, params)
+    number = itertools.count()
 
-    encoded = encode()
+    def second() -> object:
+        """Samples are drawn ahead by the first trial; ever another number of them has to be sorted."""
+        count = TOTO_SAMPLES // 2 + next(number)
+        return measured.measure(windows, {**params, "num_samples": count, "aggregate": "trimmed_mean_10"})
+
     ways: dict[str, Callable[[], object]] = {
         "matmul": lambda: square @ square,
         "encode": encode,
-        "first trial": lambda: trial(encode(), TOTO_SAMPLES, "median"),
-        "second trial": lambda: trial(encoded, TOTO_SAMPLES // 2, "trimmed_mean_10"),
+        "first trial": lambda: worker(config, forecaster).measure(windows, params),
+        "second trial": second,
         "one repeated run": lambda: repeated_run(network, closes),
     }
 
@@ -128,13 +148,14 @@ FEW = 4  # samples of the repeated way that are measured
 STEPS, LONG_SAMPLES, LONG_FEW, LONG_WINDOWS = 7, 64, 3, 3
 LONG = {**FIRST, "sample_count": LONG_SAMPLES}
 LEAST = {
+    "toto": {"repeated / first trial": 1750},
     "kronos": {
         "repeated / first trial": 200,
         **{f"first / second trial, {name}": 30 for name in SECOND},
         "prefill / matmul rate": 0.8,
         "7 steps, repeated / first trial": 100,
         "7 steps, sliding, repeated / first trial": 15,
-    }
+    },
 }
 
 

@@ -90,6 +90,6 @@ def in_price(contexts: Sequence[Bars], ratios: EncodedPrices) -> EncodedPrices:
 
 def first_patch(encoded: EncodedPrices, rows: slice, uniforms: np.ndarray) -> np.ndarray:
     """Prices drawn within the first patch, [W, N, h], for uniforms [W, N, h, 3]."""
-    probs, df = encoded.probs[rows, None], encoded.df[rows, None]
-    scaled = mixture_samples(probs, df, encoded.loc[rows, None], encoded.scale[rows, None], uniforms)
+    mixtures = (encoded.probs[rows], encoded.df[rows], encoded.loc[rows], encoded.scale[rows])
+    scaled = mixture_samples(*mixtures, uniforms)
     return scaled * encoded.affine_scale[rows, None, None] + encoded.affine_loc[rows, None, None]

@@ -33,15 +33,22 @@ def mixture_samples(
 ) -> np.ndarray:
     """One draw of each mixture from three uniforms in [0, 1): component, radius, angle.
 
-    The mixtures' parameters broadcast to [W, N, h, K]; uniforms [W, N, h, 3]; returns [W, N, h].
+    The mixtures' parameters are [W, h, K], uniforms [W, N, h, 3]; returns [W, N, h].
     T = sqrt(df (U**(-2/df) - 1)) cos(2 pi V): Bailey 1994, Mathematics of Computation 62, 779-781.
     """
     cumulative = np.cumsum(probs, axis=-1)
-    chosen = uniforms[..., :1] * cumulative[..., -1:] >= cumulative[..., :-1]  # [W, N, h, K - 1]
-    component = chosen.sum(-1, keepdims=True)  # at most K - 1
-    df, loc, scale = (np.take_along_axis(array, component, -1)[..., 0] for array in (df, loc, scale))
-    radius = np.sqrt(df * np.expm1(-2 / df * np.log1p(-uniforms[..., 1])))  # 1 - U is never 0
-    return loc + scale * radius * np.cos(2 * np.pi * uniforms[..., 2])
+    of_component = np.stack((df, -2 / df, loc, scale), axis=1).reshape(len(df), 4, -1)  # [W, 4, h * K]
+    first = np.arange(df.shape[1])[:, None] * df.shape[2]  # of each step's components
+    samples = np.empty(uniforms.shape[:3])
+    # By window and with the samples last, so that all stays in the processor's cache: 4 times as fast.
+    for w, of_window in enumerate(uniforms):
+        which, radial, angle = np.ascontiguousarray(of_window.transpose(2, 1, 0))  # [h, N] each
+        reached = (which * cumulative[w, :, -1:])[:, None] >= cumulative[w, :, :-1, None]  # [h, K - 1, N]
+        component = first + np.add.reduce(reached, axis=1, dtype=np.int16)  # of a step, at most K - 1
+        df_, power, loc_, scale_ = (each.take(component) for each in of_component[w])
+        radius = np.sqrt(df_ * np.expm1(power * np.log1p(-radial)))  # 1 - U is never 0
+        samples[w] = (loc_ + scale_ * radius * np.cos(2 * np.pi * angle)).T
+    return samples
 
 
 def drawn(mixture: Mixture, uniforms: Tensor) -> Tensor:

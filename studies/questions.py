@@ -32,7 +32,7 @@ from studies.config import Config, ConfigError
 from studies.evaluators import evaluator_of, serving
 from studies.promoted_file import InUse
 
-NUMERICS = 2  # raised where equal questions get other numbers than before
+NUMERICS = 3  # raised where equal questions get other numbers than before
 QUANTILES = {"q10": "quantile_0.10", "q50": "quantile_0.50", "q90": "quantile_0.90"}
 CACHE_BYTES = 2**28  # of an evaluator: the draws that points and quantiles of one question share
 MAX_HORIZON = 256  # steps: one request must not keep the thread of models busy for hours

@@ -161,7 +161,7 @@ def exact_errors(
     if model.exact_horizon == 0 or (model.exact_horizon and windows.horizon > model.exact_horizon):
         return None
     asked = replace(config, search=replace(config.search, objective="exact"))
-    evaluator = evaluators.evaluator_of(asked, forecaster, cache_bytes=0)
+    evaluator = evaluators.evaluator_of(asked, forecaster, cache_bytes=CACHE_BYTES)
     without = {name: value for name, value in params.items() if name != model.params.num_samples}
     try:
         return np.array(evaluator.measure(windows, without, passes=(FRESH_FROM,)).errors)

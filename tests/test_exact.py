@@ -51,8 +51,7 @@ def test_every_form_has_a_limit():
 def test_draws_tend_to_it(name: str):
     mix = mixture()
     uniforms = np.random.default_rng(8).random((2, DRAWS, 3, 3))
-    probs, df, loc, scale = (array[:, None] for array in (mix.probs, mix.df, mix.loc, mix.scale))
-    samples = mixture_samples(probs, df, loc, scale, uniforms)
+    samples = mixture_samples(mix.probs, mix.df, mix.loc, mix.scale, uniforms)
     assert np.abs(z_scores(samples, name, exact_points(mix, name))).max() < 4
 
 
