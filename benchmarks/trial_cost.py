@@ -2,8 +2,8 @@
 
 Random weights at the published sizes, Toto-Open-Base-1.0 (151 M) and Kronos-base (102 M), fp32, one thread. A trial is
 30 windows of one step: of 512 points and 1,024 samples for Toto, of 192 bars and 256 samples for Kronos. The second
-trial changes only how is sampled and aggregated. Toto's trials are measured as a worker measures them: by its evaluator,
-with its number of windows in a forward, its samples drawn ahead. Figures that should stay above something say so.
+trial changes only how is sampled and aggregated. Toto's trials are measured as a worker measures them: by its
+evaluator, its number of windows in a forward, its samples drawn ahead. Figures that should stay above something say so.
 
 The repeated-sample way computes what the references compute. For Toto a window is repeated 128 times and run whole (all
 layers, every patch unembedded and its mixture made, a sample of every point), 8 times for 1,024 samples, 240 runs a
