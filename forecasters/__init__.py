@@ -247,9 +247,9 @@ class SharingForecaster(Forecaster, Protocol):
     """
 
     def groups_of(
-        self, lengths: Sequence[int], params: Mapping[str, Any], horizon: int, series_length: int
+        self, bars: Bars, lengths: Sequence[int], params: Mapping[str, Any], horizon: int
     ) -> list[int] | None:
-        """The group of each of these lengths, bars; None where contexts are encoded each for itself."""
+        """The group of each of these lengths; None where contexts are encoded each for itself. bars: the series."""
         ...
 
     def reach(self, group: int, series_length: int) -> tuple[int, ...]:

@@ -29,10 +29,11 @@ from forecasters.kronos_encoded import (
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
 from forecasters.kronos_kept import KeptTables
-from forecasters.kronos_model import KRONOS
+from forecasters.kronos_model import KRONOS, LEAST_DEVIATION
 from forecasters.kronos_network import CALENDAR, KronosNetwork, KronosTokenizer, LayerCache
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
 from forecasters.kronos_tree import paths
+from forecasters.scaling import RAW, in_units, units_of
 
 DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
 DRAW_ROWS = 4096  # paths drawn at a time: 4096 rows of 1024 float64 probabilities are 32 MiB
@@ -105,6 +106,8 @@ class Kronos(KeptTables):
         if not 1 <= horizon < self.network_context:
             raise ForecastError(f"horizon {horizon} must be below the network's context of {self.network_context} bars")
         contexts = [bars.slice(max(0, len(bars) - max_context), len(bars)) for bars in contexts]
+        units = units_of(contexts, params.get("scale", RAW), LEAST_DEVIATION)
+        contexts = in_units(contexts, units)
         windows: dict[int, Window] = {}
         while left := [i for i in range(len(contexts)) if i not in windows]:
             # Together: equal lengths only, for the published code masks padding wrongly. Fixed shapes mask it rightly.
@@ -123,6 +126,8 @@ class Kronos(KeptTables):
                     self._prefill_tokens = halved(len(batch), self.device, what, error) * length
                 continue
             windows.update(zip(batch, encoded, strict=True))
+        if units is not None:
+            windows = {i: window.in_price(units[i]) for i, window in windows.items()}
         return EncodedBars(windows=[windows[i] for i in range(len(contexts))], horizon=horizon)
 
     def _encode(self, contexts: Sequence[Bars], clip: float, horizon: int) -> list[Window]:

@@ -7,7 +7,7 @@ the networks run, of sampling or of paths.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -86,6 +86,11 @@ class Window:
     prefix: KronosPrefix
     s1_logits: Tensor  # float32 [2**s1_bits], on the CPU
     decoder: Sequence[LayerCache]  # the tokenizer's decoder over the tokens that the final decode still sees
+
+    def in_price(self, unit: float) -> Window:
+        """The same of bars whose prices were read in this unit; the amount is volume times price."""
+        units = np.array([unit] * 4 + [1.0, unit], np.float32)
+        return replace(self, mean=self.mean * units, scale=self.scale * units)
 
     @property
     def length(self) -> int:

@@ -10,10 +10,12 @@ import numpy as np
 
 from forecasters import StageParams
 from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams, Volatility
-from forecasters.settings import CHECKPOINT, LOADING, at_least, counts, interval, setting
+from forecasters.scaling import LAST, LAST_CLOSE, RAW, SCALES, WIDENED
+from forecasters.settings import CHECKPOINT, LOADING, at_least, choices, counts, interval, setting
 
 CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
 EPSILON = 1e-5  # added to a column's standard deviation, as the published inference does
+LEAST_DEVIATION = EPSILON / (WIDENED - 1)  # of closes: below, EPSILON matters
 DEAD_TOP_P = 1.0  # what top_p says where top_k decides
 
 
@@ -33,6 +35,7 @@ class KronosSettings:
     tokenizer_revision: str = setting(kind=LOADING)
     network_context: int = setting(at_least(2), kind=LOADING)
     max_context: tuple[int, ...] = setting(counts)
+    scale: tuple[str, ...] = setting(choices(*SCALES), one_or_list=True)
     clip: tuple[float, ...] = setting(interval(0.2, 100.0))
     temperature: tuple[float, ...] = setting(interval(0.01, 10.0))
     top_k: tuple[int, ...] = setting(_tops)
@@ -49,8 +52,12 @@ def _search(settings: KronosSettings) -> SearchedParams:
         "sample_count": settings.sample_count,
         "max_context": settings.max_context,
         "clip": Range(low=settings.clip[0], high=settings.clip[1], step=CLIP_STEP),
+        **({"scale": settings.scale} if len(settings.scale) > 1 else {}),
     }
-    return SearchedParams(knobs=knobs, fixed={} if by_share else {"top_p": DEAD_TOP_P})
+    fixed: dict[str, Any] = {} if by_share else {"top_p": DEAD_TOP_P}
+    if len(settings.scale) == 1 and settings.scale != (RAW,):
+        fixed["scale"] = settings.scale[0]
+    return SearchedParams(knobs=knobs, fixed=fixed)
 
 
 def _refuses(settings: KronosSettings, horizon: int) -> str | None:
@@ -66,6 +73,7 @@ def clipped(closes: np.ndarray, origins: Sequence[int], params: Mapping[str, Any
     today's price. closes: float64 [T]; the context of an origin is the last `max_context` closes before it.
     """
     length, closes = int(params["max_context"]), closes.astype(np.float32)
+    scale = params.get("scale", RAW)
     # Origins with a whole context are rows of one view of the closes; the others are contexts of their own.
     whole = np.array([origin for origin in origins if origin >= length], dtype=int)
     views = [closes[None, :origin] for origin in origins if origin < length]
@@ -73,6 +81,9 @@ def clipped(closes: np.ndarray, origins: Sequence[int], params: Mapping[str, Any
         views.append(np.lib.stride_tricks.sliding_window_view(closes, length)[whole - length])
     found = 0
     for rows in views:
+        if scale != RAW:
+            scaled = (rows.std(axis=1) < LEAST_DEVIATION) | (scale == LAST)  # as `units_of`
+            rows = rows / np.where(scaled, rows[:, -1] / LAST_CLOSE, 1.0).astype(np.float32)[:, None]
         apart = np.abs(rows[:, -1] - rows.mean(axis=1)) / (rows.std(axis=1) + np.float32(EPSILON))
         found += int((apart > params["clip"]).sum())
     return found / len(origins)
@@ -96,12 +107,20 @@ VOLATILITY_POINTS: Mapping[Volatility, Sequence[Mapping[str, Any]]] = {
     "volatile": (_point(0.20, 0.85, 512, 512), _point(0.25, 0.90, 256, 384)),
 }
 
+
+def _limits(settings: KronosSettings) -> dict[str, Any]:
+    limits: dict[str, Any] = {"max_context": min(PUBLISHED["max_context"], settings.network_context)}
+    if len(settings.scale) > 1:
+        limits["scale"] = RAW if RAW in settings.scale else settings.scale[0]
+    return limits
+
+
 KRONOS = Model(
     name="kronos",
     module="forecasters.kronos_checkpoint",
     settings=KronosSettings,
     params=StageParams(
-        encode=("max_context", "clip"),
+        encode=("max_context", "clip", "scale"),
         draw=("temperature", "top_k", "top_p", "sample_count"),
         num_samples="sample_count",
     ),
@@ -112,13 +131,15 @@ KRONOS = Model(
         "sample_count": "count",
         "max_context": "count",
         "clip": "number",
+        "scale": SCALES,
     },
+    by_default={"scale": RAW},
     search=_search,
     conditions={"top_p": Condition(param="top_k", value=0, otherwise=DEAD_TOP_P)},
     # The second is that repository's backtest on daily bars, finetune/config.py.
     starting_points=(PUBLISHED, {**PUBLISHED, "temperature": 0.6, "sample_count": 5, "max_context": 90}),
     volatility_points=VOLATILITY_POINTS,
-    limits=lambda settings: {"max_context": min(PUBLISHED["max_context"], settings.network_context)},
+    limits=_limits,
     refuses=_refuses,
     exact_horizon=1,
     reader_paths=lambda config: (config["sample_count"], config["sample_count"]),

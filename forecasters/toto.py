@@ -33,13 +33,16 @@ from forecasters import (
 )
 from forecasters.checkpoints import check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.scaling import in_units
 from forecasters.toto_checkpoint import build, fingerprint_of, rename
 from forecasters.toto_encoded import (
     VARIATE_KEYS,
     EncodedPrices,
     first_patch,
     in_price,
+    in_units_of,
     series_of,
+    units_of_network,
     unpacked,
 )
 from forecasters.toto_kept import KeptMixtures
@@ -161,6 +164,8 @@ class Toto(SharedForwards, KeptMixtures):
         read = params.get("key_input", PRICE)
         check_asked(read, horizon)
         keys = VARIATE_KEYS if read == VARIATES else (key,)
+        units = units_of_network(contexts, params)
+        contexts = in_units(contexts, units)
         rows = [series_of(bars, int(params["context_length"]), keys, ratio=read == RATIO) for bars in contexts]
         if not rows:
             raise ForecastError("no contexts: at least one window is needed")
@@ -181,7 +186,7 @@ class Toto(SharedForwards, KeptMixtures):
         packed = np.concatenate([part[0] for part in parts])
         prefixes = tuple(part[1] for part in parts if part[1] is not None)
         found = unpacked(packed, self.network.config.components, keys=keys, horizon=horizon, prefixes=prefixes)
-        return in_price(contexts, found) if read == RATIO else found
+        return in_price(contexts, found) if read == RATIO else in_units_of(found, units)
 
     def encode_stacked(
         self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int
@@ -191,7 +196,8 @@ class Toto(SharedForwards, KeptMixtures):
         if read == VARIATES or self.graphs.on or horizon > self.network.config.patch_size:
             return {key: self.encode(contexts, params, horizon, key) for key in KEYS}
         check_asked(read, horizon)
-        points = int(params["context_length"])
+        points, units = int(params["context_length"]), units_of_network(contexts, params)
+        contexts = in_units(contexts, units)
         rows = [series_of(bars, points, (key,), ratio=read == RATIO) for key in KEYS for bars in contexts]
         with one_thread():  # several share the rows out among them, which changes last bits with their number
             packed, _ = self._prefill(rows, horizon, 0)
@@ -199,7 +205,7 @@ class Toto(SharedForwards, KeptMixtures):
         for place, key in enumerate(KEYS):
             part = packed[place * count : (place + 1) * count]
             one = unpacked(part, self.network.config.components, keys=(key,), horizon=horizon, prefixes=())
-            found[key] = in_price(contexts, one) if read == RATIO else one
+            found[key] = in_price(contexts, one) if read == RATIO else in_units_of(one, units)
         return found
 
     def draw(self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
@@ -229,6 +235,7 @@ class Toto(SharedForwards, KeptMixtures):
                 self._draw_long(encoded, prefix, rows, seeds[start:stop], every[rows])
 
             self._in_groups(encoded, TRAJECTORIES, fill)
+            every = encoded.priced(slice(None), every)
             return _finite(np.stack([every[encoded.rows(0, windows, place)] for place in places]))
         samples = np.empty((len(keys), windows, count, steps))
         together = max(1, DRAW_BYTES // (count * steps * (24 + encoded.probs.shape[-1])))
@@ -237,7 +244,8 @@ class Toto(SharedForwards, KeptMixtures):
             for into, key, place in zip(samples, keys, places, strict=True):
                 streams = [stream(seed_of_key(seed, key)) for seed in seeds[start:stop]]
                 uniforms = np.stack([each.random((count, steps, 3)) for each in streams])
-                into[start:stop] = first_patch(encoded, encoded.rows(start, stop, place), uniforms)
+                rows = encoded.rows(start, stop, place)
+                into[start:stop] = encoded.priced(rows, first_patch(encoded, rows, uniforms))
         return _finite(samples)
 
     def exact(self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int]) -> StudentMixture:
@@ -261,7 +269,12 @@ class Toto(SharedForwards, KeptMixtures):
         loc, scale = encoded.loc * affine_scale + affine_loc, encoded.scale * affine_scale
         every = [slice(encoded.keys.index(key), None, len(encoded.keys)) for key in keys]
         return [
-            StudentMixture(probs=encoded.probs[rows], df=encoded.df[rows], loc=loc[rows], scale=scale[rows])
+            StudentMixture(
+                probs=encoded.probs[rows],
+                df=encoded.df[rows],
+                loc=encoded.priced(rows, loc[rows]),
+                scale=encoded.priced(rows, scale[rows]),
+            )
             for rows in every
         ]
 
@@ -272,7 +285,7 @@ class Toto(SharedForwards, KeptMixtures):
         """
         first = (encoded.probs * encoded.loc).sum(-1) * encoded.affine_scale[:, None] + encoded.affine_loc[:, None]
         if not encoded.prefixes:
-            return _finite(first)
+            return _finite(encoded.priced(slice(None), first))
         points = np.empty((len(first), encoded.horizon))
 
         def fill(start: int, stop: int, prefix: TotoPrefix) -> None:
@@ -280,7 +293,7 @@ class Toto(SharedForwards, KeptMixtures):
             points[rows] = self._decode(prefix, first[rows, None], encoded.horizon, None)[:, 0]
 
         self._in_groups(encoded, 1, fill)
-        return _finite(points)
+        return _finite(encoded.priced(slice(None), points))
 
     @torch.inference_mode()
     def _prefill(self, rows: Sequence[np.ndarray], horizon: int, room: int) -> tuple[np.ndarray, TotoPrefix | None]:

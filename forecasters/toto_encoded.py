@@ -6,15 +6,20 @@ runs, or of what follows the first patch. Dimensions: W windows, V keys, h steps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from forecasters import CLOSE, Bars, ForecastError
-from forecasters.toto_network import TotoPrefix
+from forecasters.scaling import RAW, WIDENED, units_of
+from forecasters.toto_model import RATIO
+from forecasters.toto_network import MINIMUM_VARIANCE, TotoPrefix
 from forecasters.toto_sampling import mixture_samples
 
+LEAST_DEVIATION = math.sqrt(MINIMUM_VARIANCE / (WIDENED**2 - 1))  # of closes, 0.69: below, the added variance matters
 VARIATE_KEYS = (CLOSE, "open", "high", "low")  # of one window, where key_input is variates
 RATIO_SCALE = 1000.0  # so that the variance of daily ratios outweighs the 0.1 that the network adds to every variance
 
@@ -35,11 +40,18 @@ class EncodedPrices:
     affine_loc: np.ndarray  # price units, [W * V]
     affine_scale: np.ndarray
     prefixes: tuple[TotoPrefix, ...]  # of consecutive windows, on the network's device; empty while horizon <= P
+    units: np.ndarray | None = None  # price of one unit of all of the above, [W * V]; None: it is prices
 
     def rows(self, start: int, stop: int, place: int | None = None) -> slice:
         """The rows of the windows [start, stop): all, or of the key at this place."""
         count = len(self.keys)
         return slice(start * count + (place or 0), stop * count, 1 if place is None else count)
+
+    def priced(self, rows: slice, answers: np.ndarray) -> np.ndarray:
+        """Answers of these rows, [w, ...], in price."""
+        if self.units is None:
+            return answers
+        return answers * self.units[rows].reshape(-1, *(1,) * (answers.ndim - 1))
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +91,20 @@ def unpacked(
         affine_scale=packed[:, -1].copy(),
         prefixes=prefixes,
     )
+
+
+def units_of_network(contexts: Sequence[Bars], params: Mapping[str, Any]) -> np.ndarray | None:
+    """The price that the network reads each context in units of, [W]; None for prices as they are, and for ratios."""
+    if params.get("key_input") == RATIO:
+        return None
+    length = int(params["context_length"])
+    seen = [bars.slice(max(0, len(bars) - length), len(bars)) for bars in contexts]
+    return units_of(seen, params.get("scale", RAW), LEAST_DEVIATION)
+
+
+def in_units_of(found: EncodedPrices, units: np.ndarray | None) -> EncodedPrices:
+    """The answers for contexts in these units, [W]."""
+    return found if units is None else replace(found, units=np.repeat(units, len(found.keys)))
 
 
 def in_price(contexts: Sequence[Bars], ratios: EncodedPrices) -> EncodedPrices:

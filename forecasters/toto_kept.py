@@ -14,7 +14,7 @@ import torch
 from forecasters import Bars
 from forecasters.compilation import Graphs
 from forecasters.numerics import surroundings
-from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices
+from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, units_of_network
 from forecasters.toto_model import RATIO, VARIATES
 from forecasters.toto_network import TotoNetwork
 
@@ -76,7 +76,7 @@ class KeptMixtures:
         key: str,
     ) -> EncodedPrices | None:
         """None where any is missing: the others are in its forward, whose shape decides their bits."""
-        del contexts
+        units = units_of_network([self.read(bars, params) for bars in contexts], params) if contexts else None
         found = [each for each in records if each is not None]
         if len(found) < len(records):
             return None
@@ -98,6 +98,7 @@ class KeptMixtures:
             affine_loc=affine_loc,
             affine_scale=affine_scale,
             prefixes=(),
+            units=None if units is None else np.repeat(units, count),
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from forecasters import StageParams
 from forecasters.descriptor import Knob, Model, SearchedParams, Volatility
+from forecasters.scaling import RAW, SCALES
 from forecasters.settings import AGGREGATES, CHECKPOINT, LOADING, choices, counts, setting
 
 # The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
@@ -25,6 +26,7 @@ class TotoSettings:
     revision: str = setting(kind=LOADING)
     context_length: tuple[int, ...] = setting(counts, one_or_list=True)
     key_input: tuple[str, ...] = setting(choices(*KEY_INPUTS), one_or_list=True)
+    scale: tuple[str, ...] = setting(choices(*SCALES), one_or_list=True)
     num_samples: tuple[int, ...] = setting(counts)
     aggregates: tuple[str, ...] = setting(kind=AGGREGATES)
 
@@ -32,7 +34,7 @@ class TotoSettings:
 def _search(settings: TotoSettings) -> SearchedParams:
     knobs: dict[str, Knob] = {"aggregate": settings.aggregates, "num_samples": settings.num_samples}
     fixed = {}
-    for name in ("context_length", "key_input"):
+    for name in ("context_length", "key_input", "scale"):
         values = getattr(settings, name)
         if len(values) > 1:
             knobs[name] = values
@@ -61,7 +63,7 @@ def samples_per_batch(num_samples: int) -> int:
     )
 
 
-BY_DEFAULT = {"key_input": PRICE}  # params that are not written down where they say this
+BY_DEFAULT = {"key_input": PRICE, "scale": RAW}  # params that are not written down where they say this
 
 # The quick start of github.com/DataDog/toto: 4,096 points, 256 samples, their median as the point forecast.
 PUBLISHED = {"context_length": 4096, "num_samples": 256, "aggregate": "median"}
@@ -84,6 +86,8 @@ def _limits(settings: TotoSettings) -> dict[str, Any]:
     limits: dict[str, Any] = {"context_length": max(allowed) if allowed else min(settings.context_length)}
     if len(settings.key_input) > 1:
         limits["key_input"] = PRICE if PRICE in settings.key_input else settings.key_input[0]
+    if len(settings.scale) > 1:
+        limits["scale"] = RAW if RAW in settings.scale else settings.scale[0]
     return limits
 
 
@@ -95,8 +99,16 @@ TOTO = Model(
     name="toto",
     module="forecasters.toto",
     settings=TotoSettings,
-    params=StageParams(encode=("context_length", "key_input"), draw=("num_samples",), num_samples="num_samples"),
-    kinds={"aggregate": "aggregate", "num_samples": "count", "context_length": "count", "key_input": KEY_INPUTS},
+    params=StageParams(
+        encode=("context_length", "key_input", "scale"), draw=("num_samples",), num_samples="num_samples"
+    ),
+    kinds={
+        "aggregate": "aggregate",
+        "num_samples": "count",
+        "context_length": "count",
+        "key_input": KEY_INPUTS,
+        "scale": SCALES,
+    },
     by_default=BY_DEFAULT,
     search=_search,
     batch=30,  # 1.35 times as fast as ten of 512 points on one thread

@@ -21,7 +21,8 @@ import torch
 
 from forecasters import Bars
 from forecasters.compilation import Graphs
-from forecasters.toto_encoded import EncodedPrices, series_of, unpacked
+from forecasters.scaling import RAW, all_raw
+from forecasters.toto_encoded import LEAST_DEVIATION, EncodedPrices, series_of, unpacked
 from forecasters.toto_model import PRICE
 from forecasters.toto_network import TotoNetwork
 
@@ -37,12 +38,17 @@ class SharedForwards:
     forwards: int
 
     def groups_of(
-        self, lengths: Sequence[int], params: Mapping[str, Any], horizon: int, series_length: int
+        self, bars: Bars, lengths: Sequence[int], params: Mapping[str, Any], horizon: int
     ) -> list[int] | None:
-        """None where a context of the series would be cut, beyond the first patch and where graphs are compiled."""
-        whole = series_length <= int(params["context_length"]) and params.get("key_input", PRICE) == PRICE
+        """None where a context of the series would be cut or read in a unit of its own, and where graphs are compiled.
+
+        So it is beyond the first patch, and where a context is shorter than one.
+        """
+        whole = len(bars) <= int(params["context_length"]) and params.get("key_input", PRICE) == PRICE
         patch = self.network.config.patch_size
-        if not whole or self.graphs.on or horizon > patch:
+        if not whole or self.graphs.on or horizon > patch or min(lengths) < patch:
+            return None
+        if not all_raw(bars.close, params.get("scale", RAW), LEAST_DEVIATION, patch):
             return None
         return [length % patch // ROWS for length in lengths]
 

@@ -128,7 +128,7 @@ class Encoder:
         if batch.alone or not isinstance(self._forecaster, SharingForecaster):
             return None
         contexts = batch.contexts
-        return self._forecaster.groups_of(batch.lengths, plan.encode_params, contexts.horizon, len(contexts.bars))
+        return self._forecaster.groups_of(contexts.bars, batch.lengths, plan.encode_params, contexts.horizon)
 
     def _gathered(self, batch: Batch, plan: Plan, key: str, groups: Sequence[int]) -> Any:
         """The batch from the groups of its windows, of which those that are not there yet are encoded."""

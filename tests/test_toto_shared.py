@@ -36,7 +36,7 @@ def toto() -> Toto:
 
 
 def shared(toto: Toto, history: Bars, origins: Sequence[int], horizon: int = 1) -> Any:
-    groups = toto.groups_of(origins, PARAMS, horizon, len(history))
+    groups = toto.groups_of(history, origins, PARAMS, horizon)
     assert groups is not None
     found = {group: toto.encode_group(history, group, PARAMS, horizon, "close") for group in set(groups)}
     return toto.gathered(found, origins, len(history))
@@ -107,8 +107,8 @@ def test_bars_behind_an_origin_change_nothing_before_it(toto: Toto) -> None:
 
 @pytest.mark.parametrize("params", [{"context_length": 499}, {**PARAMS, "key_input": "ratio"}])
 def test_contexts_that_are_cut_and_other_inputs_share_nothing(toto: Toto, params: dict[str, Any]) -> None:
-    assert toto.groups_of([300, 332], params, 1, 500) is None
-    assert toto.groups_of([300, 332], PARAMS, PATCH + 1, 500) is None
+    assert toto.groups_of(bars(500), [300, 332], params, 1) is None
+    assert toto.groups_of(bars(500), [300, 332], PARAMS, PATCH + 1) is None
     asked = windows(bars(500), 20)
     points = Evaluator(toto, cache_bytes=0, rung=20).forecast(asked, {**ASKED, **params, "num_samples": 4})
     order = Evaluator(toto, cache_bytes=0, rung=20).batches(asked)[0]
