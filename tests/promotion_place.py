@@ -49,7 +49,10 @@ def measured(
 class PromotionPlace(places.Place):
     """For promotion over studies whose evidence is given."""
 
-    SETTINGS = places.FOLDERS + '[toto]\ncheckpoint = "toto-tiny"\n[kronos]\ncheckpoint = "kronos-tiny"\n'
+    SETTINGS = (
+        places.FOLDERS
+        + '[toto]\ncheckpoint = "toto-tiny"\nscale = "raw"\n[kronos]\ncheckpoint = "kronos-tiny"\nscale = "raw"\n'
+    )
 
     def study(
         self,

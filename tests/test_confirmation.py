@@ -40,12 +40,15 @@ def errors_of(measured: Mapping[str, Any]) -> np.ndarray:
 
 def test_the_batch_of_a_forward_belongs_to_a_definition_where_it_is_not_the_rung(place: Place) -> None:
     study = place.open().study
-    assert "batch" not in study.definition["windows"]  # as in definitions that were written before there was one
-    place.run(study, batch=10)  # the rung
-    with pytest.raises(studying.StudyMismatch, match=r"\[search\] rung or batch differ"):
-        place.run(study, batch=5)
+    assert study.definition["windows"]["batch"] == 30
+    place.run(study, batch=30)
+    for batch in (5, 10):
+        with pytest.raises(studying.StudyMismatch, match=r"\[search\] rung or batch differ"):
+            place.run(study, batch=batch)
     other = studying.define(place.config(batch=5), place.series(), "toto", study.as_of, "checkpoint")
     assert other["windows"] == {**study.definition["windows"], "batch": 5}
+    rung = studying.define(place.config(batch=10), place.series(), "toto", study.as_of, "checkpoint")
+    assert "batch" not in rung["windows"]  # as in definitions that were written before there was one
 
 
 def test_the_best_five_and_what_is_in_use_on_more_windows(place: Place) -> None:
@@ -264,7 +267,7 @@ def test_the_whole_grid_and_the_default_are_confirmed(place: Place) -> None:
         if one.trial is not None:
             assert trials[one.trial].params == {name: one.params[name] for name in ("aggregate", "num_samples")}
     (default,) = (one for one in evidence.candidates if one.source == "default")
-    assert default.params == {"aggregate": "median", "num_samples": 128, "context_length": 256}
+    assert default.params == {"aggregate": "median", "num_samples": 128, "context_length": 256, "scale": "auto"}
     best = [number for number, _ in confirmation.complete_trials(place.run(study))[:5]]
     for one in evidence.candidates:
         assert one.source == ("default" if one is default else "trial" if one.trial in best else "grid")

@@ -52,7 +52,7 @@ SECONDS = {"encode", "draw", "aggregate", "sample", "read", "storage", "idle", "
 DEFINITION = {
     "symbol", "model", "as_of", "metric", "objective", "bars", "windows", "space", "checkpoint", "no_change_mae",
 }  # fmt: skip
-DEFINED_WINDOWS = {"horizon", "validation", "test", "min_context", "rung"}
+DEFINED_WINDOWS = {"batch", "horizon", "validation", "test", "min_context", "rung"}
 CONFIRMATION = {"windows", "passes", "sampling_error", "candidates", "baselines", "no_change", "forecasts"}
 MEASURED = {"mae", "price_mae", "mae_percent", "no_change_mae", "skill", "windows", "seconds"}
 CONFIRMED = MEASURED | {"errors", "sampling_error", "latency_s"}

@@ -428,7 +428,7 @@ def test_a_worker_leaves_a_study_that_another_chose_in_the_same_moment(
     plan = RunPlan(config=config, series={}, studies=tuple(found.values()), devices=("cpu",))
     stop_request: Any = SimpleNamespace(received=False)
     worker = Worker(plan, storage, "cpu", stop_request)
-    monkeypatch.setattr(worker, "_load", lambda model: SimpleNamespace(seconds=Counter()))
+    monkeypatch.setattr(worker, "_load", lambda model: SimpleNamespace(seconds=Counter(), keeping=None))
     monkeypatch.setattr(worker, "_run_of", lambda study_id: SimpleNamespace(study=worker.studies[study_id]))
     worked: list[int] = []
 
