@@ -90,6 +90,11 @@ class Model:
     reader_paths: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
     # The share of origins whose last close some params clip, from the closes; None: this model clips nothing.
     clipped: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float] | None = None
+    # The standard deviation of a context's closes, price, below which a constant that its published inference adds
+    # matters (scaling.py); the param `scale` says what is done then.
+    least_deviation: float = 0.0
+    # The share of origins whose context some params read in a unit of its own, from the closes; None: as published.
+    rescaled: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float | None] = lambda closes, at, params: None
     baseline: bool = False  # something to compare with, searched only where it is asked for by name
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from forecasters import StageParams
 from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams, Volatility
-from forecasters.scaling import LAST, LAST_CLOSE, RAW, SCALES, WIDENED
+from forecasters.scaling import LAST, LAST_CLOSE, RAW, SCALES, WIDENED, rescaled
 from forecasters.settings import CHECKPOINT, LOADING, at_least, choices, counts, interval, setting
 
 CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
@@ -144,4 +145,6 @@ KRONOS = Model(
     exact_horizon=1,
     reader_paths=lambda config: (config["sample_count"], config["sample_count"]),
     clipped=clipped,
+    least_deviation=LEAST_DEVIATION,
+    rescaled=partial(rescaled, length="max_context", least=LEAST_DEVIATION),
 )

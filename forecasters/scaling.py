@@ -6,8 +6,9 @@ a coin at 0.00002 is all constant to them. Read as multiples of the last close, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,20 @@ def units_of(contexts: Sequence[Bars], scale: str, least: float) -> np.ndarray |
     scaled = np.array([scale == LAST or bars.close.std() < least for bars in contexts], dtype=bool)
     closes = np.array([bars.close[-1] if len(bars) else np.nan for bars in contexts])
     return np.where(scaled & (closes > 0), closes / LAST_CLOSE, 1.0) if scaled.any() else None
+
+
+def rescaled(
+    closes: np.ndarray, origins: Sequence[int], params: Mapping[str, Any], *, length: str, least: float
+) -> float | None:
+    """The share of origins whose context is read as multiples of its last close; None for prices as published.
+
+    closes: float64 [T]; length: the param that says how many bars of a context are read.
+    """
+    scale = params.get("scale", RAW)
+    if scale == RAW:
+        return None
+    contexts = (closes[max(0, origin - int(params[length])) : origin] for origin in origins)
+    return sum(scale == LAST or bool(context.std() < least) for context in contexts) / len(origins)
 
 
 def in_units(contexts: Sequence[Bars], units: np.ndarray | None) -> Sequence[Bars]:

@@ -6,7 +6,6 @@ runs, or of what follows the first patch. Dimensions: W windows, V keys, h steps
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from forecasters import CLOSE, Bars, ForecastError
-from forecasters.scaling import RAW, WIDENED, units_of
-from forecasters.toto_model import RATIO
-from forecasters.toto_network import MINIMUM_VARIANCE, TotoPrefix
+from forecasters.scaling import RAW, units_of
+from forecasters.toto_model import LEAST_DEVIATION, RATIO
+from forecasters.toto_network import TotoPrefix
 from forecasters.toto_sampling import mixture_samples
 
-LEAST_DEVIATION = math.sqrt(MINIMUM_VARIANCE / (WIDENED**2 - 1))  # of closes, 0.69: below, the added variance matters
 VARIATE_KEYS = (CLOSE, "open", "high", "low")  # of one window, where key_input is variates
 RATIO_SCALE = 1000.0  # so that the variance of daily ratios outweighs the 0.1 that the network adds to every variance
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from forecasters import StageParams
 from forecasters.descriptor import Knob, Model, SearchedParams, Volatility
-from forecasters.scaling import RAW, SCALES
+from forecasters.scaling import RAW, SCALES, WIDENED, rescaled
 from forecasters.settings import AGGREGATES, CHECKPOINT, LOADING, choices, counts, setting
 
 # The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
@@ -51,6 +53,8 @@ def _implied(knobs: Mapping[str, Knob]) -> dict[str, Any]:
 
 def _to_promoted(params: Mapping[str, Any], searched: Collection[str]) -> dict[str, Any]:
     config = {name: params[name] for name in (*searched, "num_samples")}
+    if params.get("scale", RAW) != RAW:  # else a reader would take the prices as they are
+        config["scale"] = params["scale"]
     return {**config, "samples_per_batch": samples_per_batch(config["num_samples"])}
 
 
@@ -63,6 +67,8 @@ def samples_per_batch(num_samples: int) -> int:
     )
 
 
+MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
+LEAST_DEVIATION = math.sqrt(MINIMUM_VARIANCE / (WIDENED**2 - 1))  # of closes, 0.69: below, that matters
 BY_DEFAULT = {"key_input": PRICE, "scale": RAW}  # params that are not written down where they say this
 
 # The quick start of github.com/DataDog/toto: 4,096 points, 256 samples, their median as the point forecast.
@@ -118,6 +124,8 @@ TOTO = Model(
     refuses=_refuses,
     to_promoted=_to_promoted,
     implied=_implied,
+    least_deviation=LEAST_DEVIATION,
+    rescaled=partial(rescaled, length="context_length", least=LEAST_DEVIATION),
     reader_paths=lambda config: (config["num_samples"], config["samples_per_batch"]),
     exact_horizon=None,  # up to the first patch, whose length the checkpoint says
 )

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forecasters.toto_model import MINIMUM_VARIANCE
 from forecasters.toto_sampling import Mixture, drawn
 
-MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
 NORM_EPS = 1e-8  # inside the root (util.py:42)
 ROPE_BASE = 10_000.0
 XPOS_BASE = 512.0

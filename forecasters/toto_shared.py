@@ -22,8 +22,8 @@ import torch
 from forecasters import Bars
 from forecasters.compilation import Graphs
 from forecasters.scaling import RAW, all_raw
-from forecasters.toto_encoded import LEAST_DEVIATION, EncodedPrices, series_of, unpacked
-from forecasters.toto_model import PRICE
+from forecasters.toto_encoded import EncodedPrices, series_of, unpacked
+from forecasters.toto_model import LEAST_DEVIATION, PRICE
 from forecasters.toto_network import TotoNetwork
 
 ROWS = 8  # series in a forward: with one bar more, one group of a patch's eight runs again

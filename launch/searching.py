@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from forecasters.models import MODELS
+from forecasters.scaling import LAST, RAW
 from launch import devices, ray_cluster
 from launch.output import counted, say
 from launch.places import check_log_dir, open_storage
@@ -15,8 +17,9 @@ from studies import space as spaces
 from studies import study as studying
 from studies.config import Config
 from studies.evaluators import checkpoint_fingerprint
-from studies.series import oddities, read_series, read_usable_series
+from studies.series import Series, oddities, read_series, read_usable_series
 
+PRICES_SEEN = 512  # last closes whose spread is looked at
 IN_USE = 2  # configurations of a symbol that a model can have in use: the promoted one and its own stored one
 
 
@@ -54,7 +57,7 @@ def search(
         host = urls.parse_url(config.storage.url).host if config.storage.url else "127.0.0.1"
         ray_cluster.check_storage(cluster, host)
     # All of the user's input has been checked; from here on the command writes.
-    for note in notes:
+    for note in (*notes, *low_prices(config, series)):
         say(note)
     storage = open_storage(config, start=True, write=True)
     refused = None if strict else skipped
@@ -92,6 +95,24 @@ def search(
         plain=plain,
         profile=profile,
     )
+
+
+def low_prices(config: Config, series: Sequence[Series]) -> list[str]:
+    """Of which symbols a published model reads prices that are too low for it, and what is done: one line a model."""
+    found = []
+    for model in config.search.models:
+        least, asked = MODELS[model].least_deviation, getattr(config.models[model], "scale", (RAW,))
+        low = [each.symbol for each in series if each.bars.close[-PRICES_SEEN:].std() < least]
+        if not low or asked == (LAST,):
+            continue
+        what = (
+            "these are read as multiples of their last close"
+            if RAW not in asked
+            else f'forecasts of these suffer; ask for [{model}] scale = "auto"'
+        )
+        lost = f"{model}: closes with a standard deviation below {least:.2g} are lost on it as published"
+        found.append(f"{lost}; {what}: {', '.join(low)}")
+    return found
 
 
 def confirmation_cost(config: Config, models: Sequence[str]) -> str:

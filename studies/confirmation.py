@@ -11,6 +11,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from forecasters.models import MODELS
 from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import measure_no_change, no_change_errors
@@ -70,6 +71,7 @@ def confirm(
             trial=trial,
             source=source,
             clipped=run.clipped(params),
+            rescaled=MODELS[run.study.model].rescaled(run.confirmation.bars.close, run.confirmation.origins, params),
             error=measuring.errors.get(place),
             **measured[place],
         )
