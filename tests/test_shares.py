@@ -18,6 +18,7 @@ from places import RunPlace as Place
 from places import StudyPlace, patch_python
 from sqlalchemy import text
 
+from benchmarks.exactness import timeless
 from launch.views.run_watcher import RunWatcher
 from storage import database, shares, slots, study_rows
 from storage.progress import free_counts, parked_slots, read_confirmations, run_snapshot, study_progress, worker_seconds
@@ -154,14 +155,6 @@ def test_a_plan_is_given_up_only_when_nobody_else_is_at_it(storage: RetryingStor
 
 
 # ---- the numbers, in this process ------------------------------------------------------------------------------------
-
-
-def timeless(evidence: Any) -> Any:
-    """As JSON, without what a clock says."""
-    if isinstance(evidence, Mapping):
-        timed = ("seconds", "latency_s")
-        return {name: timeless(value) for name, value in evidence.items() if name not in timed}
-    return [timeless(one) for one in evidence] if isinstance(evidence, list | tuple) else evidence
 
 
 @pytest.fixture
