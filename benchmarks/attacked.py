@@ -27,8 +27,8 @@ LEASE_S = 2.0
 DEATHS_BORNE = 2  # of one worker in one supervisor's life: the third makes it give the device up
 REVIVAL_S = 30.0  # within which the run starts its server again
 # In every process of the run: while the one file is there, the database's name does not resolve; while the other is
-# there, each trial waits for up to a second, and while a third is, each measurement of a confirmation for up to a fifth
-# of one, so that the run is not over before its faults are dealt. Confirmations are shared out however short they are.
+# there, each trial waits for up to a second, and while a third is, each measurement of a confirmation for a twentieth,
+# so that the run is not over before its faults are dealt. All confirmations are shared out, batch by batch.
 PATCH = """
 import os, sys
 import psycopg2
@@ -42,7 +42,7 @@ if "launch.worker" in sys.orig_argv:
     import time
     from objectives.evaluation import Evaluator
     from studies import measuring, sharing
-    sharing.ALONE_S = 0
+    sharing.ALONE_S = sharing.SHARE_S = 0
     def wait(seconds, file):
         until = time.monotonic() + seconds
         while time.monotonic() < until and os.path.exists(file):
@@ -52,7 +52,7 @@ if "launch.worker" in sys.orig_argv:
         wait(1 if on_rung else 0, {held!r})
         return measure(self, *words, on_rung=on_rung, **options)
     def held_errors(self, *words):
-        wait(0.2, {held_shares!r})
+        wait(0.05, {held_shares!r})
         return errors(self, *words)
     Evaluator.measure, measuring.Measuring._errors = held, held_errors
 """

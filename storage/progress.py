@@ -189,7 +189,7 @@ def run_snapshot(
 
 SNAPSHOT_BUSY = f"""
 select s.worker, s.study_id, s.stage, s.number, s.label, (
-    select count(d.study_id) / cast(c.progress->>'steps' as float)
+    select coalesce(sum(jsonb_array_length(d.params->'steps')), 0) / cast(c.progress->>'steps' as float)
     from slots c left join slots d on (d.study_id, d.stage, d.state) = (c.study_id, {SHARE}, 'done')
     where c.study_id = s.study_id and c.stage = {CONFIRMATION} and s.stage >= {CONFIRMATION} group by c.progress
 ) as share

@@ -1,8 +1,8 @@
 """The shares of a study's confirmation: rows of the budget by which several workers do it together.
 
-A share is claimed, leased, fenced and ended as every row of slots.py. Its number is its place in the order of the work
-and its label the key of the plan that it belongs to, which is kept on the row of the confirmation. They are made by
-whoever holds that row, and go with its end.
+A share is some steps of the work, and the first of them is its number. It is claimed, leased, fenced and ended as every
+row of slots.py. Its label is the key of the plan that it belongs to, which is kept on the row of the confirmation.
+Shares are made by whoever holds that row, and go with its end.
 Every function raises DatabaseUnavailable where the server stays away for longer than the storage's wait_s.
 """
 
@@ -25,7 +25,7 @@ class Shares:
     """How far a confirmation is."""
 
     plan: Mapping[str, Any] | None  # what was planned, with the `key` of its shares; None: nothing yet
-    results: Mapping[int, Mapping[str, Any]]  # of the plan's shares that are done, by number
+    results: Mapping[int, Any]  # by step, of the plan's shares that are done
     seconds: Mapping[str, float]  # of the workers, by what they were spent on, in all of these
 
 
@@ -33,28 +33,36 @@ class Shares:
 class NewShare:
     """A share to be done, or that is done already."""
 
-    number: int
-    result: Mapping[str, Any] | None = None  # None: it is to be done
-    after: int | None = None  # another share, whose worker keeps in memory what this one needs
+    steps: Sequence[int]
+    result: Mapping[int, Any] | None = None  # by step; None: it is to be done
+    after: int | None = None  # a step of another, whose worker keeps in memory what this one needs
 
 
-def read(storage: RetryingStorage, study_id: int) -> Shares:
-    """The plan of a study's confirmation, and its shares that are done."""
+def read(storage: RetryingStorage, study_id: int, *, before: int | None = None) -> Shares:
+    """The plan of a study's confirmation, and its shares that are done.
+
+    before: the number of a share: of those before it only the ones that the plan says all others have `needed`.
+    """
     planned = text("select progress from slots where study_id = :study_id and stage = :confirmation")
     done = text(
         "select number, result, seconds from slots "
-        "where study_id = :study_id and stage = :share and state = 'done' and label = :key"
+        "where study_id = :study_id and stage = :share and state = 'done' and label = :key "
+        "and (cast(:end as integer) is null or number < :end)"
     )
     values = {"study_id": study_id, "confirmation": CONFIRMATION, "share": SHARE}
 
     def look(connection: Connection) -> Shares:
         plan = connection.execute(planned, values).scalar()
-        rows = connection.execute(done, {**values, "key": plan["key"]}).all() if plan else []
+        if plan is None:
+            return Shares(plan=None, results={}, seconds={})
+        end = None if before is None else min(before, plan.get("needed", before))
+        rows = connection.execute(done, {**values, "key": plan["key"], "end": end}).all()
         seconds: dict[str, float] = {}
         for row in rows:
             for name, spent in (row.seconds or {}).items():
                 seconds[name] = seconds.get(name, 0.0) + spent
-        return Shares(plan=plan, results={row.number: row.result for row in rows}, seconds=seconds)
+        results = {int(step): found for row in rows for step, found in row.result.items()}
+        return Shares(plan=plan, results=results, seconds=seconds)
 
     return storage.transaction(look)
 
@@ -78,7 +86,8 @@ def share_out(storage: RetryingStorage, slot: Slot, plan: Mapping[str, Any], sha
         "share": SHARE,
         "key": plan["key"],
         "plan": json.dumps(plan),
-        "numbers": [one.number for one in shares],
+        "numbers": [one.steps[0] for one in shares],
+        "params": [json.dumps({"steps": list(one.steps)}) for one in shares],
         "results": [None if one.result is None else json.dumps(one.result) for one in shares],
         "after": [one.after for one in shares],
     }
@@ -95,13 +104,14 @@ def share_out(storage: RetryingStorage, slot: Slot, plan: Mapping[str, Any], sha
 
 
 MAKE = """
-insert into slots (study_id, stage, number, label, result, state, worker)
-select :study_id, :share, given.number, :key, cast(given.result as jsonb),
+insert into slots (study_id, stage, number, label, params, result, state, worker)
+select :study_id, :share, given.number, :key, cast(given.params as jsonb), cast(given.result as jsonb),
        case when given.result is null then 'free' else 'done' end,
        case when given.result is null then before.worker else :worker end
-from unnest(cast(:numbers as integer[]), cast(:results as text[]), cast(:after as integer[]))
-     as given (number, result, after)
-left join slots before on before.study_id = :study_id and before.stage = :share and before.number = given.after
+from unnest(cast(:numbers as integer[]), cast(:params as text[]), cast(:results as text[]), cast(:after as integer[]))
+     as given (number, params, result, after)
+left join slots before on before.study_id = :study_id and before.stage = :share
+     and before.params->'steps' @> to_jsonb(given.after)
 on conflict do nothing
 """
 

@@ -358,7 +358,7 @@ def _fail_orphans(connection: Connection, study_id: int, claim: str) -> bool:
 
 def add_seconds(storage: RetryingStorage, slot: Slot, seconds: Mapping[str, float]) -> None:
     """Add to the worker's time that a finished row records, of a share its confirmation. Raises DatabaseUnavailable."""
-    row = "claim = :claim" if slot.stage != SHARE else "study_id = :study_id and stage = :confirmation"
+    row = "claim = :claim" if slot.stage < CONFIRMATION else "study_id = :study_id and stage = :confirmation"
     held = text(f"select seconds from slots where {row} and state = 'done' for update")  # noqa: S608 - no values
     statement = text(f"update slots set seconds = cast(:seconds as jsonb) where {row}")  # noqa: S608 - no values
     values = {"claim": slot.claim, "study_id": slot.study_id, "confirmation": CONFIRMATION}

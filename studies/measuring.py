@@ -154,6 +154,16 @@ class Measuring:
         known = len(self.steps) if self._done >= self._looks else self._looks
         return [number for number in range(self._done, known) if number not in self.found]
 
+    @property
+    def needed(self) -> int:
+        """How many of the first steps have to be known to measure any later one: all of them, where some race."""
+        return len(self.steps) if any(one.races for one in self.entries) else self._looks
+
+    @property
+    def seconds(self) -> float:
+        """What all that is found took."""
+        return float(sum(spent[: len(STAGES)].sum() for found in self.found.values() for spent in found.spent.values()))
+
     def looked_at(self, number: int) -> int | None:
         """The step whose windows are those of this one, the rest of them; None where they are no rest."""
         return number - self._looks if self.steps[number].kind == "rest" else None

@@ -1,15 +1,17 @@
 """Do a study's confirmation, or the share of one that a claimed slot asks for.
 
-Whoever claims the confirmation plans it. One that takes long goes back with its plan, and every batch of windows that
-can be measured is a share, for whoever has nothing better to do. Once all are done, somebody claims the confirmation
+Whoever claims the confirmation plans it. One that takes long goes back with its plan, and the batches of windows that
+can be measured are shares, for whoever has nothing better to do. Once all are done, somebody claims the confirmation
 again: to plan what the decisions allow now, and at last to conclude. A share knows from the database what was measured
 before it; so its numbers do not depend on who measures it, nor on when.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,6 +32,7 @@ from studies.study import StudyRun
 log = logging.getLogger(__name__)
 
 ALONE_S = 3.0  # a confirmation that takes no longer is done by one worker in one go
+SHARE_S = 2.0  # a share of shorter steps has several: each costs a few milliseconds of the database
 LEFT_S = 0.5  # before a worker looks again at shares that are not for it
 
 
@@ -52,18 +55,20 @@ def plan_or_conclude(
 
     def share_out() -> None:
         done = {n: found.to_json() for n, found in measuring.found.items() if n not in results}
-        new = [NewShare(number=n, result=result) for n, result in done.items()]
-        new += [NewShare(number=n, after=measuring.looked_at(n)) for n in measuring.left]
+        new = [NewShare(steps=sorted(done), result=done)] if done else []
+        for steps in _in_shares(begun):
+            new.append(NewShare(steps=steps, after=measuring.looked_at(steps[0])))
         plan = {
             "key": key,
             "portfolio": begun.portfolio,
             "entries": json.dumps([asdict(one) for one in measuring.entries]),  # as text: Postgres rewrites numbers
             "steps": len(measuring.steps),
+            "needed": measuring.needed,
         }
         if not shares.share_out(storage, slot, plan, new):
             raise ClaimLost
 
-    alone_until = time.monotonic() + (0 if planned or _takes_long(begun) else ALONE_S)
+    alone_until = time.monotonic() + (0 if planned or _step_s(begun) * len(measuring.steps) > ALONE_S else ALONE_S)
     try:
         while measuring.left and time.monotonic() < alone_until:
             number = measuring.left[0]
@@ -84,7 +89,7 @@ def do_share(
 
     Raises ForecastError and Stopped.
     """
-    known = shares.read(storage, slot.study_id)
+    known = shares.read(storage, slot.study_id, before=slot.number)
     if known.plan is None or known.plan["key"] != slot.label:  # planned anew: this row is gone, or goes with the next
         slots.release(storage, slot)
         return None
@@ -94,10 +99,13 @@ def do_share(
             slots.release(storage, slot)
             time.sleep(LEFT_S)  # those who can are at it
         return None
-    earlier = {number: result for number, result in known.results.items() if number < slot.number}
-    measuring.take(_found(measuring, earlier))
-    result = measuring.measure(slot.number, computing=computing).to_json()
-    return result, f"share {slot.number + 1} of {len(measuring.steps)} of the confirmation"
+    assert slot.params is not None
+    steps: list[int] = slot.params["steps"]
+    measuring.take(_found(measuring, known.results))
+    for step in steps:
+        measuring.take({step: measuring.measure(step, computing=computing)})
+    result = {str(step): measuring.found[step].to_json() for step in steps}
+    return result, f"steps {steps[0] + 1} to {steps[-1] + 1} of {len(measuring.steps)} of the confirmation"
 
 
 def _begun(
@@ -119,9 +127,23 @@ def _found(measuring: Measuring, results: Mapping[int, Mapping[str, Any]]) -> di
     return {n: Found.from_json(said, len(measuring.steps[n].indices)) for n, said in results.items()}
 
 
-def _takes_long(begun: Confirmation) -> bool:
-    """Whether one worker alone would be too long at it, by what encoding has cost it so far; yes, where it has not."""
-    evaluator, cost = begun.evaluator, begun.measuring.cost
+def _in_shares(begun: Confirmation) -> list[list[int]]:
+    """The steps that can be measured now, in shares of about SHARE_S seconds; the rest of what was looked at apart."""
+    measuring = begun.measuring
+    many = max(1, round(SHARE_S / max(_step_s(begun), 1e-3)))
+    kinds = itertools.groupby(measuring.left, lambda number: measuring.steps[number].kind)
+    alike = [list(numbers) for _, numbers in kinds]
+    return [numbers[start : start + many] for numbers in alike for start in range(0, len(numbers), many)]
+
+
+def _step_s(begun: Confirmation) -> float:
+    """The mean seconds of a step, by what steps have taken, else by what encoding has cost this worker in trials.
+
+    Infinite where nothing is known.
+    """
+    measuring, evaluator, cost = begun.measuring, begun.evaluator, begun.measuring.cost
+    if measuring.found:
+        return measuring.seconds / len(measuring.found)
     if not evaluator.fresh:
-        return True
-    return cost.windows * cost.encodings * evaluator.fresh_s / evaluator.fresh > ALONE_S
+        return math.inf
+    return cost.windows * cost.encodings * evaluator.fresh_s / evaluator.fresh / len(measuring.steps)

@@ -66,7 +66,7 @@ def test_a_stopped_confirmation_is_gone_on_with(place: Place) -> None:
     first, second = (path.read_text() for path in sorted((place.folder / "logs").glob("*/worker-0.log")))
     assert f"{study.name} confirmation: " in first
     assert " configurations on 90 windows: 90 x 1 = 90 encodings" in first
-    assert " measured share 13 of 13 of the confirmation" in second
+    assert " 13 of 13 of the confirmation" in second
 
     # The batch that was under way is measured again, and no other.
     counts = Counter([*before, *measured(log)])
