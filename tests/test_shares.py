@@ -229,6 +229,21 @@ def test_shares_of_other_settings_are_planned_anew(study_place: StudyPlace) -> N
     assert timeless(evidence) == timeless(json.loads(json.dumps(alone)))
 
 
+def test_what_an_earlier_version_kept_of_a_confirmation_is_gone_on_from(study_place: StudyPlace) -> None:
+    place = study_place
+    study = place.open().study
+    run = place.run(study)
+    work_in_turns(place, {"host:1": run})
+    alone = to_json(confirmation.confirm(run, place.evaluator(), {}))
+    statement = text("update slots set progress = cast(:kept as jsonb), state = 'free' where stage = :stage")
+    for key in (confirmation.begin(run, place.evaluator(), {}).measuring.key, "of other windows"):
+        kept = {"key": key, "share": 0.4, "portfolio": [], "done": 3, "passes": 2, "values": {}}
+        values = {"kept": json.dumps(kept), "stage": CONFIRMATION}
+        place.storage.transaction(lambda c, values=values: c.execute(statement, values))
+        assert work_in_turns(place, {"host:1": run})[-1] == "confirmed"
+        assert timeless(place.result(study)) == timeless(json.loads(json.dumps(alone)))
+
+
 # ---- real workers ----------------------------------------------------------------------------------------------------
 
 # Workers that share every confirmation, note what they measured and take their time for it.
