@@ -27,7 +27,8 @@ LEASE_S = 2.0
 DEATHS_BORNE = 2  # of one worker in one supervisor's life: the third makes it give the device up
 REVIVAL_S = 30.0  # within which the run starts its server again
 # In every process of the run: while the one file is there, the database's name does not resolve; while the other is
-# there, each trial waits for up to a second, so that the run is not over before its faults are dealt.
+# there, each trial waits for up to a second, and while a third is, each measurement of a confirmation for a twentieth,
+# so that the run is not over before its faults are dealt. All confirmations are shared out, batch by batch.
 PATCH = """
 import os, sys
 import psycopg2
@@ -40,13 +41,20 @@ psycopg2.connect = connect_by_name
 if "launch.worker" in sys.orig_argv:
     import time
     from objectives.evaluation import Evaluator
-    measure = Evaluator.measure
-    def held(self, *words, on_rung=None, **options):
-        until = time.monotonic() + 1
-        while on_rung and time.monotonic() < until and os.path.exists({held!r}):
+    from studies import measuring, sharing
+    sharing.ALONE_S = sharing.SHARE_S = 0
+    def wait(seconds, file):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and os.path.exists(file):
             time.sleep(0.02)
+    measure, errors = Evaluator.measure, measuring.Measuring._errors
+    def held(self, *words, on_rung=None, **options):
+        wait(1 if on_rung else 0, {held!r})
         return measure(self, *words, on_rung=on_rung, **options)
-    Evaluator.measure = held
+    def held_errors(self, *words):
+        wait(0.05, {held_shares!r})
+        return errors(self, *words)
+    Evaluator.measure, measuring.Measuring._errors = held, held_errors
 """
 
 
@@ -71,10 +79,13 @@ class AttackedRun:
         self.deaths: Counter[int] = Counter()  # by worker number, in this supervisor's life
         self.frozen: set[int] = set()
         self.timers: list[threading.Timer] = []  # that thaw them
-        self.dns_is_away, self.held = folder / "dns-is-away", folder / "held"
+        self.dns_is_away = folder / "dns-is-away"
+        self.held, self.held_shares = folder / "held", folder / "held-shares"
         patched = folder / "patched"
         patched.mkdir()
-        (patched / "sitecustomize.py").write_text(PATCH.format(dns_away=str(self.dns_is_away), held=str(self.held)))
+        files = {"dns_away": self.dns_is_away, "held": self.held, "held_shares": self.held_shares}
+        patch = PATCH.format(**{name: str(file) for name, file in files.items()})
+        (patched / "sitecustomize.py").write_text(patch)
         paths = [str(patched), *filter(None, [os.environ.get("PYTHONPATH")])]
         password = {"PGPASSWORD": pgbouncer.password} if pgbouncer else {}
         self.environment = {**os.environ, **password, "PYTHONPATH": os.pathsep.join(paths)}
@@ -97,6 +108,14 @@ class AttackedRun:
     def hold_trials(self, hold: bool) -> None:
         """Let trials take longer from now on, or no longer."""
         self.held.touch() if hold else self.held.unlink(missing_ok=True)
+
+    def hold_shares(self, hold: bool) -> None:
+        """Let confirmations take longer from now on, or no longer."""
+        self.held_shares.touch() if hold else self.held_shares.unlink(missing_ok=True)
+
+    def shares_under_way(self) -> int:
+        statement = text("select count(*) from slots where stage = :stage and state = 'busy'")
+        return self.storage.transaction(lambda c: c.execute(statement, {"stage": slots.SHARE}).scalar_one())
 
     def finished(self) -> int:
         statement = text("select count(*) from slots where stage = :stage and state = 'done'")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -16,10 +17,12 @@ from sqlalchemy import text
 from launch.worker import RunPlan
 from objectives.bars import read_bars
 from storage import retrying, slots
-from storage.progress import study_progress
+from storage.progress import read_confirmations, study_progress
 from storage.retrying import RetryingStorage
 from studies import evaluators
 from studies import study as studying
+from studies.confirmation import confirm
+from studies.evidence import to_json
 from studies.series import Series
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -74,9 +77,11 @@ def check(result: Result, storage: RetryingStorage, folder: Path, *, model: str,
     result.expect("parked slots", sum(p.parked for p in study_progress(storage).values()), 0)
     result.expect("open slots", sum(p.open for p in study_progress(storage).values()), 0)
 
-    compared, other = remeasure(storage, folder, model, found)
-    result.expect("trials measured anew", compared, total)
-    result.expect("trials with another number then", other, 0)
+    anew = remeasure(storage, folder, model, found)
+    result.expect("trials measured anew", anew.trials, total)
+    result.expect("trials with another number then", anew.other_trials, 0)
+    result.expect("studies confirmed anew", anew.confirmations, studies)
+    result.expect("confirmations with other numbers then", anew.other_confirmations, 0)
 
 
 def of_running(storage: RetryingStorage, trial: FrozenTrial) -> str:
@@ -103,10 +108,26 @@ def is_there(line: Mapping[str, str], trials: Mapping[str, Mapping[int, FrozenTr
     return trial is not None and (trial.state.name.lower(), f"{trial.value:.6g}") == (line["state"], line["mae"])
 
 
-def remeasure(
-    storage: RetryingStorage, folder: Path, model: str, trials: Mapping[str, list[FrozenTrial]]
-) -> tuple[int, int]:
-    """Measure every finished trial's params here, undisturbed: how many, and how many have another number or report."""
+@dataclass(kw_only=True)
+class Anew:
+    """What was measured here again, and how much of it came to something else."""
+
+    trials: int = 0
+    other_trials: int = 0  # by their number or a report
+    confirmations: int = 0
+    other_confirmations: int = 0
+
+
+def timeless(evidence: Any) -> Any:
+    """JSON of a confirmation without what a clock says."""
+    if isinstance(evidence, Mapping):
+        timed = ("seconds", "latency_s")
+        return {name: timeless(value) for name, value in evidence.items() if name not in timed}
+    return [timeless(one) for one in evidence] if isinstance(evidence, list | tuple) else evidence
+
+
+def remeasure(storage: RetryingStorage, folder: Path, model: str, trials: Mapping[str, list[FrozenTrial]]) -> Anew:
+    """Measure every finished trial's params and every confirmation here, undisturbed, by one evaluator."""
     import torch
 
     job = RunPlan.read(sorted((folder / "logs").iterdir())[0])
@@ -114,7 +135,7 @@ def remeasure(
     torch.set_num_threads(1)
     forecaster = evaluators.load_forecaster(job.config, model, device="cpu")
     evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=2**30, keep=False)
-    compared = other = 0
+    anew = Anew()
     for study in studying.list_studies(storage):
         bars, _ = read_bars(Path(job.series[study.symbol]))
         series = Series(symbol=study.symbol, path=Path(job.series[study.symbol]), bars=bars)
@@ -134,7 +155,13 @@ def remeasure(
             mae, reports = known[key]
             same = all(reports[step] == value for step, value in trial.intermediate_values.items())
             last = reports[max(trial.intermediate_values)] if trial.state == TrialState.PRUNED else mae
-            compared += 1
-            other += not (same and trial.value == last)
+            anew.trials += 1
+            anew.other_trials += not (same and trial.value == last)
+        confirmed = read_confirmations(storage, [study.study_id])[study.study_id]
+        if confirmed.result is not None:
+            portfolio = [one["params"] for one in confirmed.result["candidates"] if one["source"] == "portfolio"]
+            evidence = to_json(confirm(run, evaluator, confirmed.params or {}, portfolio=portfolio))
+            anew.confirmations += 1
+            anew.other_confirmations += timeless(confirmed.result) != timeless(json.loads(json.dumps(evidence)))
     torch.set_num_threads(threads)
-    return compared, other
+    return anew

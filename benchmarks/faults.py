@@ -3,8 +3,9 @@
 The real commands on a private server, or through a PgBouncer. At random moments of the run (of its count of finished
 trials), in random order: workers and their supervisor are killed, workers are frozen past their lease, the server
 stops, crashes and is shut down at once, is read-only, times statements out, has a full disk and a name that does not
-resolve. Then the database is compared with what the workers said in their logs and with every trial measured anew in
-one undisturbed process. tests/test_faults.py runs a short one.
+resolve. The last fourth of the faults comes while confirmations are done in shares. Then the database is compared with
+what the workers said in their logs, and with every trial and confirmation measured anew in one undisturbed process.
+tests/test_faults.py runs a short one.
 """
 
 from __future__ import annotations
@@ -170,11 +171,17 @@ def run(plan: Plan, folder: Path, *, seed: int, say: Callable[[str], None] = lam
 
 
 def deal(plan: Plan, faults: Mapping[str, int], attacked: AttackedRun, say: Callable[[str], None]) -> Counter[str]:
-    """Cause every fault, each at its number of finished trials. Returns how many of each kind there were."""
+    """Cause every fault: the last fourth while shares of confirmations are under way, the others at numbers of trials.
+
+    Returns how many of each kind there were.
+    """
     total = plan.studies * plan.trials
     order = [fault for fault, count in sorted(faults.items()) for _ in range(count)]
     attacked.random.shuffle(order)
+    late = order[: len(order) // 4]
+    order = order[len(late) :]
     moments = sorted(attacked.random.randrange(1, int(0.7 * total)) for _ in order)
+    attacked.hold_shares(True)
     cause, dealt, began = methods(list(faults)), Counter[str](), time.monotonic()
     for moment, following, fault in zip(moments, [*moments[1:], total], order, strict=True):
         attacked.wait_for(f"{moment} trials", lambda moment=moment: attacked.finished() >= moment)
@@ -188,6 +195,14 @@ def deal(plan: Plan, faults: Mapping[str, int], attacked: AttackedRun, say: Call
         dealt[fault] += 1
         attacked.hold_trials(attacked.finished() >= following)  # the faults are behind
     attacked.hold_trials(False)
+    attacked.wait_for("all trials", lambda: attacked.finished() >= total)
+    for fault in late:
+        attacked.wait_for("shares", attacked.shares_under_way)
+        time.sleep(attacked.random.uniform(0, 0.5))
+        say(f"{time.monotonic() - began:.0f} s, confirming: {fault}")
+        cause[fault](attacked)
+        dealt[fault] += 1
+    attacked.hold_shares(False)
     return dealt
 
 

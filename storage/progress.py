@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
 from storage.retrying import RetryingStorage
-from storage.slots import CONFIRMATION, TRIAL
+from storage.slots import CONFIRMATION, READY, SHARE, TRIAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Progress:
     study_id: int
     budget: int  # trial slots
     done: int
-    parked: int  # of every stage
+    parked: int  # of every stage, shares with their confirmation
     open: int
 
     @property
@@ -43,7 +43,7 @@ class Busy:
     stage: int
     number: int
     label: str | None
-    share: float | None  # of its work that is done, where that is kept
+    share: float | None  # of a confirmation that is done, where it is shared out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class RunSnapshot:
 
     progress: Mapping[int, Progress]  # by study id
     busy: Sequence[Busy]
-    finished: Mapping[str, int]  # rows done, by worker; workers with none are left out
+    finished: Mapping[str, int]  # rows done, by worker, without shares; workers with none are left out
     picked: Mapping[int, Any]  # by study id, as asked for
 
 
@@ -110,20 +110,17 @@ def free_counts(
     equals each worker has an order of its own, so that workers that start together spread.
     """
     statement = text(
-        """
+        f"""
         select study_id, count(*) as free from slots s
-        where study_id = any(:study_ids) and state = 'free'
-          and (stage < :confirmation or not exists (
-              select 1 from slots o
-              where o.study_id = s.study_id and o.stage < :confirmation and o.state in ('free', 'busy')))
+        where study_id = any(:study_ids) and state = 'free' and {READY}
         group by study_id
         order by exists (
             select 1 from slots b
             where b.study_id = s.study_id and b.state = 'busy' and b.worker <> :worker and b.lease_until > now()
         ), study_id is distinct from :current, free desc, md5(:worker || study_id)
-        """
+        """  # noqa: S608 - no values
     )
-    values = {"study_ids": list(study_ids), "confirmation": CONFIRMATION, "worker": worker, "current": current}
+    values = {"study_ids": list(study_ids), "worker": worker, "current": current}
     return {row.study_id: row.free for row in storage.transaction(lambda c: c.execute(statement, values).all())}
 
 
@@ -158,14 +155,14 @@ def progress_in(connection: Connection, study_ids: Sequence[int] | None) -> dict
     return {row.study_id: Progress(**row._mapping) for row in rows}
 
 
-PROGRESS = """
+PROGRESS = f"""
 select study_id,
        count(*) filter (where stage = :trial) as budget,
        count(*) filter (where stage = :trial and state = 'done') as done,
-       count(*) filter (where state = 'parked') as parked,
+       count(*) filter (where state = 'parked' and stage <> {SHARE}) as parked,
        count(*) filter (where state in ('free', 'busy')) as open
 from slots where cast(:study_ids as integer[]) is null or study_id = any(:study_ids) group by study_id
-"""
+"""  # noqa: S608 - no values
 
 
 def run_snapshot(
@@ -190,14 +187,18 @@ def run_snapshot(
     return storage.transaction(read)
 
 
-SNAPSHOT_BUSY = """
-select worker, study_id, stage, number, label, cast(progress->>'share' as float) as share from slots
-where study_id = any(:study_ids) and state = 'busy' order by study_id, stage, number
-"""
-SNAPSHOT_FINISHED = """
+SNAPSHOT_BUSY = f"""
+select s.worker, s.study_id, s.stage, s.number, s.label, (
+    select coalesce(sum(jsonb_array_length(d.params->'steps')), 0) / cast(c.progress->>'steps' as float)
+    from slots c left join slots d on (d.study_id, d.stage, d.state) = (c.study_id, {SHARE}, 'done')
+    where c.study_id = s.study_id and c.stage = {CONFIRMATION} and s.stage >= {CONFIRMATION} group by c.progress
+) as share
+from slots s where s.study_id = any(:study_ids) and s.state = 'busy' order by s.study_id, s.stage, s.number
+"""  # noqa: S608 - no values
+SNAPSHOT_FINISHED = f"""
 select worker, count(*) as done from slots
-where study_id = any(:study_ids) and state = 'done' and worker = any(:workers) group by worker
-"""
+where study_id = any(:study_ids) and state = 'done' and worker = any(:workers) and stage <> {SHARE} group by worker
+"""  # noqa: S608 - no values
 SNAPSHOT_PICKED = """
 select study_id, value from slots, jsonb_path_query_first(result, cast(:path as jsonpath)) value
 where study_id = any(:study_ids) and stage = :stage and label = :label and value is not null
@@ -249,7 +250,8 @@ def first_parked_slots(storage: RetryingStorage, study_ids: Iterable[int] | None
     """
     statement = text(
         f"select distinct on (study_id) study_id, {PARKED} from slots "  # noqa: S608 - no values
-        "where state = 'parked' and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids)) "
+        f"where state = 'parked' and stage <> {SHARE} "
+        "and (cast(:study_ids as integer[]) is null or study_id = any(:study_ids)) "
         "order by study_id, due desc, stage, number"
     )
     values = {"study_ids": None if study_ids is None else list(study_ids)}
@@ -279,7 +281,7 @@ def parked_slots(storage: RetryingStorage, study_id: int) -> list[Parked]:
     """Return the parked rows of a study with their errors."""
     statement = text(
         f"select {PARKED} from slots "  # noqa: S608 - no values
-        "where study_id = :study_id and state = 'parked' order by stage, number"
+        f"where study_id = :study_id and state = 'parked' and stage <> {SHARE} order by stage, number"
     )
     rows = storage.transaction(lambda c: c.execute(statement, {"study_id": study_id}).all())
     return [Parked(**row._mapping) for row in rows]

@@ -1,7 +1,8 @@
 """The budget: one row per unit of work, claimed, leased, fenced.
 
 A study's work is rows in three stages: baselines (configurations measured beside the search), trials (the budget),
-and one confirmation. A row is done at most once, whatever dies; so a budget of N ends with exactly N finished trials.
+and one confirmation, which may be done in shares: rows of a stage of their own, see shares.py.
+A row is done at most once, whatever dies; so a budget of N ends with exactly N finished trials.
 A row that is parked is left alone until its `lease_until`; the next run after that tries it again.
 Every function that takes a storage raises DatabaseUnavailable where the server stays away for longer than its wait_s.
 Knows the rows of Optuna's `trials` table that a claim made. Knows nothing of what the work is.
@@ -20,7 +21,8 @@ from sqlalchemy.engine import Connection
 
 from storage.retrying import CLAIM_ATTR, RetryingStorage
 
-BASELINE, TRIAL, CONFIRMATION = 0, 1, 2  # stages, in the order in which they are worked
+# Stages, in the order in which they are worked; but for a share, which comes between two claims of its confirmation.
+BASELINE, TRIAL, CONFIRMATION, SHARE = 0, 1, 2, 3
 
 MAX_FAILURES = 3  # after three failures the cause is the slot's own work, not chance
 MAX_LOSSES = 10  # worker deaths are usually unrelated to the slot; ten in a row are not
@@ -93,7 +95,15 @@ def raise_budget(connection: Connection, study_id: int, budget: int) -> int:
 
 
 def reopen(connection: Connection, study_id: int, stage: int, *, params: Any) -> None:
-    """Make all rows of a stage free again, with new params, whether they are done, parked or under way."""
+    """Make all rows of a stage free again, with new params, whether they are done, parked or under way.
+
+    Of a confirmation, the shares that nobody works on go: whoever claims it next makes those that it needs.
+    """
+    if stage == CONFIRMATION:
+        connection.execute(
+            text("delete from slots where study_id = :study_id and stage = :share and state in ('free', 'parked')"),
+            {"study_id": study_id, "share": SHARE},
+        )
     connection.execute(
         text(
             "update slots set state = 'free', claim = null, lease_until = null, result = null, "
@@ -129,7 +139,8 @@ def unpark(connection: Connection, study_id: int, *, at_once: bool = False) -> i
 def claim(storage: RetryingStorage, study_id: int, *, worker: str, lease_s: float) -> Slot | None:
     """Claim the next free row of a study for `lease_s` seconds, or return None where there is none.
 
-    The confirmation can be claimed only once every other row is done or parked. Raises DatabaseUnavailable.
+    The confirmation and its shares can be claimed only once every baseline and trial is done or parked, and the
+    confirmation only while none of its shares is left to do. Raises DatabaseUnavailable.
     """
     token = f"{worker}:{secrets.token_hex(8)}"
     values = {
@@ -137,7 +148,6 @@ def claim(storage: RetryingStorage, study_id: int, *, worker: str, lease_s: floa
         "claim": token,
         "worker": worker,
         "lease_s": lease_s,
-        "confirmation": CONFIRMATION,
     }
 
     def take(connection: Connection) -> Slot | None:
@@ -150,18 +160,21 @@ def claim(storage: RetryingStorage, study_id: int, *, worker: str, lease_s: floa
 
 CLAIMED = "select stage, number, label, params from slots where claim = :claim"
 
-CLAIM = """
+# Whether a free row s can be claimed.
+READY = f"""
+(s.stage < {CONFIRMATION} or not exists (
+    select 1 from slots o where o.study_id = s.study_id and o.state in ('free', 'busy')
+    and (o.stage < {CONFIRMATION} or (o.stage = {SHARE} and s.stage = {CONFIRMATION}))))
+"""  # noqa: S608 - no values
+CLAIM = f"""
 update slots set state = 'busy', claim = :claim, worker = :worker,
                  lease_until = now() + make_interval(secs => :lease_s)
 where (study_id, stage, number) = (
     select study_id, stage, number from slots s
-    where study_id = :study_id and state = 'free'
-      and (stage < :confirmation or not exists (
-          select 1 from slots o
-          where o.study_id = :study_id and o.stage < :confirmation and o.state in ('free', 'busy')))
-    order by stage, number limit 1 for update skip locked)
+    where study_id = :study_id and state = 'free' and {READY}
+    order by stage, stage = {SHARE} and worker is distinct from :worker, number limit 1 for update skip locked)
 returning stage, number, label, params
-"""
+"""  # noqa: S608 - no values
 
 
 def renew(storage: RetryingStorage, claim: str, *, lease_s: float) -> bool:
@@ -181,7 +194,7 @@ def finish(
 ) -> bool:
     """Mark a claimed row done; False where the claim was lost (then somebody else does, or did, the work).
 
-    seconds: the worker's time by what it was spent on. Raises DatabaseUnavailable.
+    With a confirmation its shares go. seconds: the worker's time by what it was spent on. Raises DatabaseUnavailable.
     """
     statement = text(
         "update slots set state = 'done', lease_until = null, error = null, result = cast(:result as jsonb), "
@@ -192,24 +205,15 @@ def finish(
         "result": None if result is None else json.dumps(result),
         "seconds": None if seconds is None else json.dumps(seconds),
     }
-    return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
+    shared = text("delete from slots where study_id = :study_id and stage = :share")
 
+    def end(connection: Connection) -> bool:
+        done = connection.execute(statement, values).rowcount == 1
+        if done and slot.stage == CONFIRMATION:
+            connection.execute(shared, {"study_id": slot.study_id, "share": SHARE})
+        return done
 
-def keep_progress(storage: RetryingStorage, slot: Slot, progress: Mapping[str, Any]) -> bool:
-    """Keep how far a claimed row's work is, for whoever goes on with it; False where the claim was lost.
-
-    It stays until the row is done, however often it is claimed. Raises DatabaseUnavailable.
-    """
-    statement = text("update slots set progress = cast(:progress as jsonb) where claim = :claim and state = 'busy'")
-    values = {"claim": slot.claim, "progress": json.dumps(progress)}
-    return storage.transaction(lambda c: c.execute(statement, values).rowcount == 1)
-
-
-def read_progress(storage: RetryingStorage, slot: Slot) -> Mapping[str, Any] | None:
-    """What was kept of a row's work by this claim or an earlier one. Raises DatabaseUnavailable."""
-    statement = text("select progress from slots where study_id = :study_id and stage = :stage and number = :number")
-    values = {"study_id": slot.study_id, "stage": slot.stage, "number": slot.number}
-    return storage.transaction(lambda c: c.execute(statement, values).scalar())
+    return storage.transaction(end)
 
 
 def release(storage: RetryingStorage, slot: Slot) -> None:
@@ -224,7 +228,7 @@ def release(storage: RetryingStorage, slot: Slot) -> None:
 def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
     """Count a failure of a claimed row, whose trial ends as in `release`; the third parks the row with its error.
 
-    Raises DatabaseUnavailable.
+    With a share its confirmation is parked. Raises DatabaseUnavailable.
     """
     failed = text(
         "update slots set failures = failures + 1, error = :error, claim = null, "
@@ -232,7 +236,24 @@ def fail(storage: RetryingStorage, slot: Slot, error: str) -> None:
         "state = case when failures + 1 >= :limit then 'parked' else 'free' end where claim = :claim"
     )
     values = {"claim": slot.claim, "error": error, "limit": MAX_FAILURES, "parked_s": PARKED_S}
-    storage.transaction(lambda c: _give_back(c, slot) and c.execute(failed, values))
+
+    def count(connection: Connection) -> None:
+        if _give_back(connection, slot):
+            connection.execute(failed, values)
+            if slot.stage == SHARE:
+                _park_confirmation(connection, slot.study_id)
+
+    storage.transaction(count)
+
+
+def _park_confirmation(connection: Connection, study_id: int) -> None:
+    """Park a confirmation of which a share is parked, with its reason and for as long."""
+    statement = text(
+        "update slots c set state = 'parked', error = s.error, lease_until = s.lease_until from slots s "
+        "where (c.study_id, c.stage, c.state) = (:study_id, :confirmation, 'free') "
+        "and (s.study_id, s.stage, s.state) = (:study_id, :share, 'parked')"
+    )
+    connection.execute(statement, {"study_id": study_id, "confirmation": CONFIRMATION, "share": SHARE})
 
 
 def _give_back(connection: Connection, slot: Slot) -> bool:
@@ -272,7 +293,7 @@ def reap(storage: RetryingStorage, study_ids: Iterable[int], *, lease_s: float, 
     lease_s: the length of a lease. Nobody could renew one while the server was away, so leases that ran out count only
     once the server has been up for this long; those that `expire` ended count at once.
     wait_s: how long to wait for the server, by default as long as every call does.
-    A row that has lost its tenth worker is parked. Raises DatabaseUnavailable.
+    A row that has lost its tenth worker is parked, and with a share its confirmation. Raises DatabaseUnavailable.
     """
     values = {"study_ids": list(study_ids), "lease_s": lease_s}
 
@@ -298,6 +319,8 @@ def reap(storage: RetryingStorage, study_ids: Iterable[int], *, lease_s: float, 
                     "error": f"{MAX_LOSSES} workers died on it, the last was {row.worker}",
                 },
             )
+            if row.stage == SHARE:
+                _park_confirmation(connection, row.study_id)
         return len(expired)
 
     return storage.transaction(free_expired, wait_s=wait_s)
@@ -334,14 +357,16 @@ def _fail_orphans(connection: Connection, study_id: int, claim: str) -> bool:
 
 
 def add_seconds(storage: RetryingStorage, slot: Slot, seconds: Mapping[str, float]) -> None:
-    """Add to the worker's time that a finished row records. Raises DatabaseUnavailable."""
-    held = text("select seconds from slots where claim = :claim and state = 'done' for update")
-    statement = text("update slots set seconds = cast(:seconds as jsonb) where claim = :claim")
+    """Add to the worker's time that a finished row records, of a share its confirmation. Raises DatabaseUnavailable."""
+    row = "claim = :claim" if slot.stage < CONFIRMATION else "study_id = :study_id and stage = :confirmation"
+    held = text(f"select seconds from slots where {row} and state = 'done' for update")  # noqa: S608 - no values
+    statement = text(f"update slots set seconds = cast(:seconds as jsonb) where {row}")  # noqa: S608 - no values
+    values = {"claim": slot.claim, "study_id": slot.study_id, "confirmation": CONFIRMATION}
 
     def add_up(connection: Connection) -> None:
-        if (row := connection.execute(held, {"claim": slot.claim}).first()) is not None:
-            known = row.seconds or {}
+        if (found := connection.execute(held, values).first()) is not None:
+            known = found.seconds or {}
             total = {name: known.get(name, 0.0) + seconds.get(name, 0.0) for name in {**known, **seconds}}
-            connection.execute(statement, {"claim": slot.claim, "seconds": json.dumps(total)})
+            connection.execute(statement, {**values, "seconds": json.dumps(total)})
 
     storage.transaction(add_up)

@@ -1,12 +1,14 @@
 """Confirm a study that has spent its budget: measure its candidates and what is in use, with fresh seeds.
 
 The result is typed evidence (evidence.py), which promotions rest on and pages show. Which configurations are
-candidates is candidates.py; how they are measured is measuring.py.
+candidates is candidates.py; how they are measured is measuring.py; who measures them is sharing.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import TrialState
@@ -19,22 +21,81 @@ from objectives.windows import Windows
 from studies import candidates, evidence, returns
 from studies.candidates import Candidate
 from studies.evidence import MeasuredConfiguration, Part, Source, StudyEvidence
-from studies.measuring import ALONE, FRESH_FROM, Entry, Host, Measuring
+from studies.measuring import FRESH_FROM, Computing, Entry, Measuring
 from studies.series import window_span
 from studies.study import SEARCH_PASSES, StudyRun
 
 BAND = ("quantile_0.10", "quantile_0.90")  # of a forecast that is shown
 
 
-def confirm(
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """What a study's confirmation measures, and how far that is."""
+
+    run: StudyRun
+    evaluator: Evaluator
+    candidates: Sequence[Candidate]
+    in_use: Mapping[str, Mapping[str, Any]]  # params by label
+    measuring: Measuring
+
+    @property
+    def portfolio(self) -> list[dict[str, Any]]:
+        """What of the portfolio is among the candidates: whoever goes on chooses the same."""
+        return [dict(one.params) for one in self.candidates if one.source == "portfolio"]
+
+    def conclude(self, *, computing: Computing = contextlib.nullcontext) -> StudyEvidence:
+        """The evidence, once nothing is left to be measured. Computes the forecasts that are shown. Raises Stopped."""
+        measuring, in_use = self.measuring, self.in_use
+        measured = measuring.measurements
+
+        def complete(params: Mapping[str, Any], source: Source, trial: int | None = None) -> MeasuredConfiguration:
+            place = next(place for place, one in enumerate(measuring.entries) if one.params == params)
+            confirmed = self.run.confirmation
+            return MeasuredConfiguration(
+                model=self.run.study.model,
+                params=dict(params),
+                trial=trial,
+                source=source,
+                clipped=self.run.clipped(params),
+                rescaled=MODELS[self.run.study.model].rescaled(confirmed.bars.close, confirmed.origins, params),
+                error=measuring.errors.get(place),
+                **measured[place],
+            )
+
+        completed = [complete(one.params, one.source, one.trial) for one in self.candidates]
+        measured_in_use = {label: complete(params, "in use") for label, params in in_use.items()}
+        shown = {
+            "best": evidence.lowest(completed, lambda one: one.mae("confirmation")),
+            "incumbent": measured_in_use.get(evidence.INCUMBENT),
+        }
+        shown_with: Mapping[Part, int] = {"validation": SEARCH_PASSES[0], "test": FRESH_FROM}
+        with computing():
+            forecasts: dict[Part, evidence.ForecastsShown] = {
+                part: _forecasts(self.evaluator, measuring.windows[part], shown, number)
+                for part, number in shown_with.items()
+            }
+        return StudyEvidence(
+            windows={part: window_span(measuring.windows[part]) for part in evidence.PARTS},
+            passes=measuring.passes,
+            sampling_error=measuring.largest_sampling_error,
+            candidates=tuple(completed),
+            in_use=measured_in_use,
+            no_change={
+                part: evidence.NoChange(mae=measure_no_change(found), errors=tuple(no_change_errors(found).tolist()))
+                for part, found in measuring.windows.items()
+            },
+            forecasts=forecasts,
+        )
+
+
+def begin(
     run: StudyRun,
     evaluator: Evaluator,
     in_use: Mapping[str, Mapping[str, Any]],
     *,
     portfolio: Sequence[Mapping[str, Any]] = (),
-    host: Host = ALONE,
-) -> StudyEvidence:
-    """Measure the candidates and what is in use with fresh seeds, on the confirmation windows and once on test.
+) -> Confirmation:
+    """Choose what is measured with fresh seeds, on the confirmation windows and once on test: candidates and `in_use`.
 
     Of a study that searches returns too, the trials of the Pareto front that earn the most are candidates as well.
 
@@ -44,61 +105,29 @@ def confirm(
     Every configuration is measured with the same passes: as many as bring the error that sampling leaves in the MAE of
     each trial and of what is in use below the run's tolerance, two at least and `max_passes` at most; two where every
     draw runs the network.
-    Raises ForecastError where a trial's configuration cannot be measured, and what `host` raises.
     """
     trials = complete_trials(run)
     front = returns.front(run.optuna_study)[::-1] if run.study.pnl else []
     earning = [run.space.complete(trial.params) for trial in front]
+    chosen = candidates.choose(run.space, trials, run.default, portfolio, front=earning)
+    measuring = Measuring(run, evaluator, _entries(run, chosen, in_use))
+    return Confirmation(run=run, evaluator=evaluator, candidates=chosen, in_use=in_use, measuring=measuring)
 
-    def prepare(portfolio: Sequence[Mapping[str, Any]]) -> tuple[list[Candidate], list[Entry], Measuring]:
-        chosen = candidates.choose(run.space, trials, run.default, portfolio, front=earning)
-        entries = _entries(run, chosen, in_use)
-        return chosen, entries, Measuring(run, evaluator, entries, host)
 
-    # Others may have confirmed more since an earlier attempt began: what that one chose is gone on with.
-    chosen, entries, measuring = prepare(portfolio if host.kept is None else host.kept["portfolio"])
-    if host.kept is not None and measuring.key != host.kept["key"]:
-        chosen, entries, measuring = prepare(portfolio)
-    host.tell(str(measuring.cost))
-    others = [dict(one.params) for one in chosen if one.source == "portfolio"]
-    measured = measuring.run({"portfolio": others})
+def confirm(
+    run: StudyRun,
+    evaluator: Evaluator,
+    in_use: Mapping[str, Mapping[str, Any]],
+    *,
+    portfolio: Sequence[Mapping[str, Any]] = (),
+) -> StudyEvidence:
+    """Measure all of what `begin` chooses, here and alone.
 
-    def complete(params: Mapping[str, Any], source: Source, trial: int | None = None) -> MeasuredConfiguration:
-        place = next(place for place, one in enumerate(entries) if one.params == params)
-        return MeasuredConfiguration(
-            model=run.study.model,
-            params=dict(params),
-            trial=trial,
-            source=source,
-            clipped=run.clipped(params),
-            rescaled=MODELS[run.study.model].rescaled(run.confirmation.bars.close, run.confirmation.origins, params),
-            error=measuring.errors.get(place),
-            **measured[place],
-        )
-
-    completed = [complete(one.params, one.source, one.trial) for one in chosen]
-    measured_in_use = {label: complete(params, "in use") for label, params in in_use.items()}
-    shown = {
-        "best": evidence.lowest(completed, lambda one: one.mae("confirmation")),
-        "incumbent": measured_in_use.get(evidence.INCUMBENT),
-    }
-    shown_with: Mapping[Part, int] = {"validation": SEARCH_PASSES[0], "test": FRESH_FROM}
-    with host.computing():
-        forecasts: dict[Part, evidence.ForecastsShown] = {
-            part: _forecasts(evaluator, measuring.windows[part], shown, number) for part, number in shown_with.items()
-        }
-    return StudyEvidence(
-        windows={part: window_span(measuring.windows[part]) for part in evidence.PARTS},
-        passes=measuring.passes,
-        sampling_error=measuring.largest_sampling_error,
-        candidates=tuple(completed),
-        in_use=measured_in_use,
-        no_change={
-            part: evidence.NoChange(mae=measure_no_change(found), errors=tuple(no_change_errors(found).tolist()))
-            for part, found in measuring.windows.items()
-        },
-        forecasts=forecasts,
-    )
+    Raises ForecastError where a trial's configuration cannot be measured.
+    """
+    begun = begin(run, evaluator, in_use, portfolio=portfolio)
+    begun.measuring.run()
+    return begun.conclude()
 
 
 def _entries(run: StudyRun, chosen: Sequence[Candidate], in_use: Mapping[str, Mapping[str, Any]]) -> list[Entry]:

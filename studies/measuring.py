@@ -1,7 +1,8 @@
-"""Measure many configurations on a study's windows, batch after batch for all of them, so that a stop loses one batch.
+"""Measure many configurations on a study's windows, batch after batch for all of them, by one worker or by several.
 
-Owns the order, the number of passes, the race between candidates, and the state from which another worker goes on.
-Every number is, to the last bit, the one of measuring that configuration alone and in one go. Knows no storage.
+Owns the order, the number of passes and the race between candidates: both are decided from what was measured in that
+order, whoever measured it and when. Every number is, to the last bit, the one of measuring that configuration alone and
+in one go. Knows no storage.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import math
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -32,7 +32,6 @@ FRESH_FROM = 1  # first of the passes that a confirmation measures with: seeds t
 CHUNK = 50  # windows, at least, after which passes are decided and between two looks at the race
 RACE_FROM = 100  # windows that a candidate is measured on before it can be dropped
 RACE_ERRORS = 3.0  # standard errors by which a candidate that is dropped is worse than the best so far
-SAVE_S = 10.0  # between two times that the state is kept
 ORDER: tuple[Part, ...] = ("confirmation", "test", "validation")
 
 
@@ -40,21 +39,7 @@ class Stopped(BaseException):
     """A stop was asked for while a confirmation computed. Not an Exception, so that no handler of errors catches it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """What a confirmation runs in. By default it is alone, and what it has done is nowhere kept.
-
-    keep: takes the state, JSON values with the `share` that is done and the seconds `left_s`; what it raises ends the
-    confirmation. computing: a context in which a request to stop raises Stopped.
-    """
-
-    kept: Mapping[str, Any] | None = None  # the state of an earlier attempt
-    keep: Callable[[Mapping[str, Any]], None] = lambda state: None
-    computing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    tell: Callable[[str], None] = lambda line: None
-
-
-ALONE = Host()
+Computing = Callable[[], AbstractContextManager[None]]  # a context in which a request to stop raises Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +61,41 @@ class Step:
     kind: Literal["look", "rest", "all"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What measuring one step gave, by place of the configuration."""
+
+    values: Mapping[int, np.ndarray]  # price: of two passes or the rest the errors of each, [R, w]; of all, [2, w]
+    spent: Mapping[int, np.ndarray]  # [len(STAGES) + 2]
+    errors: Mapping[int, str]
+
+    def to_json(self) -> dict[str, Any]:
+        places = list(self.values)
+        return {
+            "places": places,
+            "values": _packed([self.values[place] for place in places]),
+            "spent": _packed([self.spent[place] for place in places]),
+            "errors": {str(place): text for place, text in self.errors.items()},
+        }
+
+    @staticmethod
+    def from_json(said: Mapping[str, Any], windows: int) -> Found:
+        """windows: of the step."""
+        places = said["places"]
+        values = _unpacked(said["values"]).reshape(len(places), -1, windows)
+        spent = _unpacked(said["spent"]).reshape(len(places), len(STAGES) + 2)
+        return Found(
+            values=dict(zip(places, values, strict=True)),
+            spent=dict(zip(places, spent, strict=True)),
+            errors={int(place): text for place, text in said["errors"].items()},
+        )
+
+
 class Measuring:
     """The measurement of these configurations on all parts of a study's windows."""
 
-    def __init__(self, run: StudyRun, evaluator: Evaluator, entries: Sequence[Entry], host: Host) -> None:
-        self._run, self._evaluator, self._entries, self._host = run, evaluator, entries, host
+    def __init__(self, run: StudyRun, evaluator: Evaluator, entries: Sequence[Entry]) -> None:
+        self._run, self._evaluator, self.entries = run, evaluator, entries
         self.windows: Mapping[Part, Windows] = {
             "confirmation": run.confirmation,
             "test": run.split.test,
@@ -93,7 +108,7 @@ class Measuring:
         batches = {part: evaluator.batches(found) for part, found in self.windows.items()}
         self._a_chunk = min(-(-CHUNK // evaluator.batch), len(batches["confirmation"]))  # batches
         first = [] if self.fixed else batches["confirmation"][: self._a_chunk]
-        self._steps = [
+        self.steps = [
             *(Step(part="confirmation", indices=indices, kind="look") for indices in first),
             *(Step(part="confirmation", indices=indices, kind="rest") for indices in first),
             *(
@@ -102,12 +117,13 @@ class Measuring:
                 for indices in batches[part][len(first) if part == "confirmation" else 0 :]
             ),
         ]
-        self._done = 0
+        self._looks = len(first)
+        self._done = 0  # steps that all decisions so far are made from
+        self.found: dict[int, Found] = {}  # by the number of the step
         # By window, in price: mean and variance over the passes; of a window looked at, the errors of both passes.
         self._values = {part: np.full((len(entries), 2, len(found)), np.nan) for part, found in self.windows.items()}
         # By stage the seconds spent, then the windows encoded and the seconds to their points.
         self._spent = {part: np.zeros((len(entries), len(STAGES) + 2)) for part in PARTS}
-        self._began, self._share_before, self._saved = time.monotonic(), 0.0, time.monotonic()
 
     @property
     def key(self) -> str:
@@ -118,7 +134,7 @@ class Measuring:
             "windows": {part: found.origins for part, found in self.windows.items()},
             "passes": (run.max_passes, run.tolerance),
             "batch": (self._evaluator.rung, self._evaluator.batch, CHUNK),
-            "entries": [[dict(one.params), one.decides, one.races] for one in self._entries],
+            "entries": [[dict(one.params), one.decides, one.races] for one in self.entries],
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -127,85 +143,115 @@ class Measuring:
         """What all of it asks of the network, at most."""
         return cost(
             self._evaluator.forecaster.model,
-            [one.params for one in self._entries],
+            [one.params for one in self.entries],
             windows=sum(len(found) for found in self.windows.values()),
             passes=self.passes if self.fixed else self._run.max_passes,
         )
 
-    def run(self, more: Mapping[str, Any]) -> list[dict[Part, Measurement]]:
-        """Measure what is left, and return the measurements of every configuration; none where `errors` says why.
+    @property
+    def left(self) -> list[int]:
+        """The numbers of the steps that can be measured now: the passes are not known before all first looks are."""
+        known = len(self.steps) if self._done >= self._looks else self._looks
+        return [number for number in range(self._done, known) if number not in self.found]
 
-        more: what else the kept state holds. Raises ForecastError where a required one cannot be measured, Stopped,
-        and what `Host.keep` raises.
+    @property
+    def needed(self) -> int:
+        """How many of the first steps have to be known to measure any later one: all of them, where some race."""
+        return len(self.steps) if any(one.races for one in self.entries) else self._looks
+
+    @property
+    def seconds(self) -> float:
+        """What all that is found took."""
+        return float(sum(spent[: len(STAGES)].sum() for found in self.found.values() for spent in found.spent.values()))
+
+    def looked_at(self, number: int) -> int | None:
+        """The step whose windows are those of this one, the rest of them; None where they are no rest."""
+        return number - self._looks if self.steps[number].kind == "rest" else None
+
+    def run(self, *, computing: Computing = contextlib.nullcontext) -> list[dict[Part, Measurement]]:
+        """Measure what is left, and return the `measurements`. Raises what `measure` raises."""
+        while self.left:
+            number = self.left[0]
+            self.take({number: self.measure(number, computing=computing)})
+        return self.measurements
+
+    def measure(self, number: int, *, computing: Computing = contextlib.nullcontext) -> Found:
+        """Measure one of the steps that are `left` for all configurations that are not known to be out; notes nothing.
+
+        Of those that drop out by a step between that is not known yet, what is found is left aside by `take`.
+        Raises ForecastError where a required one cannot be measured, and Stopped.
         """
-        if (kept := self._host.kept) is not None and kept["key"] == self.key:
-            self._restore(kept)
-            self._host.tell(f"goes on at {self._share:.0%}")
-        self._share_before = self._share
-        try:
-            while self._done < len(self._steps):
-                self._do(self._steps[self._done])
-                if time.monotonic() - self._saved > SAVE_S:
-                    self._save(more)
-        except Stopped:
-            self._save(more)
-            raise
-        return [
-            {} if place in self.errors else {part: self._measurement(part, place) for part in PARTS}
-            for place in range(len(self._entries))
-        ]
-
-    @property
-    def largest_sampling_error(self) -> float:
-        """Of the confirmed MAE of those that decide the number of passes, relative; once all is measured."""
-        measured = [self._measurement("confirmation", place) for place in self._alive if self._entries[place].decides]
-        return max((one.sampling_error / one.mae for one in measured if one.sampling_error and one.mae), default=0.0)
-
-    @property
-    def _alive(self) -> list[int]:
-        return [place for place in range(len(self._entries)) if place not in self.errors]
-
-    # -- a step ------------------------------------------------------------------------------------------------
-
-    def _do(self, step: Step) -> None:
-        """Measure one batch for all; nothing is noted of a batch that is broken off."""
         found: dict[int, np.ndarray] = {}
         spent: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         for place in self._alive:
             before = self._clock()
             try:
-                with self._host.computing():
-                    found[place] = self._errors(step, place)
+                with computing():
+                    found[place] = self._errors(self.steps[number], place)
             except ForecastError as error:
-                if self._entries[place].required:
+                if self.entries[place].required:
                     raise
                 errors[place] = str(error)
             spent[place] = self._clock() - before
-        for place, values in found.items():
-            self._values[step.part][place][:, step.indices] = values
-            self._spent[step.part][place] += spent[place]
-        self.errors |= errors
+        return Found(values=found, spent=spent, errors=errors)
+
+    def take(self, found: Mapping[int, Found]) -> None:
+        """Note what was measured, by step, and decide what can be decided from it: in order, whatever came first."""
+        self.found |= found
+        while self._done in self.found or self._is_known:
+            self._note(self.steps[self._done], self.found.get(self._done, NOTHING))
+
+    @property
+    def measurements(self) -> list[dict[Part, Measurement]]:
+        """Of every configuration, once nothing is left; none where `errors` says why."""
+        return [
+            {} if place in self.errors else {part: self._measurement(part, place) for part in PARTS}
+            for place in range(len(self.entries))
+        ]
+
+    @property
+    def largest_sampling_error(self) -> float:
+        """Of the confirmed MAE of those that decide the number of passes, relative; once all is measured."""
+        measured = [self._measurement("confirmation", place) for place in self._alive if self.entries[place].decides]
+        return max((one.sampling_error / one.mae for one in measured if one.sampling_error and one.mae), default=0.0)
+
+    @property
+    def _alive(self) -> list[int]:
+        return [place for place in range(len(self.entries)) if place not in self.errors]
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether the next step has nothing to measure, as two passes were enough."""
+        return self._done < len(self.steps) and self.steps[self._done].kind == "rest" and self.passes == 2
+
+    def _note(self, step: Step, found: Found) -> None:
+        for place in self._alive:
+            if place in found.errors:
+                self.errors[place] = found.errors[place]
+                continue
+            values = self._values[step.part][place]
+            if step.kind == "rest":
+                looked = values[:, step.indices]
+                by_pass = looked if self.passes == 2 else np.concatenate([looked, found.values[place]])
+                values[:, step.indices] = np.stack(over_passes(by_pass))
+            else:
+                values[:, step.indices] = found.values[place]
+            self._spent[step.part][place] += found.spent.get(place, 0.0)
         self._done += 1
-        if step.kind == "look" and self._steps[self._done].kind != "look":
-            self.passes = max((self._passes_needed(p) for p in self._alive if self._entries[p].decides), default=2)
+        if step.kind == "look" and self._done == self._looks:
+            self.passes = max((self._passes_needed(p) for p in self._alive if self.entries[p].decides), default=2)
         elif step.part == "confirmation" and step.kind != "look":
             self._race()
 
     def _errors(self, step: Step, place: int) -> np.ndarray:
-        """What is kept of these windows, [2, w]."""
-
-        def measured(passes: Sequence[int]) -> np.ndarray:
-            windows, params = self.windows[step.part], self._entries[place].params
-            return self._evaluator.batch_errors(windows, params, step.indices, passes=passes)
-
-        passes = self._passes_of(step)
-        if step.kind == "look":
-            return measured(passes)
-        if step.kind == "rest":
-            looked = self._values[step.part][place][:, step.indices]
-            return np.stack(over_passes(np.concatenate([looked, measured(passes)]) if passes else looked))
-        return np.stack(over_passes(measured(passes)))
+        """What is noted of these windows."""
+        errors = self._evaluator.batch_errors(
+            self.windows[step.part], self.entries[place].params, step.indices, passes=self._passes_of(step)
+        )
+        return np.stack(over_passes(errors)) if step.kind == "all" else errors
 
     def _passes_of(self, step: Step) -> Sequence[int]:
         if step.part == "validation":
@@ -225,7 +271,7 @@ class Measuring:
         The error falls with the root of the passes, and with that of the windows.
         """
         windows, run = self.windows["confirmation"], self._run
-        chunk = [index for step in self._steps if step.kind == "look" for index in step.indices]
+        chunk = [index for step in self.steps if step.kind == "look" for index in step.indices]
         last = windows.last_closes[chunk]
         mean, variance = over_passes(self._values["confirmation"][place][:, chunk] / last)
         error = (standard_error(variance, 2) or 0.0) * math.sqrt(len(chunk) / len(windows))
@@ -238,7 +284,7 @@ class Measuring:
 
     def _race(self) -> None:
         """After every chunk, drop what cannot win any more: it is clearly worse than the best so far."""
-        steps = [step for step in self._steps[: self._done] if step.part == "confirmation" and step.kind != "look"]
+        steps = [step for step in self.steps[: self._done] if step.part == "confirmation" and step.kind != "look"]
         done = [index for step in steps for index in step.indices]
         windows, alive = self.windows["confirmation"], self._alive
         if len(steps) % self._a_chunk or not RACE_FROM <= len(done) < len(windows) or not alive:
@@ -248,13 +294,13 @@ class Measuring:
         for place in alive:
             worse = errors[place] - errors[best]
             margin = RACE_ERRORS * worse.std(ddof=1) / math.sqrt(len(done))
-            if self._entries[place].races and worse.mean() > margin:
+            if self.entries[place].races and worse.mean() > margin:
                 self.errors[place] = (
                     f"dropped after {len(done)} windows: its MAE of {errors[place].mean():.4%} was more than "
                     f"{RACE_ERRORS:g} standard errors above the lowest, {errors[best].mean():.4%}"
                 )
 
-    # -- results and state ---------------------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------------
 
     def _measurement(self, part: Part, place: int) -> Measurement:
         *stages, fresh, fresh_s = self._spent[part][place].tolist()
@@ -266,41 +312,14 @@ class Measuring:
             latency_s=fresh_s / fresh if fresh else None,
         )
 
-    @property
-    def _share(self) -> float:
-        """Of the work, by windows and passes, as far as it is known now."""
-        sizes = [len(step.indices) * len(self._passes_of(step)) for step in self._steps]
-        return sum(sizes[: self._done]) / sum(sizes)
 
-    def _save(self, more: Mapping[str, Any]) -> None:
-        share, now = self._share, time.monotonic()
-        gained = share - self._share_before
-        self._host.keep(
-            {
-                "share": round(share, 4),
-                "left_s": round((now - self._began) * (1 - share) / gained, 1) if gained > 0 else None,
-                "key": self.key,
-                "done": self._done,
-                "passes": self.passes,
-                "errors": {str(place): text for place, text in self.errors.items()},
-                "values": {part: _packed(values) for part, values in self._values.items()},
-                "spent": {part: _packed(values) for part, values in self._spent.items()},
-                **more,
-            }
-        )
-        self._saved = time.monotonic()
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self._done, self.passes = state["done"], state["passes"]
-        self.errors = {int(place): text for place, text in state["errors"].items()}
-        self._values = {part: _unpacked(state["values"][part], like) for part, like in self._values.items()}
-        self._spent = {part: _unpacked(state["spent"][part], like) for part, like in self._spent.items()}
+NOTHING = Found(values={}, spent={}, errors={})
 
 
-def _packed(values: np.ndarray) -> str:
-    """Little-endian float64, compressed, as text: what is not measured yet takes no room."""
-    return base64.b64encode(zlib.compress(values.astype("<f8").tobytes(), 1)).decode()
+def _packed(values: Sequence[np.ndarray]) -> str:
+    """Little-endian float64, compressed, as text."""
+    return base64.b64encode(zlib.compress(np.array(values).astype("<f8").tobytes(), 1)).decode()
 
 
-def _unpacked(text: str, like: np.ndarray) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f8").reshape(like.shape).astype(float)
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f8").astype(float)

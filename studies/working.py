@@ -1,4 +1,4 @@
-"""Do what a claimed slot of a study asks for: a trial, a baseline or the confirmation.
+"""Do what a claimed slot of a study asks for: a trial, a baseline, the confirmation or a share of it.
 
 Knows Optuna and the slots. Knows nothing of processes, devices or commands.
 """
@@ -6,10 +6,8 @@ Knows Optuna and the slots. Knows nothing of processes, devices or commands.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +23,17 @@ from objectives.windows import SeedKind
 from storage import DatabaseUnavailable, retrying, slots
 from storage.retrying import ClaimLost, RetryingStorage
 from storage.slots import Slot
-from studies import confirmation, returns
+from studies import confirmation, returns, sharing
 from studies.evidence import measurement_json, params_text, to_json
-from studies.measuring import Host, Stopped
-from studies.portfolio import read as read_portfolio
+from studies.measuring import Computing, Stopped
 from studies.study import SEARCH_PASSES, StudyRun
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of a claimed slot.
 
-    `state` is "complete", "pruned", "measured", "confirmed", "stopped" or "lost".
+    `state` is "complete", "pruned", "measured", "shared", "confirmed", "stopped", "left" or "lost".
     """
 
     state: str
@@ -91,13 +86,13 @@ def work(
     *,
     attrs: Mapping[str, str],
     clock: StageClock,
-    computing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    computing: Computing = contextlib.nullcontext,
 ) -> Outcome:
     """Do what a claimed slot asks for and finish it.
 
     attrs: user attributes of a new trial, such as its worker and device.
-    computing: a context in which a request to stop raises Stopped. It ends a confirmation, whose slot is free again
-    and keeps how far it is; trials and baselines are finished.
+    computing: a context in which a request to stop raises Stopped. It ends a confirmation or a share of one, which is
+    free again, while what is measured is kept; trials and baselines are finished.
     Raises ForecastError after failing the slot's trial; the slot itself is the caller's to fail.
     """
     if slot.stage == slots.TRIAL:
@@ -109,7 +104,13 @@ def work(
         kept = slots.finish(storage, slot, result=result, seconds=clock.lap())
         text = f"{slot.label} mae={measured.mae:.6g} skill={measured.skill:+.4f}"
         return Outcome(state="measured" if kept else "lost", number=slot.number, text=text)
-    return _confirm(storage, run, slot, evaluator, clock=clock, computing=computing)
+    try:
+        if slot.stage == slots.SHARE:
+            return _do_share(storage, run, slot, evaluator, clock=clock, computing=computing)
+        return _confirm(storage, run, slot, evaluator, clock=clock, computing=computing)
+    except Stopped:
+        slots.release(storage, slot)
+        return Outcome(state="stopped", number=slot.number, text="goes on where it was when it is claimed again")
 
 
 def _confirm(
@@ -119,29 +120,35 @@ def _confirm(
     evaluator: Evaluator,
     *,
     clock: StageClock,
-    computing: Callable[[], AbstractContextManager[None]],
+    computing: Computing,
 ) -> Outcome:
-    def tell(line: str) -> None:
-        log.info("%s confirmation: %s", run.study.name, line)
-
-    def keep(state: Mapping[str, Any]) -> None:
-        if not slots.keep_progress(storage, slot, state):
-            raise ClaimLost
-        left = "" if state["left_s"] is None else f", {state['left_s']:.0f} s left"
-        tell(f"{state['share']:.0%} done{left}")
-
-    kept = slots.read_progress(storage, slot)
-    host = Host(kept=kept, keep=keep, computing=computing, tell=tell)
     try:
-        portfolio = read_portfolio(storage, run)
-        evidence = confirmation.confirm(run, evaluator, slot.params or {}, portfolio=portfolio, host=host)
-    except Stopped:
-        slots.release(storage, slot)
-        return Outcome(state="stopped", number=slot.number, text="goes on where it was when it is claimed again")
+        concluded = sharing.plan_or_conclude(storage, run, slot, evaluator, computing=computing)
     except ClaimLost:  # frozen for longer than a lease
         return Outcome(state="lost", number=slot.number, text="before it was confirmed")
-    finished = slots.finish(storage, slot, result=to_json(evidence), seconds=clock.lap())
+    if concluded is None:
+        return Outcome(state="shared", number=slot.number, text="the confirmation is shared out")
+    evidence, others = concluded
+    seconds = {name: spent + others.get(name, 0.0) for name, spent in clock.lap().items()}
+    finished = slots.finish(storage, slot, result=to_json(evidence), seconds=seconds)
     return Outcome(state="confirmed" if finished else "lost", number=slot.number, text=confirmation.summary(evidence))
+
+
+def _do_share(
+    storage: RetryingStorage,
+    run: StudyRun,
+    slot: Slot,
+    evaluator: Evaluator,
+    *,
+    clock: StageClock,
+    computing: Computing,
+) -> Outcome:
+    done = sharing.do_share(storage, run, slot, evaluator, computing=computing)
+    if done is None:
+        return Outcome(state="left", number=slot.number, text="a share that is no longer asked for")
+    result, text = done
+    finished = slots.finish(storage, slot, result=result, seconds=clock.lap())
+    return Outcome(state="measured" if finished else "lost", number=slot.number, text=text)
 
 
 def _run_trial(

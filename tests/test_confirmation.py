@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +27,6 @@ from studies import confirmation, evaluators, importance, working
 from studies import study as studying
 from studies.candidates import NEIGHBOURHOOD, distance
 from studies.evidence import from_json
-from studies.measuring import Host, Stopped
 
 TRIALS = Place.TRIALS
 
@@ -323,9 +321,7 @@ def test_what_needs_encodings_of_its_own_is_confirmed_sparingly(place: Place) ->
 
     trials = confirmation.complete_trials(run)
     others = [{**trials[0][1], "sample_count": 12}, {**run.default, "clip": 3.0}]
-    told: list[str] = []
-    host = Host(tell=told.append)
-    evidence = confirmation.confirm(run, evaluator, {"incumbent": in_use}, portfolio=others, host=host)
+    evidence = confirmation.confirm(run, evaluator, {"incumbent": in_use}, portfolio=others)
     assert [one.params for one in evidence.candidates if one.source == "portfolio"] == others[1:]
     searched = [one for one in evidence.candidates if one.source == "trial"]
     assert searched[0].params == trials[0][1]
@@ -340,28 +336,9 @@ def test_what_needs_encodings_of_its_own_is_confirmed_sparingly(place: Place) ->
     assert all(one.clipped == run.clipped(one.params) and one.confirmation is not None for one in everyone)
     encodings = len({(one.params["max_context"], one.params["clip"]) for one in everyone})
     configurations = len({json.dumps(one.params, sort_keys=True) for one in everyone})
-    assert told == [
+    begun = confirmation.begin(run, evaluator, {"incumbent": in_use}, portfolio=others)
+    assert str(begun.measuring.cost) == (
         f"{configurations} configurations on 45 windows: 45 x {encodings} = {45 * encodings} encodings, "
         "each drawn from in up to 2 passes"
-    ]
-
-    # Stopped, it goes on with the portfolio that it had, whatever other symbols have confirmed meanwhile.
-    kept: list[Mapping[str, Any]] = []
-    computed = itertools.count()
-
-    @contextlib.contextmanager
-    def stopping() -> Iterator[None]:
-        yield
-        if next(computed) == 12:
-            raise Stopped
-
-    stopped = Host(keep=kept.append, computing=stopping)
-    with pytest.raises(Stopped):
-        confirmation.confirm(run, evaluator, {"incumbent": in_use}, portfolio=others, host=stopped)
-    later = [{**run.default, "clip": 2.0}]
-    goes_on = Host(kept=json.loads(json.dumps(kept[-1])))
-    again = confirmation.confirm(run, evaluator, {"incumbent": in_use}, portfolio=later, host=goes_on)
-    assert [one.params for one in again.candidates] == [one.params for one in evidence.candidates]
-    assert [one.mae("confirmation") for one in again.candidates] == [
-        one.mae("confirmation") for one in evidence.candidates
-    ]
+    )
+    assert begun.portfolio == others[1:]

@@ -1,10 +1,10 @@
-"""A confirmation's measuring: the numbers, the number of passes, the race, and going on after a stop."""
+"""A confirmation's measuring: the numbers, the number of passes, the race, and the same by several workers."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +19,7 @@ from objectives.evaluation import Evaluator
 from objectives.metrics import Measurement
 from objectives.windows import Windows, recent_origins, split
 from studies.evidence import PARTS, Part
-from studies.measuring import RACE_FROM, Entry, Host, Measuring, Stopped
+from studies.measuring import RACE_FROM, Entry, Found, Measuring
 from studies.study import SEARCH_PASSES, StudyRun
 
 NAIVE = {"season": 1, "context_length": 64, "num_samples": 64}
@@ -78,8 +78,8 @@ def test_every_number_is_that_of_measuring_in_one_go(model: str, horizon: int, w
     forecaster, params = (NAIVE_MODEL, NAIVE) if model == "naive" else (tiny_toto(), TOTO)
     run = run_of(windows=windows, horizon=horizon, tolerance=1e-9, max_passes=9)
     asked = entries(params, "mean", "median", "quantile_0.90")
-    measuring = Measuring(run, Evaluator(forecaster, cache_bytes=0, batch=batch), asked, Host())
-    found = measuring.run({})
+    measuring = Measuring(run, Evaluator(forecaster, cache_bytes=0, batch=batch), asked)
+    found = measuring.run()
     assert measuring.passes == 9
     alone = Evaluator(forecaster, cache_bytes=1 << 24, batch=batch)
     parts: dict[Part, tuple[Windows, Sequence[int]]] = {
@@ -97,8 +97,8 @@ def test_passes_are_decided_after_the_first_chunk_and_nothing_is_measured_twice(
     asked = entries(NAIVE, "mean", "quantile_0.90")
     for tolerance, most, expected in ((0.5, 16, 2), (1e-9, 5, 5)):
         evaluator = Counting(NAIVE_MODEL)
-        measuring = Measuring(run_of(windows=120, tolerance=tolerance, max_passes=most), evaluator, asked, Host())
-        measuring.run({})
+        measuring = Measuring(run_of(windows=120, tolerance=tolerance, max_passes=most), evaluator, asked)
+        measuring.run()
         assert measuring.passes == expected
         windows = 12 + 2 + 3  # batches of confirmation, test and validation
         assert sum(passes for _, _, passes in evaluator.asked) == 2 * ((12 + 2) * expected + 3)
@@ -106,8 +106,8 @@ def test_passes_are_decided_after_the_first_chunk_and_nothing_is_measured_twice(
     # What two passes of a chunk show is near enough to what all of them come to.
     wanted = measuring.largest_sampling_error * np.sqrt(5 / 9)
     run = run_of(windows=120, tolerance=wanted, max_passes=100)
-    enough = Measuring(run, Counting(NAIVE_MODEL), asked, Host())
-    enough.run({})
+    enough = Measuring(run, Counting(NAIVE_MODEL), asked)
+    enough.run()
     assert 6 <= enough.passes <= 13
     assert enough.largest_sampling_error <= 1.3 * wanted
 
@@ -117,63 +117,58 @@ def test_what_decides_nothing_adds_no_passes() -> None:
     mean, noisy = entries(NAIVE, "mean")[0], {"decides": False}
     found = []
     for asked in ([mean], [mean, *entries(NAIVE, "quantile_0.75", **noisy)], entries(NAIVE, "mean", "quantile_0.75")):
-        measuring = Measuring(run, Counting(NAIVE_MODEL), asked, Host())
-        measuring.run({})
+        measuring = Measuring(run, Counting(NAIVE_MODEL), asked)
+        measuring.run()
         found.append(measuring.passes)
     assert 2 < found[0] == found[1] < found[2]
 
 
-class Stops:
-    """A host that keeps the state as JSON and asks for a stop at one of the computations."""
+def by_several(run: StudyRun, asked: list[Entry], *, workers: int, seed: int) -> tuple[Measuring, list[Counting]]:
+    """As workers measure that begin and end their steps in any order, and know what had ended when they began one."""
+    rng = random.Random(seed)
+    evaluators = [Counting(NAIVE_MODEL) for _ in range(workers)]
+    results: dict[int, str] = {}
+    under_way: dict[int, Callable[[], str]] = {}
 
-    def __init__(self, at: int) -> None:
-        self.at, self.count = at, 0
-        self.state: str | None = None
+    def known() -> Measuring:
+        measuring = Measuring(run, evaluators[0], asked)
+        found = {n: json.loads(said) for n, said in results.items()}
+        measuring.take({n: Found.from_json(said, len(measuring.steps[n].indices)) for n, said in found.items()})
+        return measuring
 
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        self.count += 1
-        yield
-        if self.count == self.at:
-            raise Stopped
-
-    def host(self) -> Host:
-        kept = json.loads(self.state) if self.state else None
-        return Host(kept=kept, keep=lambda state: setattr(self, "state", json.dumps(state)), computing=self.computing)
-
-
-@pytest.mark.parametrize("at", [1, 7, 14, 16, 22, 40, 55])
-def test_a_confirmation_that_was_stopped_goes_on(at: int) -> None:
-    asked = entries(NAIVE, "mean", "median", "quantile_0.90")
-    run = run_of(windows=120, tolerance=1e-9, max_passes=3)
-    whole = Counting(NAIVE_MODEL)
-    expected = Measuring(run, whole, asked, Host()).run({})
-    stops = Stops(at)
-    first, second = Counting(NAIVE_MODEL), Counting(NAIVE_MODEL)
-    with pytest.raises(Stopped):
-        Measuring(run, first, asked, stops.host()).run({"portfolio": []})
-    kept = json.loads(stops.state or "{}")
-    assert kept["portfolio"] == []
-    assert 0 <= kept["share"] < 1
-    found = Measuring(run, second, asked, stops.host()).run({})
-    assert [[stable(one[part]) for part in PARTS] for one in found] == [
-        [stable(one[part]) for part in PARTS] for one in expected
-    ]
-    # The batch that was under way is measured again, and no other.
-    assert len(first.asked) + len(second.asked) <= len(whole.asked) + 3
-    assert sorted({*first.asked, *second.asked}) == sorted(whole.asked)
+    while True:
+        begun = known()
+        if rng.random() < 0.5 and (free := [n for n in begun.left if n not in under_way]) and len(under_way) < workers:
+            number = free[0]
+            mine = Measuring(run, evaluators[len(under_way)], asked)
+            mine.take({n: found for n, found in begun.found.items() if n < number})
+            under_way[number] = lambda mine=mine, number=number: json.dumps(mine.measure(number).to_json())
+        elif under_way:
+            number = rng.choice(sorted(under_way))
+            results[number] = under_way.pop(number)()
+        elif not begun.left:
+            return begun, evaluators
 
 
-def test_a_state_of_other_configurations_or_windows_is_not_gone_on_with() -> None:
-    asked = entries(NAIVE, "mean", "median")
-    stops = Stops(30)
-    with pytest.raises(Stopped):
-        Measuring(run_of(windows=120), Counting(NAIVE_MODEL), asked, stops.host()).run({})
-    for run, others in ((run_of(windows=119), asked), (run_of(windows=120), entries(NAIVE, "mean", "quantile_0.25"))):
-        evaluator, whole = Counting(NAIVE_MODEL), Counting(NAIVE_MODEL)
-        Measuring(run, evaluator, others, stops.host()).run({})
-        Measuring(run, whole, others, Host()).run({})
-        assert evaluator.asked == whole.asked
+@pytest.mark.parametrize("passes", [2, 3])
+def test_several_workers_come_to_the_same_in_any_order(passes: int) -> None:
+    far, near = "quantile_0.02", "trimmed_mean_10"
+    asked = [*entries(NAIVE, "mean"), *entries(NAIVE, near, far, races=True)]
+    run = run_of(windows=200, tolerance=0.5 if passes == 2 else 1e-9, max_passes=3)
+    alone = Measuring(run, Counting(NAIVE_MODEL), asked)
+    expected = [{part: stable(one[part]) for part in one} for one in alone.run()]
+    assert alone.passes == passes
+    assert list(alone.errors) == [2]  # it was dropped on the way, which not all of the others knew at once
+    wasted = []
+    for seed in range(8):
+        measuring, evaluators = by_several(run, asked, workers=3, seed=seed)
+        assert [{part: stable(one[part]) for part in one} for one in measuring.measurements] == expected
+        assert (measuring.passes, measuring.errors) == (alone.passes, alone.errors)
+        assert measuring.largest_sampling_error == alone.largest_sampling_error
+        of_far = [first for evaluator in evaluators for name, first, _ in evaluator.asked if name == far]
+        wasted.append(len(of_far) - 10 - (5 if passes > 2 else 0))
+    assert max(wasted) > 0
+    assert min(wasted) >= 0
 
 
 def test_a_candidate_that_cannot_win_any_more_is_dropped() -> None:
@@ -181,8 +176,8 @@ def test_a_candidate_that_cannot_win_any_more_is_dropped() -> None:
     far, near = "quantile_0.02", "trimmed_mean_10"
     asked = [*entries(NAIVE, "mean"), *entries(NAIVE, near, far, races=True), *entries(NAIVE, "quantile_0.01")]
     evaluator = Counting(NAIVE_MODEL)
-    measuring = Measuring(run, evaluator, asked, Host())
-    found = measuring.run({})
+    measuring = Measuring(run, evaluator, asked)
+    found = measuring.run()
     assert list(measuring.errors) == [2]  # not the last, which is as bad and does not race
     assert measuring.errors[2].startswith(f"dropped after {RACE_FROM} windows: its MAE of ")
     assert found[2] == {}
@@ -194,13 +189,6 @@ def test_a_candidate_that_cannot_win_any_more_is_dropped() -> None:
     of_near = [first for name, first, _ in evaluator.asked if name == near]
     assert len(of_near) - len(of_far) == 10 + 2 + 3  # batches of the windows after RACE_FROM, of test and validation
 
-    stops = Stops(60)  # whoever goes on drops the same
-    with pytest.raises(Stopped):
-        Measuring(run, Counting(NAIVE_MODEL), asked, stops.host()).run({})
-    again = Measuring(run, Counting(NAIVE_MODEL), asked, stops.host())
-    again.run({})
-    assert again.errors == measuring.errors
-
 
 class Failing(Counting):
     def batch_errors(self, windows: Windows, params: Mapping[str, Any], *words: Any, **options: Any) -> np.ndarray:
@@ -211,9 +199,9 @@ class Failing(Counting):
 
 def test_what_cannot_be_measured_says_why_unless_it_is_a_trial() -> None:
     asked = [*entries(NAIVE, "mean"), *entries(NAIVE, "median", required=False)]
-    measuring = Measuring(run_of(windows=120), Failing(NAIVE_MODEL), asked, Host())
-    found = measuring.run({})
+    measuring = Measuring(run_of(windows=120), Failing(NAIVE_MODEL), asked)
+    found = measuring.run()
     assert measuring.errors == {1: "SP500: the forecast for 2018-01-02 is NaN or infinite"}
     assert (set(found[0]), found[1]) == (set(PARTS), {})
     with pytest.raises(ForecastError):
-        Measuring(run_of(windows=120), Failing(NAIVE_MODEL), entries(NAIVE, "mean", "median"), Host()).run({})
+        Measuring(run_of(windows=120), Failing(NAIVE_MODEL), entries(NAIVE, "mean", "median")).run()

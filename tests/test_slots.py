@@ -17,7 +17,6 @@ from storage.progress import (
     first_parked_slots,
     free_counts,
     parked_slots,
-    run_snapshot,
     stage_results,
     study_progress,
 )
@@ -95,25 +94,6 @@ def test_no_slot_is_claimed_twice_by_eight_threads(storage: RetryingStorage) -> 
     for thread in threads:
         thread.join()
     assert sorted(claimed) == list(range(60))
-
-
-def test_progress_is_kept_by_whoever_holds_the_row_until_it_is_done(storage: RetryingStorage) -> None:
-    study_id = make_study(storage, budget=1)
-    first = must_claim(storage, study_id, lease_s=0.05)
-    assert slots.read_progress(storage, first) is None
-    assert slots.keep_progress(storage, first, {"share": 0.25})
-    time.sleep(0.1)
-    assert reap(storage, study_id) == 1
-    second = must_claim(storage, study_id)
-    assert slots.read_progress(storage, second) == {"share": 0.25}
-    assert not slots.keep_progress(storage, first, {"share": 0.5})  # it was only frozen, and has lost the row
-    (busy,) = run_snapshot(storage, [study_id], [], stage=TRIAL, label="", path="$").busy
-    assert busy.share == 0.25
-    slots.release(storage, second)
-    third = must_claim(storage, study_id)
-    assert slots.read_progress(storage, third) == {"share": 0.25}
-    assert slots.finish(storage, third)
-    assert slots.read_progress(storage, third) is None
 
 
 def test_a_lost_lease_frees_the_slot_and_fails_its_trial(storage: RetryingStorage) -> None:

@@ -13,9 +13,8 @@ import pytest
 from places import RunPlace as Place
 
 from forecasters import naive
-from storage import slots
+from storage import shares
 from storage.progress import read_confirmations
-from storage.slots import Slot
 from studies import config as configuration
 from studies import evaluators
 from studies import study as studying
@@ -53,14 +52,9 @@ def stop_midway(place: Place, number: signal.Signals) -> tuple[Study, list[str]]
     return study, measured(log)
 
 
-def progress(place: Place, study: Study) -> object:
-    row = Slot(study_id=study.study_id, stage=slots.CONFIRMATION, number=0, label=None, params=None, claim="")
-    return slots.read_progress(place.storage, row)
-
-
 def test_ctrl_c_ends_a_confirmation_within_ten_seconds(place: Place) -> None:
     study, _ = stop_midway(place, signal.SIGINT)
-    assert progress(place, study) is not None
+    assert shares.read(place.storage, study.study_id).results
 
 
 @pytest.mark.slow
@@ -69,9 +63,10 @@ def test_a_stopped_confirmation_is_gone_on_with(place: Place) -> None:
     log = place.get_stuck(10**6)
     again = place.run(*SEARCH)
     assert "Traceback" not in again.stderr
-    (run,) = (path for path in (place.folder / "logs").glob("*/worker-0.log") if "goes on at" in path.read_text())
-    assert f"{study.name} confirmation: " in run.read_text()
-    assert " configurations on 90 windows: 90 x 1 = 90 encodings" in run.read_text()
+    first, second = (path.read_text() for path in sorted((place.folder / "logs").glob("*/worker-0.log")))
+    assert f"{study.name} confirmation: " in first
+    assert " configurations on 90 windows: 90 x 1 = 90 encodings" in first
+    assert " 13 of 13 of the confirmation" in second
 
     # The batch that was under way is measured again, and no other.
     counts = Counter([*before, *measured(log)])
@@ -89,4 +84,5 @@ def test_a_stopped_confirmation_is_gone_on_with(place: Place) -> None:
     for one in evidence.candidates[::2]:
         expected = evaluator.measure(started.confirmation, one.params, passes=range(1, 1 + evidence.passes))
         assert one.mae("confirmation") == expected.mae
-    assert progress(place, study) is None  # it is done
+    known = shares.read(place.storage, study.study_id)
+    assert (known.plan, known.results) == (None, {})  # it is done

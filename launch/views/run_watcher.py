@@ -154,7 +154,7 @@ class RunWatcher:
             if busy.stage == slots.TRIAL:
                 task = f"trial {busy.number + 1}/{snapshot.progress[busy.study_id].budget}"
             else:
-                task = "confirmation" if busy.stage == slots.CONFIRMATION else busy.label or "baseline"
+                task = "confirmation" if busy.stage >= slots.CONFIRMATION else busy.label or "baseline"
                 task += f" {busy.share:.0%}" if busy.share is not None else ""
             self._tasks[busy.worker] = self._studies[busy.study_id], task
             for key in (busy.worker, busy.study_id, "all"):
