@@ -71,7 +71,8 @@ class Kronos:
         # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.
         self._prefill_tokens = 0 if self.device.type == "cpu" else PREFILL_TOKENS  # 0: one window at a time
         self.draw_rows, self._exact_windows = DRAW_ROWS, EXACT_WINDOWS
-        identity = f"{network.config} {tokenizer.config} {network.norm.weight.dtype}"
+        dtype = next(iter(network.transformer)).ffn.w1.weight.dtype
+        identity = f"{network.config} {tokenizer.config} {dtype}"
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._fixed, self._chunk = FixedShapes(tokenizer, network), chunk
         self._fixed_samples = FIXED_SAMPLES

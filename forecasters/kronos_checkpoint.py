@@ -27,6 +27,7 @@ from forecasters.kronos_network import (
     KronosTokenizer,
     KronosTokenizerConfig,
 )
+from forecasters.low_precision import placed
 
 MAX_BITS = 16  # of a token; 10 in the published networks
 NETWORK_CONTEXTS: Mapping[str, int] = {"NeoQuasar/Kronos-mini": 2048}
@@ -121,10 +122,11 @@ def load(
     network, coder = _build(*pair)
     load_into(pair[0], network, _rename)
     load_into(pair[1], coder, _rename)
+    placed(network, network.transformer, device=device, dtype=running.dtype)
     context = _context_of(checkpoint, network_context)
     return Kronos(
         coder.to(device),
-        network.to(device=device, dtype=getattr(torch, running.dtype)),
+        network,
         fingerprint=_fingerprint(*pair, context, running.dtype),
         network_context=context,
         policy=policy,

@@ -33,6 +33,7 @@ from forecasters import (
 )
 from forecasters.checkpoints import check, load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.low_precision import placed
 from forecasters.toto_checkpoint import build, fingerprint_of, rename
 from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, first_patch, in_price, series_of, unpacked
 from forecasters.toto_model import KEY_INPUTS, PRICE, RATIO, TOTO, VARIATES
@@ -124,7 +125,7 @@ class Toto:
         self.fingerprint = fingerprint
         self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
-        identity = f"{network.config} {network.unembed.weight.dtype}"
+        identity = f"{network.config} {next(network.layers).attention.wO.weight.dtype}"
         # Whether contexts of one `encode` may share a forward (toto_shared.py). The last bits of an answer then depend
         # on what else is asked for, so only for work that always asks for the same contexts together.
         self.shares_forwards = False
@@ -433,7 +434,7 @@ def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", r
     found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
     network = build(found)
     load_into(found, network, rename)
-    network = network.to(device=device, dtype=getattr(torch, running.dtype))
+    placed(network, network.transformer, device=device, dtype=running.dtype)
     return Toto(network, fingerprint=fingerprint_of(found, running.dtype), policy=policy, chunk=running.chunk)
 
 

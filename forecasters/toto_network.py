@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forecasters.low_precision import part
 from forecasters.toto_sampling import Mixture, drawn
 
 MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
@@ -143,7 +144,7 @@ class TotoAttention(nn.Module):
         """Of query 0, key 1 and value 2 the ones [first, last); x [B, L, D], each result [B, heads, L, Q]."""
         size = x.shape[-1]
         rows = slice(first * size, last * size)
-        y = F.linear(x, self.wQKV.weight[rows], self.wQKV.bias[rows])
+        y = part(self.wQKV, x, rows)
         # The published rows run (qkv, Q, heads), heads fastest; the result is (heads, Q) (attention.py:94, 136).
         return y.unflatten(-1, (last - first, size // self.heads, self.heads)).permute(2, 0, 4, 1, 3).unbind(0)
 
