@@ -29,8 +29,9 @@ from forecasters.kronos_encoded import (
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
 from forecasters.kronos_model import KRONOS
-from forecasters.kronos_network import CALENDAR, KronosNetwork, KronosTokenizer, LayerCache
+from forecasters.kronos_network import KronosNetwork, KronosTokenizer, LayerCache
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
+from forecasters.kronos_sizes import CALENDAR, NETWORK_CONTEXT
 from forecasters.kronos_tree import paths
 
 DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
@@ -38,8 +39,6 @@ DRAW_ROWS = 4096  # paths drawn at a time: 4096 rows of 1024 float64 probabiliti
 PREFILL_TOKENS = 8192  # a batch on an accelerator; on a CPU one window at a time is as fast and keeps windows apart
 FIXED_SAMPLES = 64  # paths of a window in a compiled step
 FIXED_BYTES = 4 << 30  # keys and values of their generated bars, on an accelerator; elsewhere DRAW_BYTES
-
-NETWORK_CONTEXT = 512  # bars the published networks were trained on; the window slides beyond it
 
 
 class Kronos:

@@ -31,10 +31,10 @@ from forecasters import (
     halved,
     seed_of_key,
 )
-from forecasters.checkpoints import check, load_into, resolve
+from forecasters.checkpoints import load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
 from forecasters.low_precision import placed
-from forecasters.toto_checkpoint import build, fingerprint_of, rename
+from forecasters.toto_checkpoint import fingerprint_of, read_config, rename
 from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, first_patch, in_price, series_of, unpacked
 from forecasters.toto_model import KEY_INPUTS, PRICE, RATIO, TOTO, VARIATES
 from forecasters.toto_network import Statistics, TotoNetwork, TotoPrefix
@@ -432,17 +432,8 @@ def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", r
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(TOTO.name, device=device, running=running)
     found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    network = build(found)
+    with torch.device("meta"):
+        network = TotoNetwork(read_config(found))
     load_into(found, network, rename)
     placed(network, network.transformer, device=device, dtype=running.dtype)
     return Toto(network, fingerprint=fingerprint_of(found, running.dtype), policy=policy, chunk=running.chunk)
-
-
-def inspect(checkpoint: str, *, revision: str | None = None, running: Running = BY_DEFAULT) -> str:
-    """The fingerprint that `load` would give its forecaster, without reading the weights into a network.
-
-    Raises CheckpointError where the checkpoint does not fit.
-    """
-    found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    check(found, build(found), rename)
-    return fingerprint_of(found, running.dtype)

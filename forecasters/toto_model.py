@@ -93,7 +93,7 @@ def _refuses(settings: TotoSettings, horizon: int) -> str | None:
 
 TOTO = Model(
     name="toto",
-    module="forecasters.toto",
+    module="forecasters.toto_checkpoint",
     settings=TotoSettings,
     params=StageParams(encode=("context_length", "key_input"), draw=("num_samples",), num_samples="num_samples"),
     kinds={"aggregate": "aggregate", "num_samples": "count", "context_length": "count", "key_input": KEY_INPUTS},

@@ -9,7 +9,7 @@ a patch, D embed_dim, Q points of a head, N trajectories, h steps of a patch, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,45 +19,12 @@ from torch import Tensor, nn
 
 from forecasters.low_precision import part
 from forecasters.toto_sampling import Mixture, drawn
+from forecasters.toto_sizes import HEADS, TotoNetworkConfig
 
 MINIMUM_VARIANCE = 0.1  # added to the variance of prices, so tiny prices are not scaled to 1 (scaler.py:221)
 NORM_EPS = 1e-8  # inside the root (util.py:42)
 ROPE_BASE = 10_000.0
 XPOS_BASE = 512.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TotoNetworkConfig:
-    """The published config.json of Toto 1.0: its 15 names."""
-
-    patch_size: int
-    stride: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    mlp_hidden_dim: int
-    dropout: float
-    spacewise_every_n_layers: int  # -1: no layer over variates
-    scaler_cls: str
-    output_distribution_classes: Sequence[str]
-    output_distribution_kwargs: Mapping[str, int]
-    spacewise_first: bool = True
-    use_memory_efficient_attention: bool = True  # a kernel choice of the reference; same numbers either way
-    stabilize_with_global: bool = True
-    scale_factor_exponent: float = 10.0
-
-    @property
-    def components(self) -> int:
-        return self.output_distribution_kwargs["k_components"]
-
-    @property
-    def over_time(self) -> tuple[bool, ...]:
-        """For each layer whether it attends over time (True) or over variates (False)."""
-        every = self.spacewise_every_n_layers
-        if every == -1:
-            return (True,) * self.num_layers
-        space = 0 if self.spacewise_first else every - 1
-        return tuple(layer % every != space for layer in range(self.num_layers))
 
 
 class Statistics(NamedTuple):
@@ -222,8 +189,7 @@ class TotoNetwork(nn.Module):
         self.transformer = nn.ModuleDict({"layers": layers})
         self.last_over_time = max((i for i, over_time in enumerate(config.over_time) if over_time), default=-1)
         self.unembed = nn.Linear(size, size * config.patch_size)
-        heads = ("df", "loc_proj", "scale_proj", "mixture_weights")
-        self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in heads})
+        self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in HEADS})
 
     @property
     def layers(self) -> Iterator[Layer]:
