@@ -43,6 +43,7 @@ context_length = 512
 checkpoint = "{kronos}"
 tokenizer = "{kronos}/tokenizer"
 """
+TINY = {model: f"{model}-tiny" for model in ("toto", "kronos")}
 AGAIN = 4  # studies
 WITH_GRID, WITHOUT_GRID = "with the whole grid", "best trials and default alone"
 CHOOSE = candidates.choose
@@ -62,12 +63,16 @@ def write_bars(folder: Path, symbols: int) -> None:
         (folder / f"S{number:02}.csv").write_text("\n".join([header, *rows[start : start + BARS], ""]))
 
 
-def measure(folder: Path, *, model: str, symbols: int, trials: int, workers: int) -> dict[str, Any]:
-    """Seconds from start to last confirmation, and of the workers by stage."""
+def measure(
+    folder: Path, *, model: str, symbols: int, trials: int, workers: int, gpus: str | None = None, tiny: bool = False
+) -> dict[str, Any]:
+    """Seconds from start to last confirmation, and of the workers by stage. gpus: as --gpus takes them."""
     write_bars(folder / "bars", symbols)
     settings = folder / "studies.toml"
-    settings.write_text(private.SETTINGS + SETTINGS.format(**random_checkpoints(folder / "weights", KRONOS_SMALL)))
-    command = [str(Path(sys.executable).parent / "launch-workers"), "--config", str(settings), "--cpus", str(workers)]
+    checkpoints = TINY if tiny else random_checkpoints(folder / "weights", KRONOS_SMALL)
+    settings.write_text(private.SETTINGS + SETTINGS.format(**checkpoints))
+    devices = ["--gpus", gpus] if gpus else ["--cpus", str(workers)]
+    command = [str(Path(sys.executable).parent / "launch-workers"), "--config", str(settings), *devices]
     began = time.perf_counter()
     subprocess.run([*command, "--models", model, "--trials", str(trials)], check=True, stdout=subprocess.DEVNULL)
     took = time.perf_counter() - began
@@ -87,16 +92,16 @@ def measure(folder: Path, *, model: str, symbols: int, trials: int, workers: int
             "outside slots, worker s": workers * took - sum(spent.values()),  # start, model load, bars, end
             "postgres": private.postgres(storage),
         }
-        figures["confirmation, s"] = confirm_again(storage, settings)
+        figures["confirmation, s"] = confirm_again(storage, settings, "cuda:0" if gpus else "cpu")
         storage.engine.dispose()
     return figures
 
 
-def confirm_again(storage: RetryingStorage, settings: Path) -> dict[str, float]:
+def confirm_again(storage: RetryingStorage, settings: Path, device: str) -> dict[str, float]:
     """Seconds that the confirmations of some studies take, with every candidate and without the grid."""
     config = configuration.load(settings)
     studies = studying.list_studies(storage)[:AGAIN]
-    forecaster = evaluators.load_forecaster(config, studies[0].model, device="cpu")
+    forecaster = evaluators.load_forecaster(config, studies[0].model, device=device)
     ways: dict[str, Any] = {WITH_GRID: candidates.choose, WITHOUT_GRID: without_grid}
     spent = dict.fromkeys(ways, 0.0)
     for number, study in enumerate(studies):
@@ -134,13 +139,15 @@ def main() -> None:
     parser.add_argument("--symbols", type=number, default=24)
     parser.add_argument("--trials", type=number, default=100)
     parser.add_argument("--cpus", type=number, default=2, help="workers")
+    parser.add_argument("--gpus", metavar="0,0", help="instead: a worker for each of these, of which two may be one")
+    parser.add_argument("--tiny", action="store_true", help="the bundled tiny checkpoints")
     options = parser.parse_args()
+    workers = len(options.gpus.split(",")) if options.gpus else options.cpus
     with private.folder() as folder:
-        found = measure(
-            folder, model=options.models, symbols=options.symbols, trials=options.trials, workers=options.cpus
-        )
+        kind = {"model": options.models, "gpus": options.gpus, "tiny": options.tiny}
+        found = measure(folder, **kind, symbols=options.symbols, trials=options.trials, workers=workers)
     postgres = found.pop("postgres")
-    whole = options.cpus * found["wall, s"]
+    whole = workers * found["wall, s"]
 
     def share(seconds: float) -> str:
         return recording.per_cent(seconds / whole)
@@ -156,9 +163,10 @@ def main() -> None:
     again = found["confirmation, s"]
     rows += [(f"confirmation of {AGAIN} studies again, {way}, s", seconds, None) for way, seconds in again.items()]
     rows.append(("    ratio", again[WITH_GRID] / again[WITHOUT_GRID], None))
-    title = f"{options.models}, symbols: {options.symbols}, trials of each: {options.trials}, workers: {options.cpus}"
+    title = f"{options.models}, symbols: {options.symbols}, trials of each: {options.trials}, workers: {workers}"
     recording.table(title, ("figure", "value", "of the workers' time"), rows)
-    recording.write(options, found, postgres=postgres)
+    device = f"cuda:{options.gpus.split(',')[0]}" if options.gpus else "cpu"
+    recording.write(options, found, device=device, postgres=postgres)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING
 
-from forecasters import BY_DEFAULT, CheckpointError, LoadedForecaster, Running
+from forecasters import BY_DEFAULT, CheckpointError, Running
 from forecasters.checkpoints import CONFIG, Checkpoint, check, resolve
 from forecasters.toto_model import TOTO
 from forecasters.toto_sizes import TotoNetworkConfig, shapes
+
+if TYPE_CHECKING:
+    from forecasters.toto import Toto
 
 _SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
 _MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
@@ -51,9 +55,7 @@ def rename(stored: str) -> str | None:
     return name.replace(".mlp.0.w12.", ".mlp.0.").replace(".mlp.0.w3.", ".mlp.2.")  # saved with a fused SwiGLU
 
 
-def load(
-    checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT
-) -> LoadedForecaster:
+def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
     """`toto.load`."""
     from forecasters import toto  # late: it brings torch, which `inspect` does not need
 

@@ -101,7 +101,8 @@ def launch_workers(
         ),
     )
     options = {"ray": ray, "gpus_total": gpus_total, "strict": strict, "retry_parked": retry_parked, "plain": plain}
-    sys.exit(search(config, checked_symbols(symbols), flat(gpus), cpus, **options, profile=profile))
+    every = tuple(gpu for part in gpus for gpu in part)  # twice the same: two workers on it
+    sys.exit(search(config, checked_symbols(symbols), every, cpus, **options, profile=profile))
 
 
 @click.command(context_settings=HELP)
