@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import forecasters
 from benchmarks import recording
 from benchmarks.random_models import random_bars, random_checkpoints
+from forecasters.low_precision import INT8, PRODUCT, weight_mib
+from forecasters.work import count_flop
 from launch import verify
 from objectives.evaluation import Evaluator
 from objectives.windows import split
@@ -38,7 +39,7 @@ SAMPLES = {1: 256, 7: 64, 64: 64}  # Kronos' paths of a window, by horizon; Toto
 MATMUL = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 COLUMNS = {
-    "size": "size", "model": "model", "horizon": "P", "mode": "mode", "warmup_s": "warm-up s",
+    "size": "size", "model": "model", "horizon": "P", "dtype": "dtype", "mode": "mode", "warmup_s": "warm-up s",
     "second_warmup": "second / first", "mean_s": "mean s", "std_s": "std s", "speedup": "speedup",
     "difference": "max difference / std", "moved": "changed samples", "mae_change": "MAE change", "graphs": "graphs",
     "recompilations": "recompilations", "breaks": "graph breaks", "skips": "skipped CUDA graphs",
@@ -97,14 +98,14 @@ def measured(job: verify.VerifyJob, mode: str, threads: int) -> tuple[verify.Mod
     def inspect(forecaster: Any, evaluator: Evaluator) -> None:
         before = forecaster.forwards
         # Counted as run, fixed shapes and all, but outside of the graphs, where nothing can be seen.
-        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-            evaluator.samples(job.windows, job.trials[0])
+        with torch.compiler.set_stance("force_eager"):
+            flop = count_flop(lambda: evaluator.samples(job.windows, job.trials[0]))
         extras.append(
             Extra(
-                flop=counter.get_total_flops(),
+                flop=flop,
                 forwards=forecaster.forwards - before,
-                weight_bytes=sum(p.numel() * p.element_size() for p in forecaster.network.parameters()),
-                matmul_flop_s=matmul_rate(job.device, forecaster.network),
+                weight_bytes=int(weight_mib(forecaster) * 2**20),
+                matmul_flop_s=matmul_rate(job.device, job.dtype),
                 copy_bytes_s=copy_rate(job.device),
             )
         )
@@ -123,11 +124,12 @@ def best_seconds(work: Callable[[], object], device: str, repeats: int = 5) -> f
     return min(taken[1:])
 
 
-def matmul_rate(device: str, network: torch.nn.Module) -> float:
-    """Floating-point operations a second of a large product in the network's dtype."""
+def matmul_rate(device: str, dtype: str) -> float:
+    """Operations a second of a large product in this dtype."""
     size = MATMUL[device.split(":")[0]]
-    a, b = torch.randn(2, size, size, device=device, dtype=next(network.parameters()).dtype)
-    return 2 * size**3 / best_seconds(lambda: a @ b, device)
+    a, b = (100 * torch.rand(2, size, size, device=device)).to(getattr(torch, dtype))
+    product = PRODUCT if dtype == INT8 else torch.mm
+    return 2 * size**3 / best_seconds(lambda: product(a, b), device)
 
 
 def copy_rate(device: str) -> float:
@@ -142,7 +144,10 @@ def with_kernels(job: verify.VerifyJob, folder: Path) -> verify.VerifyJob:
     return replace(job, config=replace(job.config, compile=replace(job.config.compile, dir=folder)))
 
 
-def rows_of(size: str, job: verify.VerifyJob, modes: Sequence[str], threads: int, cache: Path) -> list[dict[str, Any]]:
+def rows_of(
+    size: str, job: verify.VerifyJob, modes: Sequence[str], threads: int, cache: Path, *, once: bool = False
+) -> list[dict[str, Any]]:
+    """once: no second process that finds the kernels on disk."""
     extras: dict[str, Extra] = {}
     second: dict[str, float] = {}
 
@@ -150,7 +155,7 @@ def rows_of(size: str, job: verify.VerifyJob, modes: Sequence[str], threads: int
         job = with_kernels(job, cache / mode)
         shutil.rmtree(cache / mode, ignore_errors=True)
         result, extras[mode] = fresh(measured, job, mode, threads)
-        if mode != verify.EAGER:
+        if mode != verify.EAGER and not once:
             again, _ = fresh(measured, job, mode, threads)
             second[mode] = again.warmup_s / result.warmup_s
         return result
@@ -199,6 +204,7 @@ def together(job: verify.VerifyJob, mode: str, count: int, threads: int, cache: 
     return {
         "model": job.model,
         "horizon": job.windows.horizon,
+        "dtype": job.dtype,
         "mode": mode,
         "workers": count,
         "answers a second": count * job.repeats / max(seconds for seconds, _, _ in ended),
@@ -215,7 +221,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["toto", "kronos"], default=["toto", "kronos"])
     parser.add_argument("--horizons", nargs="+", type=int, default=[1, 7, 64])
     parser.add_argument("--modes", nargs="+", default=["reduce-overhead", "max-autotune"] if on_gpu else ["default"])
-    parser.add_argument("--dtype", choices=forecasters.DTYPES, default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=forecasters.DTYPES, default=["float32"])
+    parser.add_argument("--once", action="store_true", help="without the second process, which finds kernels on disk")
     parser.add_argument("--repeats", type=recording.at_least_one, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of a process, on the CPU")
     parser.add_argument("--workers", type=int, default=2, help="that share the device at the end; 0: none")
@@ -227,26 +234,34 @@ def main() -> None:
         checkpoints = {"tiny": {model: f"{model}-tiny" for model in args.models}}
         if "published" in args.sizes:
             checkpoints["published"] = fresh(random_checkpoints, Path(scratch))
-        for size in args.sizes:
-            for model in args.models:
-                settings = {model: {"checkpoint": checkpoints[size][model]}, "compile": {"dtype": args.dtype}}
-                config = configuration.load(overrides=settings)
-                for horizon in args.horizons:
-                    job = job_of(model, config, args.device, horizon, args.repeats)
-                    found = rows_of(size, job, args.modes, args.threads, cache / f"{size}-{model}-{horizon}")
-                    show(f"{size} {model}, {horizon} bars", COLUMNS, found)
-                    rows += found
-                if args.workers:
-                    # At the first horizon, on the kernels that were just compiled.
-                    job = job_of(model, config, args.device, args.horizons[0], args.repeats)
-                    place = cache / f"{size}-{model}-{args.horizons[0]}"
-                    for mode in ("off", args.modes[0]):
-                        for count in (1, args.workers):
-                            shared.append({"size": size, **together(job, mode, count, args.threads, place)})
+        # Short horizons of every model first, and a results file after each: a run that is ended early has the most.
+        kinds = [(size, dtype, P, model) for size in args.sizes for dtype in args.dtypes for P in args.horizons
+                 for model in args.models]  # fmt: skip
+        for size, dtype, horizon, model in kinds:
+            settings = {model: {"checkpoint": checkpoints[size][model]}, "compile": {"dtype": dtype}}
+            job = job_of(model, configuration.load(overrides=settings), args.device, horizon, args.repeats)
+            place = cache / f"{size}-{model}-{dtype}-{horizon}"
+            found = rows_of(size, job, args.modes, args.threads, place, once=args.once)
+            show(f"{size} {model}, {horizon} bars, {dtype}", COLUMNS, found)
+            rows += found
+            if args.workers and horizon == args.horizons[0]:  # on the kernels that were just compiled
+                for mode in ("off", args.modes[0]):
+                    for count in (1, args.workers):
+                        shared.append({"size": size, **together(job, mode, count, args.threads, place)})
+            recording.write(args, {"rows": rows, "workers": shared}, device=args.device)
     if shared:
-        names = ("size", "model", "horizon", "mode", "workers", "answers a second", "recompilations", "compilation")
+        names = (
+            "size",
+            "model",
+            "horizon",
+            "dtype",
+            "mode",
+            "workers",
+            "answers a second",
+            "recompilations",
+            "compilation",
+        )
         show("workers on one device", {name: name for name in names}, shared)
-    recording.write(args, {"rows": rows, "workers": shared}, device=args.device)
 
 
 def show(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:

@@ -56,6 +56,7 @@ context_length = 512
 checkpoint = "{kronos}"
 tokenizer = "{kronos}/tokenizer"
 """
+TINY = {model: f"{model}-tiny" for model in ("toto", "kronos")}
 AGAIN = 4  # studies
 WITH_GRID, WITHOUT_GRID = "with the whole grid", "best trials and default alone"
 CHOOSE = candidates.choose
@@ -79,12 +80,27 @@ def write_bars(folder: Path, symbols: int, *, held_back: int = 0) -> None:
 
 
 def measure(
-    folder: Path, *, model: str, symbols: int, trials: int, workers: int, nights: int, same_search: bool
+    folder: Path,
+    *,
+    model: str,
+    symbols: int,
+    trials: int,
+    workers: int,
+    nights: int = 1,
+    same_search: bool = False,
+    gpus: str | None = None,
+    tiny: bool = False,
 ) -> list[dict[str, Any]]:
-    """Of every night the seconds from start to last confirmation, and of the workers by stage."""
+    """Of every night the seconds from start to last confirmation, and of the workers by stage.
+
+    gpus: as --gpus takes them.
+    """
     settings, found = folder / "studies.toml", []
-    settings.write_text(private.SETTINGS + SETTINGS.format(**random_checkpoints(folder / "weights", KRONOS_SMALL)))
-    command = [str(Path(sys.executable).parent / "launch-workers"), "--config", str(settings), "--cpus", str(workers)]
+    checkpoints = TINY if tiny else random_checkpoints(folder / "weights", KRONOS_SMALL)
+    settings.write_text(private.SETTINGS + SETTINGS.format(**checkpoints))
+    devices = ["--gpus", gpus] if gpus else ["--cpus", str(workers)]
+    command = [str(Path(sys.executable).parent / "launch-workers"), "--config", str(settings), *devices]
+    device = "cuda:0" if gpus else "cpu"
     for night in range(nights):
         write_bars(folder / "bars", symbols, held_back=nights - 1 - night)
         if night and same_search:
@@ -112,9 +128,9 @@ def measure(
                 "postgres": private.postgres(storage),
             }
             if nights == 1:
-                figures["confirmation, s"] = confirm_again(storage, settings)
+                figures["confirmation, s"] = confirm_again(storage, settings, device)
             if night:
-                figures["confirmed MAEs"] = measure_again(storage, settings)
+                figures["confirmed MAEs"] = measure_again(storage, settings, device)
             storage.engine.dispose()
         found.append(figures)
     return found
@@ -154,13 +170,13 @@ def search_again(storage: RetryingStorage, settings: Path, model: str, trials: i
     storage.engine.dispose()
 
 
-def measure_again(storage: RetryingStorage, settings: Path) -> dict[str, int]:
+def measure_again(storage: RetryingStorage, settings: Path, device: str) -> dict[str, int]:
     """Measure what the first studies of the latest night confirmed without kept encodings: how many MAEs, and how many
     are another number.
     """
     config, counts = configuration.load(settings), {"measured": 0, "other": 0}
     studies = newest(storage)[:AGAIN]
-    forecaster = evaluators.load_forecaster(config, studies[0].model, device="cpu")
+    forecaster = evaluators.load_forecaster(config, studies[0].model, device=device)
     for study in studies:
         (series,), _ = read_series(config, [study.symbol])
         run = studying.start(storage, config, study, series, forecaster.fingerprint)
@@ -176,11 +192,11 @@ def measure_again(storage: RetryingStorage, settings: Path) -> dict[str, int]:
     return counts
 
 
-def confirm_again(storage: RetryingStorage, settings: Path) -> dict[str, float]:
+def confirm_again(storage: RetryingStorage, settings: Path, device: str) -> dict[str, float]:
     """Seconds that the confirmations of some studies take, with every candidate and without the grid."""
     config = configuration.load(settings)
     studies = newest(storage)[:AGAIN]
-    forecaster = evaluators.load_forecaster(config, studies[0].model, device="cpu")
+    forecaster = evaluators.load_forecaster(config, studies[0].model, device=device)
     ways: dict[str, Any] = {WITH_GRID: candidates.choose, WITHOUT_GRID: without_grid}
     spent = dict.fromkeys(ways, 0.0)
     for number, study in enumerate(studies):
@@ -220,7 +236,10 @@ def main() -> None:
     parser.add_argument("--cpus", type=number, default=2, help="workers")
     parser.add_argument("--nights", type=number, default=1, help="each with one bar more of every symbol")
     parser.add_argument("--same-search", action="store_true", help="a later night tries what the one before tried")
+    parser.add_argument("--gpus", metavar="0,0", help="instead: a worker for each of these, of which two may be one")
+    parser.add_argument("--tiny", action="store_true", help="the bundled tiny checkpoints")
     options = parser.parse_args()
+    workers = len(options.gpus.split(",")) if options.gpus else options.cpus
     torch.set_num_threads(1)  # as a worker has: their number decides the last bits
     with private.folder() as folder:
         nights = measure(
@@ -228,21 +247,24 @@ def main() -> None:
             model=options.models,
             symbols=options.symbols,
             trials=options.trials,
-            workers=options.cpus,
+            workers=workers,
+            gpus=options.gpus,
+            tiny=options.tiny,
             nights=options.nights,
             same_search=options.same_search,
         )
     versions = [found.pop("postgres") for found in nights]
     for number_, found in enumerate(nights, 1):
-        show(f"night {number_}: " if len(nights) > 1 else "", found, options)
+        show(f"night {number_}: " if len(nights) > 1 else "", found, options, workers)
     if len(nights) > 1:
         ratios = [nights[0]["wall, s"] / found["wall, s"] for found in nights[1:]]
         print("first night / later one: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
-    recording.write(options, nights if len(nights) > 1 else nights[0], postgres=versions[-1])
+    device = f"cuda:{options.gpus.split(',')[0]}" if options.gpus else "cpu"
+    recording.write(options, nights if len(nights) > 1 else nights[0], device=device, postgres=versions[-1])
 
 
-def show(night: str, found: dict[str, Any], options: argparse.Namespace) -> None:
-    whole = options.cpus * found["wall, s"]
+def show(night: str, found: dict[str, Any], options: argparse.Namespace, workers: int) -> None:
+    whole = workers * found["wall, s"]
 
     def share(seconds: float) -> str:
         return recording.per_cent(seconds / whole)
@@ -268,7 +290,7 @@ def show(night: str, found: dict[str, Any], options: argparse.Namespace) -> None
     if maes := found.get("confirmed MAEs"):
         rows.append(("confirmed MAEs measured again without kept encodings", maes["measured"], None))
         rows.append(("    of them other numbers", maes["other"], None))
-    title = f"{options.models}, symbols: {options.symbols}, trials of each: {options.trials}, workers: {options.cpus}"
+    title = f"{options.models}, symbols: {options.symbols}, trials of each: {options.trials}, workers: {workers}"
     recording.table(night + title, ("figure", "value", "of the workers' time"), rows)
 
 

@@ -50,7 +50,7 @@ class SettingError(ExpectedError, ValueError):
 COMPILE_MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 KEYS = ("open", "high", "low", "close")  # the prices of a bar, each of which can be asked for
 CLOSE = "close"  # what is asked for unless said otherwise
-DTYPES = ("float32", "bfloat16")  # of the network; statistics and Kronos' tokenizer are always float32
+DTYPES = ("float32", "bfloat16", "int8")  # of the network; statistics and Kronos' tokenizer are always float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,11 +336,11 @@ def count_flop(work: Callable[[], object]) -> int:
     return importlib.import_module("forecasters.work").count_flop(work)
 
 
-def measure_matrix_product(device: str) -> float | None:
+def measure_matrix_product(device: str, dtype: str = "float32") -> float | None:
     """Operations a second of a large matrix product on "cpu" or "cuda:0"; None where no network was loaded."""
     if "torch" not in sys.modules:
         return None
-    return importlib.import_module("forecasters.work").measure_matrix_product(device)
+    return importlib.import_module("forecasters.work").measure_matrix_product(device, dtype)
 
 
 def _module(model: str) -> Any:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from forecasters import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 CONFIG = "config.json"
@@ -29,12 +29,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_TIMEOUT_S = 5.0  # for each question to the hub; a file's download is bounded by the hub's own read timeout
 
+DIGESTS = "STUDIES_DIGESTS"  # in the environment: digests by the states of their files
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# httpx in huggingface_hub 1.x, httpx2 in 2.x: their common root is the first base of the hub's own error.
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 Rename = Callable[[str], str | None]
 
@@ -49,11 +49,21 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """sha256, as hex, of the configuration's and the weights' bytes; computed once (about 1 s a GB)."""
+        """sha256, as hex, of the configuration's and the weights' bytes; computed once (about 1 s a GB).
+
+        Child processes inherit it through the environment, for the files as they were; changed ones are read again.
+        """
+        files = (self.folder / CONFIG, *self.weights)
+        known = json.loads(os.environ.get(DIGESTS, "{}"))
+        before = _states(files)
+        if before in known:
+            return known[before]
         whole = hashlib.sha256()
-        for path in (self.folder / CONFIG, *self.weights):
+        for path in files:
             with path.open("rb") as file:
                 whole.update(hashlib.file_digest(file, "sha256").digest())
+        if _states(files) == before:
+            os.environ[DIGESTS] = json.dumps({**known, before: whole.hexdigest()})
         return whole.hexdigest()
 
     def config(self, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
@@ -96,13 +106,14 @@ def resolve(source: str, *, revision: str | None = None, setting: str = "checkpo
     return _local(source, folder, revision)
 
 
-def check(checkpoint: Checkpoint, network: nn.Module, rename: Rename) -> None:
-    """Refuse a checkpoint that does not fit a network, from the files' headers alone (no weight is read).
+def check(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], rename: Rename) -> None:
+    """Refuse a checkpoint that does not fit a network, from the files' headers alone: without weights and torch.
+
+    shapes: of the network's tensors, by its own names.
 
     rename: a stored name to the network's, or None for a tensor that is dropped on purpose.
     Raises CheckpointError naming the file, the tensor, the expected and the found shape.
     """
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     found: dict[str, Path] = {}
     for path, stored, name, entry in _entries(checkpoint, rename):
         shape, dtype = list(entry.get_shape()), entry.get_dtype()
@@ -137,19 +148,28 @@ def load_into(checkpoint: Checkpoint, network: nn.Module, rename: Rename) -> Non
 
     Raises CheckpointError.
     """
-    check(checkpoint, network, rename)
+    import torch
+
+    check(checkpoint, {name: tensor.shape for name, tensor in network.state_dict().items()}, rename)
     # A copy, because safetensors maps the file: a file replaced later must not change a running worker.
     state = {
-        name: entry[:].to(torch.float32, copy=True).contiguous() for _, _, name, entry in _entries(checkpoint, rename)
+        name: entry[:].to(torch.float32, copy=True).contiguous()
+        for _, _, name, entry in _entries(checkpoint, rename, "pt")
     }
     network.load_state_dict(state, strict=True, assign=True)
 
 
-def _entries(checkpoint: Checkpoint, rename: Rename) -> Iterator[tuple[Path, str, str, Any]]:
+def _states(files: Sequence[Path]) -> str:
+    """Changes with any of the files; a time of change cannot be set back, as that of modification can."""
+    found = [(path, path.stat()) for path in files]
+    return repr([(str(path), of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns) for path, of in found])
+
+
+def _entries(checkpoint: Checkpoint, rename: Rename, framework: str = "numpy") -> Iterator[tuple[Path, str, str, Any]]:
     """File, stored name, the network's name and safetensors' lazy slice of every tensor that is not dropped."""
     for path in checkpoint.weights:
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
+            with safe_open(path, framework=framework, device="cpu") as file:
                 for stored in sorted(file.keys()):
                     name = rename(stored)
                     if name is not None:
@@ -191,6 +211,12 @@ def _weights(folder: Path) -> tuple[Path, ...]:
 
 
 def _from_hub(source: str, revision: str | None, setting: str) -> Checkpoint:
+    # Late: 0.2 s that a local folder need not pay.
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # httpx in huggingface_hub 1.x, httpx2 in 2.x: their common root is the first base of the hub's own error.
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
     if pinned or constants.HF_HUB_OFFLINE:
         config = try_to_load_from_cache(source, CONFIG, revision=revision)
@@ -208,7 +234,7 @@ def _from_hub(source: str, revision: str | None, setting: str) -> Checkpoint:
             )
         # Without a network one file takes 1 + 2 + 4 + ... s of the hub's own retries: the listing above fails first.
         paths = [hf_hub_download(source, name, revision=info.sha, etag_timeout=HUB_TIMEOUT_S) for name in wanted]
-    except (_HTTP_ERROR, OSError, HFValidationError) as error:
+    except (http_error, OSError, HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
             f"checkpoint {source!r}{at} cannot be had from {constants.ENDPOINT} ({_line(error)}); "

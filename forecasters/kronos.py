@@ -30,8 +30,9 @@ from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
 from forecasters.kronos_kept import KeptTables
 from forecasters.kronos_model import KRONOS, LEAST_DEVIATION
-from forecasters.kronos_network import CALENDAR, KronosNetwork, KronosTokenizer, LayerCache
+from forecasters.kronos_network import KronosNetwork, KronosTokenizer, LayerCache
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
+from forecasters.kronos_sizes import CALENDAR, NETWORK_CONTEXT
 from forecasters.kronos_tree import paths
 from forecasters.scaling import RAW, in_units, units_of
 
@@ -40,8 +41,6 @@ DRAW_ROWS = 4096  # paths drawn at a time: 4096 rows of 1024 float64 probabiliti
 PREFILL_TOKENS = 8192  # a batch on an accelerator; on a CPU one window at a time is as fast and keeps windows apart
 FIXED_SAMPLES = 64  # paths of a window in a compiled step
 FIXED_BYTES = 4 << 30  # keys and values of their generated bars, on an accelerator; elsewhere DRAW_BYTES
-
-NETWORK_CONTEXT = 512  # bars the published networks were trained on; the window slides beyond it
 
 
 class Kronos(KeptTables):
@@ -73,7 +72,8 @@ class Kronos(KeptTables):
         # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.
         self._prefill_tokens = 0 if self.device.type == "cpu" else PREFILL_TOKENS  # 0: one window at a time
         self.draw_rows, self._exact_windows = DRAW_ROWS, EXACT_WINDOWS
-        identity = f"{network.config} {tokenizer.config} {network.norm.weight.dtype}"
+        dtype = next(iter(network.transformer)).ffn.w1.weight.dtype
+        identity = f"{network.config} {tokenizer.config} {dtype}"
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._fixed, self._chunk = FixedShapes(tokenizer, network), chunk
         self._fixed_samples = FIXED_SAMPLES

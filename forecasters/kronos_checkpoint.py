@@ -10,23 +10,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from forecasters import BY_DEFAULT, CheckpointError, Running
 from forecasters.checkpoints import CONFIG, Checkpoint, check, load_into, resolve
-from forecasters.compilation import decide
-from forecasters.kronos import NETWORK_CONTEXT, Kronos
-from forecasters.kronos_encoded import COLUMNS
 from forecasters.kronos_model import KRONOS
-from forecasters.kronos_network import (
+from forecasters.kronos_sizes import (
+    COLUMNS,
     DEPENDENCY_HEADS,
-    KronosNetwork,
+    NETWORK_CONTEXT,
     KronosNetworkConfig,
-    KronosTokenizer,
     KronosTokenizerConfig,
+    network_shapes,
+    tokenizer_shapes,
 )
+
+if TYPE_CHECKING:
+    from forecasters.kronos import Kronos
 
 MAX_BITS = 16  # of a token; 10 in the published networks
 NETWORK_CONTEXTS: Mapping[str, int] = {"NeoQuasar/Kronos-mini": 2048}
@@ -94,8 +94,9 @@ def inspect(
 ) -> str:
     """The fingerprint that `load` would give, from the files' headers and bytes. Raises CheckpointError."""
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
-    for found, module in zip(pair, _build(*pair), strict=True):
-        check(found, module, _rename)
+    config, coder = _configs(*pair)
+    check(pair[0], network_shapes(config), _rename)
+    check(pair[1], tokenizer_shapes(coder), _rename)
     return _fingerprint(*pair, _context_of(checkpoint, network_context), running.dtype)
 
 
@@ -116,15 +117,25 @@ def load(
     running: its dtype is the network's, the tokenizer stays in float32.
     Raises CheckpointError and SettingError.
     """
+    import torch  # late, as all that brings it: `inspect` does not need it
+
+    from forecasters.compilation import decide
+    from forecasters.kronos import Kronos
+    from forecasters.kronos_network import KronosNetwork, KronosTokenizer
+    from forecasters.low_precision import placed
+
     policy = decide(KRONOS.name, device=device, running=running)
     pair = _resolve(checkpoint, revision, tokenizer, tokenizer_revision)
-    network, coder = _build(*pair)
+    sizes = _configs(*pair)
+    with torch.device("meta"):
+        network, coder = KronosNetwork(sizes[0]), KronosTokenizer(sizes[1])
     load_into(pair[0], network, _rename)
     load_into(pair[1], coder, _rename)
+    placed(network, network.transformer, device=device, dtype=running.dtype)
     context = _context_of(checkpoint, network_context)
     return Kronos(
         coder.to(device),
-        network.to(device=device, dtype=getattr(torch, running.dtype)),
+        network,
         fingerprint=_fingerprint(*pair, context, running.dtype),
         network_context=context,
         policy=policy,
@@ -140,16 +151,15 @@ def _resolve(
     return found, resolve(source, revision=tokenizer_revision, setting="[kronos] tokenizer")
 
 
-def _build(checkpoint: Checkpoint, tokenizer: Checkpoint) -> tuple[KronosNetwork, KronosTokenizer]:
-    """Both modules, without weights. Raises CheckpointError where they do not use the same tokens."""
+def _configs(checkpoint: Checkpoint, tokenizer: Checkpoint) -> tuple[KronosNetworkConfig, KronosTokenizerConfig]:
+    """Of both. Raises CheckpointError where they do not use the same tokens."""
     config, coder = read_config(checkpoint), read_tokenizer_config(tokenizer)
     if (config.s1_bits, config.s2_bits) != (coder.s1_bits, coder.s2_bits):
         raise CheckpointError(
             f"the tokenizer {tokenizer.source!r} makes tokens of {coder.s1_bits}+{coder.s2_bits} bits, the network "
             f"{checkpoint.source!r} reads {config.s1_bits}+{config.s2_bits}; name the tokenizer published with it"
         )
-    with torch.device("meta"):
-        return KronosNetwork(config), KronosTokenizer(coder)
+    return config, coder
 
 
 def _context_of(checkpoint: str, network_context: int | None) -> int:

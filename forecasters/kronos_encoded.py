@@ -17,9 +17,9 @@ from torch import Tensor
 
 from forecasters import Bars, ForecastError
 from forecasters.kronos_model import EPSILON
-from forecasters.kronos_network import CALENDAR, LayerCache
+from forecasters.kronos_network import LayerCache
+from forecasters.kronos_sizes import CALENDAR, COLUMNS
 
-COLUMNS = ("open", "high", "low", "close", "volume", "amount")
 MIN_BARS = 2
 TABLE_BYTES = 64 << 20  # of each lazily filled table, per encoded batch
 

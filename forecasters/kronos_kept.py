@@ -36,8 +36,9 @@ class KeptTables:
 
     @property
     def surroundings(self) -> str:
-        names = ("", "_encoded", "_exact", "_kept", "_network", "_tree")
-        return surroundings(self.device, *(f"forecasters.kronos{name}" for name in names))
+        own = ("", "_encoded", "_exact", "_kept", "_network", "_tree")
+        names = (*(f"kronos{name}" for name in own), "low_precision", "scaling")
+        return surroundings(self.device, *(f"forecasters.{name}" for name in names))
 
     @property
     def keeps(self) -> bool:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CALENDAR = (("minute", 60), ("hour", 24), ("weekday", 7), ("day", 32), ("month", 13))  # stamp columns and table sizes
-DEPENDENCY_HEADS = 4  # the published layout has four whatever n_heads is
+from forecasters.kronos_sizes import CALENDAR, DEPENDENCY_HEADS, KronosNetworkConfig, KronosTokenizerConfig
+
 ROPE_BASE = 10_000
 # Rows of generated tokens run in multiples of this, so that a row's bits do not depend on how many others there are:
 # MKL multiplies fewer than 4 rows by another kernel, and 8 by another with AVX-512; torch's exp has other last bits in
@@ -24,42 +24,6 @@ ROWS = 16
 GATHER_BYTES = 64 << 20  # keys of generated tokens gathered at a time
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values of a prefix, each [heads, T, head_dim]
-
-
-@dataclass(frozen=True, kw_only=True)
-class KronosTokenizerConfig:
-    """The entries of a tokenizer's config.json that inference reads."""
-
-    d_in: int
-    d_model: int
-    n_heads: int
-    ff_dim: int
-    n_enc_layers: int
-    n_dec_layers: int
-    s1_bits: int
-    s2_bits: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class KronosNetworkConfig:
-    """The entries of a network's config.json that inference reads."""
-
-    s1_bits: int
-    s2_bits: int
-    n_layers: int
-    d_model: int
-    n_heads: int
-    ff_dim: int
-    learn_te: bool
-
-    @property
-    def s1_size(self) -> int:
-        """First tokens that there are."""
-        return 2**self.s1_bits
-
-    @property
-    def s2_size(self) -> int:
-        return 2**self.s2_bits
 
 
 # ---- modules, named as in the published checkpoints ---------------------------------------------------------------

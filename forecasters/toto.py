@@ -31,10 +31,11 @@ from forecasters import (
     halved,
     seed_of_key,
 )
-from forecasters.checkpoints import check, load_into, resolve
+from forecasters.checkpoints import load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.low_precision import placed
 from forecasters.scaling import in_units
-from forecasters.toto_checkpoint import build, fingerprint_of, rename
+from forecasters.toto_checkpoint import fingerprint_of, read_config, rename
 from forecasters.toto_encoded import (
     VARIATE_KEYS,
     EncodedPrices,
@@ -135,7 +136,7 @@ class Toto(SharedForwards, KeptMixtures):
         self.fingerprint = fingerprint
         self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
-        identity = f"{network.config} {network.unembed.weight.dtype}"
+        identity = f"{network.config} {next(network.layers).attention.wO.weight.dtype}"
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
         self._chunk = chunk
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
@@ -416,17 +417,8 @@ def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", r
     """Load a checkpoint (`checkpoints.resolve`) onto a device. Raises CheckpointError and SettingError."""
     policy = decide(TOTO.name, device=device, running=running)
     found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    network = build(found)
+    with torch.device("meta"):
+        network = TotoNetwork(read_config(found))
     load_into(found, network, rename)
-    network = network.to(device=device, dtype=getattr(torch, running.dtype))
+    placed(network, network.transformer, device=device, dtype=running.dtype)
     return Toto(network, fingerprint=fingerprint_of(found, running.dtype), policy=policy, chunk=running.chunk)
-
-
-def inspect(checkpoint: str, *, revision: str | None = None, running: Running = BY_DEFAULT) -> str:
-    """The fingerprint that `load` would give its forecaster, without reading the weights into a network.
-
-    Raises CheckpointError where the checkpoint does not fit.
-    """
-    found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
-    check(found, build(found), rename)
-    return fingerprint_of(found, running.dtype)

@@ -1,19 +1,21 @@
 """A published Toto checkpoint: its config.json as that of our network, and its tensors' names as ours.
 
-Refuses what this network does not have. Knows nothing of how the network runs.
+Refuses what this network does not have, from the files' headers and without torch. Knows nothing of how it runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING
 
-import torch
-
-from forecasters import CheckpointError
-from forecasters.checkpoints import CONFIG, Checkpoint
+from forecasters import BY_DEFAULT, CheckpointError, Running
+from forecasters.checkpoints import CONFIG, Checkpoint, check, resolve
 from forecasters.toto_model import TOTO
-from forecasters.toto_network import TotoNetwork, TotoNetworkConfig
+from forecasters.toto_sizes import TotoNetworkConfig, shapes
+
+if TYPE_CHECKING:
+    from forecasters.toto import Toto
 
 _SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
 _MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
@@ -53,9 +55,21 @@ def rename(stored: str) -> str | None:
     return name.replace(".mlp.0.w12.", ".mlp.0.").replace(".mlp.0.w3.", ".mlp.2.")  # saved with a fused SwiGLU
 
 
-def build(checkpoint: Checkpoint) -> TotoNetwork:
-    with torch.device("meta"):
-        return TotoNetwork(read_config(checkpoint))
+def load(checkpoint: str, *, revision: str | None = None, device: str = "cpu", running: Running = BY_DEFAULT) -> Toto:
+    """`toto.load`."""
+    from forecasters import toto  # late: it brings torch, which `inspect` does not need
+
+    return toto.load(checkpoint, revision=revision, device=device, running=running)
+
+
+def inspect(checkpoint: str, *, revision: str | None = None, running: Running = BY_DEFAULT) -> str:
+    """The fingerprint that `load` would give its forecaster, without reading the weights into a network.
+
+    Raises CheckpointError where the checkpoint does not fit.
+    """
+    found = resolve(checkpoint, revision=revision, setting="[toto] checkpoint")
+    check(found, shapes(read_config(found)), rename)
+    return fingerprint_of(found, running.dtype)
 
 
 def fingerprint_of(found: Checkpoint, dtype: str) -> str:

@@ -32,8 +32,8 @@ class KeptMixtures:
 
     @property
     def surroundings(self) -> str:
-        names = ("", "_encoded", "_kept", "_network", "_shared")
-        return surroundings(self.device, *(f"forecasters.toto{name}" for name in names))
+        names = ("toto", "toto_encoded", "toto_kept", "toto_network", "toto_shared", "low_precision", "scaling")
+        return surroundings(self.device, *(f"forecasters.{name}" for name in names))
 
     @property
     def keeps(self) -> bool:

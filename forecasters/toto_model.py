@@ -103,7 +103,7 @@ def _refuses(settings: TotoSettings, horizon: int) -> str | None:
 
 TOTO = Model(
     name="toto",
-    module="forecasters.toto",
+    module="forecasters.toto_checkpoint",
     settings=TotoSettings,
     params=StageParams(
         encode=("context_length", "key_input", "scale"), draw=("num_samples",), num_samples="num_samples"

@@ -9,7 +9,7 @@ a patch, D embed_dim, Q points of a head, N trajectories, h steps of a patch, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,47 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forecasters.low_precision import part
 from forecasters.toto_model import MINIMUM_VARIANCE
 from forecasters.toto_sampling import Mixture, drawn
+from forecasters.toto_sizes import HEADS, TotoNetworkConfig
 
 NORM_EPS = 1e-8  # inside the root (util.py:42)
 ROPE_BASE = 10_000.0
 XPOS_BASE = 512.0
 VECTOR = 64  # numbers that a CPU's vectors divide, two of 16 at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class TotoNetworkConfig:
-    """The published config.json of Toto 1.0: its 15 names."""
-
-    patch_size: int
-    stride: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    mlp_hidden_dim: int
-    dropout: float
-    spacewise_every_n_layers: int  # -1: no layer over variates
-    scaler_cls: str
-    output_distribution_classes: Sequence[str]
-    output_distribution_kwargs: Mapping[str, int]
-    spacewise_first: bool = True
-    use_memory_efficient_attention: bool = True  # a kernel choice of the reference; same numbers either way
-    stabilize_with_global: bool = True
-    scale_factor_exponent: float = 10.0
-
-    @property
-    def components(self) -> int:
-        return self.output_distribution_kwargs["k_components"]
-
-    @property
-    def over_time(self) -> tuple[bool, ...]:
-        """For each layer whether it attends over time (True) or over variates (False)."""
-        every = self.spacewise_every_n_layers
-        if every == -1:
-            return (True,) * self.num_layers
-        space = 0 if self.spacewise_first else every - 1
-        return tuple(layer % every != space for layer in range(self.num_layers))
 
 
 class Statistics(NamedTuple):
@@ -144,7 +112,7 @@ class TotoAttention(nn.Module):
         """Of query 0, key 1 and value 2 the ones [first, last); x [B, L, D], each result [B, heads, L, Q]."""
         size = x.shape[-1]
         rows = slice(first * size, last * size)
-        y = F.linear(x, self.wQKV.weight[rows], self.wQKV.bias[rows])
+        y = part(self.wQKV, x, rows)
         # The published rows run (qkv, Q, heads), heads fastest; the result is (heads, Q) (attention.py:94, 136).
         return y.unflatten(-1, (last - first, size // self.heads, self.heads)).permute(2, 0, 4, 1, 3).unbind(0)
 
@@ -222,8 +190,7 @@ class TotoNetwork(nn.Module):
         self.transformer = nn.ModuleDict({"layers": layers})
         self.last_over_time = max((i for i, over_time in enumerate(config.over_time) if over_time), default=-1)
         self.unembed = nn.Linear(size, size * config.patch_size)
-        heads = ("df", "loc_proj", "scale_proj", "mixture_weights")
-        self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in heads})
+        self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in HEADS})
 
     @property
     def layers(self) -> Iterator[Layer]:

@@ -101,7 +101,8 @@ def launch_workers(
         ),
     )
     options = {"ray": ray, "gpus_total": gpus_total, "strict": strict, "retry_parked": retry_parked, "plain": plain}
-    sys.exit(search(config, checked_symbols(symbols), flat(gpus), cpus, **options, profile=profile))
+    every = tuple(gpu for part in gpus for gpu in part)  # twice the same: two workers on it
+    sys.exit(search(config, checked_symbols(symbols), every, cpus, **options, profile=profile))
 
 
 @click.command(context_settings=HELP)
@@ -361,6 +362,8 @@ def demo_data(config: Config, in_use: bool) -> None:
 @models_option
 @click.option("--modes", type=Names(), multiple=True, help="Modes of torch.compile: default,reduce-overhead,"
               "max-autotune.  [default: default on a CPU, all on a GPU]")  # fmt: skip
+@click.option("--dtypes", type=Names(), multiple=True, help="Also compare these with float32, on the windows of a "
+              "confirmation, and not compiled unless --modes is given: bfloat16,int8.")  # fmt: skip
 @click.option("--device", metavar="DEVICE", help="Such as cpu or cuda:0.  [default: the first GPU, or else the CPU]")
 @click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True, help="Timed runs per mode.")
 @click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Parameter sets to compare.")
@@ -371,6 +374,7 @@ def verify_compile(
     symbols: Sequence[Sequence[str]],
     models: Sequence[Sequence[str]],
     modes: Sequence[Sequence[str]],
+    dtypes: Sequence[Sequence[str]],
     device: str | None,
     repeats: int,
     trials: int,
@@ -378,28 +382,19 @@ def verify_compile(
 ) -> None:
     """Compare compiled models with eager ones on your bars: the time, and whether the forecasts stay the same.
 
-    Without --symbols, uses the folder's first symbol. Exits with status 1 if an MAE changes by more than 0.1 %, if a
-    graph breaks, is recompiled or cannot be a CUDA graph, or if compiling fails.
+    Without --symbols, uses the folder's first symbol. Exits with status 1 if an MAE changes by more than 0.1 % (in
+    another dtype: unless the 95 % interval of the change is within 0.1 %), if a graph breaks, is recompiled or cannot
+    be a CUDA graph, or if compiling fails.
 
     \b
     studies verify-compile --models kronos --symbols BTCUSD --modes default
+    studies verify-compile --models toto --dtypes float32,bfloat16,int8
     """
-    from launch import devices, verify
-    from studies.series import read_usable_series
+    from launch import verify
 
-    device = device or ("cuda:0" if devices.visible_gpus() else "cpu")
-    asked = verify.checked_modes(flat(modes), device)
-    series, skipped, notes = read_usable_series(config, checked_symbols(symbols), first=not symbols)
-    for note in (*notes, *(f"{symbol} skipped: {reason}" for symbol, reason in skipped.items())):
-        say(note)
-    jobs = verify.jobs(config, series, checked_models(models, config), device=device, trials=trials, repeats=repeats)
-    rows = [row for job in jobs for row in verify.compare(job, asked)]
-    show(rows, verify.table, as_json=as_json)
-    if not all(row.passed for row in rows):
-        say("compiled forecasts differ from eager ones, or a model was not compiled exactly once; see the rows")
-        sys.exit(1)
-    if skipped and symbols:
-        sys.exit(1)
+    asked = {"symbols": checked_symbols(symbols), "models": checked_models(models, config), "device": device}
+    kinds = {"modes": flat(modes), "dtypes": flat(dtypes), "repeats": repeats, "trials": trials}
+    sys.exit(verify.verify(config, **asked, **kinds, as_json=as_json))
 
 
 @studies.command(name="dashboard")

@@ -81,7 +81,7 @@ def search(
     say(f"studies: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}")
     models_left = {study.model for study in unfinished}
     say(confirmation_cost(config, [model for model in models if model in models_left]))
-    from launch.run import run_workers  # here: it imports Plotly, which takes a while
+    from launch.run import run_workers  # here: nothing of it is needed where there is nothing to do
 
     return run_workers(
         config,

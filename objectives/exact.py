@@ -7,7 +7,6 @@ them, so a study of them is a study of its own. Knows nothing of models beyond t
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import gammaln, stdtr, stdtrit
 
 from forecasters import Expectation, ForecastError, StudentMixture
 from objectives.aggregation import Aggregate, parse
@@ -53,6 +52,8 @@ def _std(mixture: StudentMixture) -> np.ndarray:
 
 def _quantile(mixture: StudentMixture, q: float) -> np.ndarray:
     """Where the distribution function reaches q, by bisection between the components' own quantiles."""
+    from scipy.special import stdtr, stdtrit  # late: 0.2 s that only exact answers need
+
     if not 0 < q < 1:
         raise ValueError(f"quantile_{q} has no exact value: with more and more samples it goes to infinity")
     own = mixture.loc + mixture.scale * stdtrit(mixture.df, q)
@@ -67,6 +68,8 @@ def _quantile(mixture: StudentMixture, q: float) -> np.ndarray:
 
 def _sum_below(mixture: StudentMixture, x: np.ndarray) -> np.ndarray:
     """E[X; X <= x]: for one t, with z = (x - loc) / scale, loc T(z) - scale (df + z**2) / (df - 1) t(z)."""
+    from scipy.special import gammaln, stdtr
+
     df, z = mixture.df, (x[..., None] - mixture.loc) / mixture.scale
     log_density = (
         gammaln((df + 1) / 2) - gammaln(df / 2) - 0.5 * np.log(df * np.pi) - (df + 1) / 2 * np.log1p(z * z / df)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forecasters import CheckpointError, toto, toto_checkpoint
+from forecasters import (
+    CheckpointError,
+    checkpoints,
+    kronos_checkpoint,
+    kronos_network,
+    kronos_sizes,
+    toto,
+    toto_checkpoint,
+    toto_network,
+    toto_sizes,
+)
 from forecasters.checkpoints import BUNDLED, resolve
 
 GOLDEN = Path(__file__).parent / "goldens" / "toto-a"
@@ -35,7 +46,7 @@ def refused(folder: Path) -> str:
     with pytest.raises(CheckpointError) as loading:
         toto.load(str(folder))
     with pytest.raises(CheckpointError) as checking:
-        toto.inspect(str(folder))
+        toto_checkpoint.inspect(str(folder))
     assert str(loading.value) == str(checking.value)
     assert "\n" not in str(loading.value)
     return str(loading.value)
@@ -142,7 +153,7 @@ def test_a_wrong_config_names_its_key(folder: Path, changes: dict[str, Any], sai
 
 def test_keys_with_a_published_default_may_be_absent(folder: Path):
     reconfigure(folder, scale_factor_exponent="-", stabilize_with_global="-", pre_xformers_checkpoint=True)
-    assert toto.inspect(str(folder))
+    assert toto_checkpoint.inspect(str(folder))
     assert toto_checkpoint.read_config(resolve(str(folder))).scale_factor_exponent == 10.0
 
 
@@ -176,6 +187,47 @@ def test_names_are_bundled_or_folders_or_hub_ids(tmp_path: Path, monkeypatch: py
         resolve("toto-tiny", revision="main")
 
 
+@pytest.mark.parametrize("learnt", [True, False])
+def test_shapes_without_torch_are_those_of_the_networks(learnt: bool):
+    toto_sizes_of = [toto_checkpoint.read_config(resolve(name)) for name in (str(GOLDEN), "toto-tiny")]
+    kronos = replace(kronos_checkpoint.read_config(resolve("kronos-tiny")), learn_te=learnt, n_layers=3)
+    coder = replace(
+        kronos_checkpoint.read_tokenizer_config(resolve(kronos_checkpoint.tokenizer_of("kronos-tiny"))), n_dec_layers=4
+    )
+    with torch.device("meta"):
+        expected = [
+            *((toto_sizes.shapes(config), toto_network.TotoNetwork(config)) for config in toto_sizes_of),
+            (kronos_sizes.network_shapes(kronos), kronos_network.KronosNetwork(kronos)),
+            (kronos_sizes.tokenizer_shapes(coder), kronos_network.KronosTokenizer(coder)),
+        ]
+    for shapes, network in expected:
+        assert shapes == {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def test_a_child_reads_files_again_only_where_they_changed(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(checkpoints.DIGESTS, raising=False)
+    first = resolve(str(folder)).digest
+    (key,) = json.loads(os.environ[checkpoints.DIGESTS])
+    inherited = {"STUDIES_DIGESTS": json.dumps({key: "inherited"})}
+    script = f"from forecasters.checkpoints import resolve; print(resolve({str(folder)!r}).digest)"
+
+    def of_a_child() -> str:
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, env={**os.environ, **inherited}, capture_output=True, text=True, check=True)
+        return ended.stdout.strip()
+
+    assert of_a_child() == "inherited"
+    weights = folder / "model.safetensors"
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    whole = bytearray(weights.read_bytes())
+    whole[-1] ^= 1
+    weights.write_bytes(whole)
+    os.utime(weights, ns=times)  # as a copy that keeps times leaves it: of the same size and age
+    changed = of_a_child()
+    assert changed not in ("inherited", first)
+    assert changed == resolve(str(folder)).digest
+
+
 def test_the_digest_follows_weights_and_config(folder: Path):
     first = resolve(str(folder)).digest
     assert first == resolve(str(GOLDEN)).digest
@@ -192,7 +244,7 @@ def test_checking_reads_no_weights(folder: Path):
     header = 8 + int.from_bytes(whole[:8], "little")
     path.write_bytes(whole[:header])
     os.truncate(path, len(whole))
-    assert toto.inspect(str(folder))
+    assert toto_checkpoint.inspect(str(folder))
     assert toto_checkpoint.read_config(resolve(str(folder))).embed_dim == 48
 
 

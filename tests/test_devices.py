@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from launch import devices
+from launch import cli, devices, searching
 from launch.worker import cache_bytes
 from studies import config as configuration
 
@@ -63,3 +65,12 @@ def test_the_cache_is_shared_by_the_workers_and_their_models() -> None:
     assert cache_bytes(one, workers=4, memory=64 * GIB) == 4 * GIB
     fixed = replace(config, workers=replace(config.workers, cache_mib=512))
     assert cache_bytes(fixed, workers=4, memory=64 * GIB) == 256 * 2**20
+
+
+def test_a_gpu_that_is_named_twice_has_two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(searching, "search", lambda config, symbols, gpus, *others, **options: asked.append(gpus) or 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert CliRunner().invoke(cli.launch_workers, ["--gpus", "0,0"]).exit_code == 0
+    slots = devices.device_slots(asked[0], None)
+    assert [(slot.device, slot.environment["CUDA_VISIBLE_DEVICES"]) for slot in slots] == [("cuda:0", "5")] * 2

@@ -59,7 +59,8 @@ CONFIRMED = MEASURED | {"errors", "sampling_error", "latency_s"}
 WINDOWS = {"validation", "confirmation", "test"}
 VERIFY = {
     "model", "symbol", "mode", "compilation", "windows", "horizon", "dtype", "trials", "warmup_s", "mean_s", "std_s",
-    "speedup", "difference", "moved", "mae_change", "graphs", "recompilations", "breaks", "skips", "peak_mib", "passed",
+    "speedup", "difference", "rms", "moved", "mae_change", "mae_low", "mae_high", "graphs", "recompilations", "breaks",
+    "skips", "peak_mib", "weight_mib", "products", "instructions", "passed",
 }  # fmt: skip
 
 

@@ -73,6 +73,28 @@ def test_loads_no_torch(code: str) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
 
 
+SLOW = ("matplotlib", "plotly", "arch", "scipy", "pandas", "huggingface_hub", "torch._dynamo")  # to import
+
+
+@pytest.mark.parametrize(
+    ("code", "slow"),
+    [
+        ("import launch.cli, launch.searching, launch.run, launch.supervisor", ("torch", *SLOW)),
+        ("import forecasters; forecasters.inspect('toto', checkpoint='toto-tiny')", ("torch", *SLOW)),
+        ("import forecasters; forecasters.inspect('kronos', checkpoint='kronos-tiny')", ("torch", *SLOW)),
+        (
+            "from launch.views import decisions, listing, notes; from storage import board, history\n"
+            "from studies import promoting, promotion_summary",
+            ("torch", *SLOW),
+        ),
+        ("import launch.worker, forecasters; forecasters.load('toto', checkpoint='toto-tiny')", SLOW),
+    ],
+)
+def test_loads_nothing_slow_that_it_does_not_use(code: str, slow: tuple[str, ...]) -> None:
+    check = f"{code}\nimport sys\nassert not (found := [name for name in {slow} if name in sys.modules]), found"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [("launch_workers", ["--help"]), ("promote", ["--help"]), ("studies", ["--help"]), ("studies", ["list", "--help"])],

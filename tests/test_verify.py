@@ -51,7 +51,7 @@ def test_a_mode_stands_beside_eager(job: verify.VerifyJob):
     assert compiled.warmup_s > 0
     assert compiled.difference < 1e-5
     assert compiled.moved == compiled.recompilations == compiled.breaks == 0
-    assert compiled.mae_change < 1e-4
+    assert abs(compiled.mae_change) < 1e-4
     assert compiled.passed
     assert list(verify.table([compiled]).columns[2].cells) == ["default"]
 
@@ -79,6 +79,55 @@ def test_what_is_not_the_same_does_not_pass(job: verify.VerifyJob, change: dict[
 
     rows = verify.compare(job, ["default"], run=run)
     assert {"passed": False} | seen == {name: getattr(rows[1], name) for name in ({"passed": False} | seen)}
+
+
+def test_a_dtype_stands_beside_float32(job: verify.VerifyJob):
+    rows = verify.compare(job, [], ["bfloat16", "int8"], run=verify.measure)
+    assert [(row.dtype, row.mode) for row in rows] == [("float32", "off"), ("bfloat16", "off"), ("int8", "off")]
+    exact, half, whole = rows
+    assert exact.difference == exact.rms == exact.mae_low == exact.mae_high == 0
+    assert exact.passed
+    assert all(0 < row.rms < row.difference and row.mae_low < row.mae_change < row.mae_high for row in rows[1:])
+    assert half.weight_mib == pytest.approx(exact.weight_mib / 2)
+    assert half.weight_mib < whole.weight_mib < exact.weight_mib  # int8 is of the transformer only
+    assert all(row.products > 0 for row in rows)
+    assert verify.table(rows).columns[3].cells == ["float32", "bfloat16", "int8"]
+
+
+@pytest.mark.parametrize(("factors", "passed"), [((1, 1), True), ((1.0002, 1.0002), True), ((1.02, 0.98), False)])
+def test_a_dtype_passes_where_its_whole_interval_does(
+    job: verify.VerifyJob, factors: tuple[float, float], passed: bool
+):
+    """In the last case the errors of every other window rise by 2 % and those of the rest fall by as much."""
+    eager = verify.measure(job, "off")
+    actuals = job.windows.actuals
+
+    def run(job: verify.VerifyJob, mode: str) -> verify.ModeMeasurement:
+        if job.dtype == "float32":
+            return eager
+        factor = np.resize(factors, len(actuals))[:, None]
+        return replace(
+            eager, dtype=job.dtype, points=[actuals + factor * (points - actuals) for points in eager.points]
+        )
+
+    row = verify.compare(job, [], ["int8"], run=run)[1]
+    assert row.passed == passed
+    assert abs(row.mae_change) < 3e-3
+    assert row.mae_low <= row.mae_change <= row.mae_high
+
+
+def test_what_a_cpu_makes_of_a_dtype_is_said(job: verify.VerifyJob):
+    eager = verify.compare(job, [], run=verify.measure)[0]
+    rows = [
+        replace(eager, dtype=dtype, products=rate, instructions=has)
+        for dtype, rate, has in (("float32", 1e11, None), ("bfloat16", 4e11, ("amx_bf16",)), ("int8", 2e10, ()))
+    ]
+    assert list(verify.rates(rows)) == [
+        "a matrix product in bfloat16 has 4.0 times the rate of one in float32, with amx_bf16",
+        "a matrix product in int8 has 0.2 times the rate of one in float32: "
+        "this CPU has no instructions for it (AMX, AVX-512)",
+    ]
+    assert list(verify.rates(rows[1:])) == []
 
 
 def test_the_largest_difference_is_that_of_any_trial(job: verify.VerifyJob):
@@ -148,6 +197,20 @@ def test_the_command_runs_each_mode_in_a_process_of_its_own(tmp_path: Path, monk
     rows = json.loads(result.stdout)
     assert [(row["symbol"], row["compilation"]) for row in rows] == [("AAA", "off"), ("AAA", "default")]
     assert (tmp_path / "kernels").is_dir()
-    usage = CliRunner().invoke(studies, [*arguments, "--modes", "fast"])
-    assert usage.exit_code == 2
-    assert "the modes are default, reduce-overhead, max-autotune" in usage.stderr
+    options = ["--dtypes", "float32,bfloat16", "--repeats", "2", "--trials", "1", "--json"]
+    result = CliRunner().invoke(studies, [*arguments, *options])
+    rows = json.loads(result.stdout)
+    assert [(row["dtype"], row["mode"], row["compilation"]) for row in rows] == [
+        ("float32", "off", "off"),
+        ("bfloat16", "off", "off"),
+    ]
+    assert rows[0]["windows"] > 30  # those of a confirmation
+    assert result.exit_code == (0 if all(row["passed"] for row in rows) else 1)
+    assert "a matrix product in bfloat16 has" in result.stderr
+    for option, known in (
+        ("--modes", "default, reduce-overhead, max-autotune"),
+        ("--dtypes", "float32, bfloat16, int8"),
+    ):
+        usage = CliRunner().invoke(studies, [*arguments, option, "fast"])
+        assert usage.exit_code == 2
+        assert f"the {option[2:]} are {known}" in usage.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.output import SayOnce, counted
-from launch.views import decisions, figures, monitor
+from launch.views import decisions, monitor
 from launch.views.facts import (
     CONFIRMATION,
     DECISION,
@@ -170,6 +170,8 @@ def update(
 
 def _image(folder: Path, facts: StudyFacts) -> Image | None:
     """The forecast's PNG, drawn unless the folder has the one of this confirmation. Raises OSError."""
+    from launch.views import figures  # late, as below: it imports Plotly, which takes a while
+
     if figures.forecast_chart(facts.evidence) is None:
         return None
     title = f"{facts.study.name}: {FORECAST.lower()}"
@@ -180,6 +182,8 @@ def _image(folder: Path, facts: StudyFacts) -> Image | None:
 
 def plots(facts: StudyFacts) -> dict[str, Any]:
     """The study's figures by id, without those that have nothing to show."""
+    from launch.views import figures
+
     drawn = {
         "forecast": figures.forecast(facts.evidence),
         "error-by-window": figures.error_by_window(facts.evidence),
