@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import platform
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ def _code(modules: tuple[str, ...]) -> str:
     """In place of a number that somebody must not forget to raise: after any edit nothing that was kept is found."""
     digest = hashlib.sha256()
     for name in modules:
-        digest.update(Path(str(sys.modules[name].__file__)).read_bytes())
+        digest.update(Path(str(importlib.import_module(name).__file__)).read_bytes())
     return digest.hexdigest()
 
 
