@@ -105,14 +105,14 @@ def test_studies_on_other_windows_do_not_compete(place: Place, differs: dict[str
 
 def test_an_incumbent_of_an_unknown_model_is_replaced_only_by_force(place: Place) -> None:
     place.study([(NEW, measured(0.0095))])
-    path = place.put({"context_length": 512}, model="chronos2")
+    path = place.put({"context_length": 512}, model="alien")
     before = path.read_bytes()
     row = place.row()
-    assert (row["incumbent_model"], row["decision"], row["reason"]) == ("chronos2", "kept", "not comparable")
+    assert (row["incumbent_model"], row["decision"], row["reason"]) == ("alien", "kept", "not comparable")
     assert row["next"] == place.suggested("promote --symbols BTCUSD --force")
     assert path.read_bytes() == before
     assert place.row("--force")["decision"] == "promoted"
-    assert place.promoted()["metadata"]["previous_model"] == "chronos2"
+    assert place.promoted()["metadata"]["previous_model"] == "alien"
 
 
 @pytest.mark.parametrize("name", ["toto", "toto_compiled"])
