@@ -119,13 +119,21 @@ class StudentMixture:
     scale: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantiles:
+    """The answer of a model without sampling: quantiles at levels, in price."""
+
+    levels: np.ndarray  # float64 [Q], ascending, within (0, 1)
+    values: np.ndarray  # float64 [W, H, Q], in price, ascending over Q
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageParams:
     """Which params of a model belong to which stage."""
 
     encode: tuple[str, ...]
     draw: tuple[str, ...]
-    num_samples: str  # the one of `draw` that is the number of samples
+    num_samples: str | None  # the one of `draw` that is the number of samples; None: nothing is sampled
 
 
 class Forecaster(Protocol):
