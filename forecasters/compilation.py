@@ -244,6 +244,12 @@ def _keep_kernels_in(folder: Path) -> None:
         os.environ[CACHE_VARIABLE] = os.environ[_OURS] = str(folder)
 
 
+def fixed_length(patches: int) -> int:
+    """The length, in patches, that this many are padded to: two lengths a power of 2, so that few graphs serve all."""
+    power = 1 << (patches - 1).bit_length()  # the least power of 2 that holds them
+    return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
+
+
 def graph_breaks() -> int:
     """Of this process."""
     return sum(_counters()["graph_break"].values())

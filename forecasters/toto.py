@@ -32,7 +32,7 @@ from forecasters import (
     seed_of_key,
 )
 from forecasters.checkpoints import check, load_into, resolve
-from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.compilation import OFF, Graphs, Policy, decide, fixed_length
 from forecasters.toto_checkpoint import build, fingerprint_of, rename
 from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, first_patch, in_price, series_of, unpacked
 from forecasters.toto_model import KEY_INPUTS, PRICE, RATIO, TOTO, VARIATES
@@ -412,12 +412,6 @@ class Toto:
             parts.append(latest)
         rest = torch.cat(parts, -1)[:windows, ..., : horizon - patch].flatten(0, 1)
         return np.concatenate((begun, rest.cpu().numpy()), -1)
-
-
-def fixed_length(patches: int) -> int:
-    """The length, in patches, that this many are padded to: two lengths a power of 2, so that few graphs serve all."""
-    power = 1 << (patches - 1).bit_length()  # the least power of 2 that holds them
-    return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
 
 
 def _finite(prices: np.ndarray) -> np.ndarray:
