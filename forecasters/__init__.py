@@ -133,7 +133,7 @@ class StageParams:
 
     encode: tuple[str, ...]
     draw: tuple[str, ...] = ()
-    num_samples: str | None = None  # the one of `draw` that is the number of samples; None: the model draws none
+    num_samples: str = ""  # the one of `draw` that is the number of samples; empty: the model draws none
 
 
 class Forecaster(Protocol):

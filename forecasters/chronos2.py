@@ -73,8 +73,8 @@ class Chronos2:
 
         contexts: W windows of any lengths, each a group of its own. params: {"context_length": bars, "variates":
         "close", which is the key alone, "close+volume", "ohlc" or "ohlcv", "transform": "price", "log" or
-        "differences", "calendar": "bars" or "days"}; of a context no more is read than the checkpoint's own length. horizon: steps; those
-        beyond one pass of the network are unrolled as the reference does.
+        "differences", "calendar": "bars" or "days"}; of a context no more is read than the checkpoint's
+        own length. horizon: steps; those beyond one pass of the network are unrolled as the reference does.
         Raises ForecastError on a context that is empty, not finite, without the volume that is asked for or, of
         logarithms, not positive, for a param or horizon out of range and when one window does not fit the memory.
         """

@@ -261,7 +261,7 @@ def measure_job(job: Job, device: str) -> tuple[list[Answer], Profile]:
     load_s = time.perf_counter() - began
     seconds, work = dict(evaluator.seconds), work_of([evaluator])
     count = MODELS[job.model].params.num_samples
-    order = sorted(range(len(job.rows)), key=lambda place: -job.rows[place].params.get(count or "", 0))
+    order = sorted(range(len(job.rows)), key=lambda place: -job.rows[place].params.get(count, 0))
     found = {place: _answer(job, job.rows[place].params, evaluator) for place in order}
     profile = Profile(
         seconds={"load": load_s, **{stage: spent - seconds[stage] for stage, spent in evaluator.seconds.items()}},

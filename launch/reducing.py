@@ -111,7 +111,7 @@ def _records(config: Config, symbols: Sequence[str], models: Sequence[str]) -> t
         if record is None:
             path = configs.file_path(root, "best", symbol)
             failures[symbol] = f"{path}: no promoted file; {suggested(f'promote --symbols {symbol}')} makes one"
-        elif record.model in MODELS and MODELS[record.model].params.num_samples is None:
+        elif record.model in MODELS and not MODELS[record.model].params.num_samples:
             if symbols:
                 failures[symbol] = f"{record.path}: is of {record.model}, which draws no samples: nothing to reduce"
         elif record.model in models:

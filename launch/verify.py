@@ -190,7 +190,7 @@ def measure(
 
 def _answers(evaluator: Evaluator, windows: Windows, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Samples [W, S, H] and points [W, H]; of a model that draws none its deciles stand for samples."""
-    if evaluator.forecaster.params.num_samples is None:
+    if not evaluator.forecaster.params.num_samples:
         deciles = [evaluator.forecast(windows, unshrunk(params, f"quantile_{tenth / 10}")) for tenth in range(1, 10)]
         return np.stack(deciles, axis=1), evaluator.forecast(windows, params)
     samples = evaluator.samples(windows, params)

@@ -56,7 +56,7 @@ class Evaluator:
         self.work = work
         self.rung = rung
         self.batch = batch or rung
-        self.exact = exact or forecaster.params.num_samples is None
+        self.exact = exact or not forecaster.params.num_samples
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self.fresh, self.fresh_s = 0, 0.0  # windows whose bars were encoded so far, and the seconds to their points

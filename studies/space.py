@@ -128,7 +128,7 @@ def make(model: str, config: Config) -> Space:
 
 def most_samples(model: str, config: Config) -> int:
     """The largest number of samples that a sampled search of this model may draw; 0: it draws none."""
-    if (count := MODELS[model].params.num_samples) is None:
+    if not (count := MODELS[model].params.num_samples):
         return 0
     counts = MODELS[model].search(config.models[model]).knobs[count]
     assert isinstance(counts, tuple)
@@ -219,7 +219,7 @@ def to_promoted(params: Mapping[str, Any], space: Space, config: Config) -> dict
     """
     model = MODELS[space.model]
     count = model.params.num_samples
-    if count is not None and count not in space.knobs:
+    if count and count not in space.knobs:
         params = {count: most_samples(space.model, config), **params}
     if missing := [name for name in model.kinds if name not in params and name not in model.by_default]:
         raise ValueError(f"{space.model}: a configuration without {', '.join(missing)} cannot be promoted")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from forecasters import Bars
 from forecasters.chronos2_calendar import on_calendar
 
 
-def bars_at(times: pd.DatetimeIndex) -> Bars:
+def bars_at(times: Any) -> Bars:
     close = np.arange(1.0, len(times) + 1)
     stamps = times.as_unit("ns").to_numpy()
     return Bars(timestamps=stamps, open=close + 0.1, high=close + 0.3, low=close - 0.2, close=close, volume=close * 10)
@@ -35,7 +37,7 @@ def test_it_is_what_reindexing_and_forward_filling_gives() -> None:
     bars = bars_at(days)
     expected = pd.Series(bars.close, days).reindex(pd.date_range(days[0], days[-1])).ffill()
     filled = on_calendar(bars)
-    np.testing.assert_array_equal(filled.timestamps, expected.index.as_unit("ns").to_numpy())
+    np.testing.assert_array_equal(filled.timestamps, bars_at(expected.index).timestamps)
     np.testing.assert_array_equal(filled.close, expected.to_numpy())
 
 
