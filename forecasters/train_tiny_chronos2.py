@@ -27,7 +27,7 @@ from forecasters.packaged import packaged_bars
 
 LAST_TRAINING_DAY = "2016-12-31"
 SEED = 20170101
-STEPS = 1200
+STEPS = 3000
 BATCH_PATCHES = 768
 LENGTHS = (
     4,
@@ -39,8 +39,8 @@ LENGTHS = (
     128,
 )  # patches of a context: 64 to 2,048 bars, most often what a search reads by default
 AFTER = (1, 1, 1, 2, 4)  # patches that are forecast
-LEARNING_RATE = 1e-3
-UNDIRECTED = 0.75  # share of rows whose moves have random signs: few symbols' directions would be learnt by heart
+LEARNING_RATE = 5e-4
+UNDIRECTED = 0.9  # share of rows whose moves have random signs: few symbols' directions would be learnt by heart
 GROUPED = 0.3  # share of batches of groups: the prices of a bar, or some of them and the volume
 FIRST_STEP_WEIGHT = 0.5  # of the loss; the other steps share the rest
 CLOSE, OPEN, HIGH, LOW, VOLUME = range(5)
