@@ -61,7 +61,8 @@ def space_of(tmp_path: Path, text: str = "") -> tuple[Config, Space]:
              "model_id": "chronos2_finetuned/btc/finetuned-ckpt"},
             {"preaug_strategy": "detrending"},
             {**READ, "context_length": 2048},
-            ("sample_count", "predict_kwargs", "skip_rates", "preaug_strategy detrending", "the weights of another model_id"),
+            ("sample_count", "predict_kwargs", "skip_rates", "preaug_strategy detrending",
+             "the weights of another model_id"),
         ),
     ],
 )  # fmt: skip
@@ -119,7 +120,8 @@ def test_a_search_asks_what_the_settings_ask(tmp_path: Path) -> None:
     assert spaces.most_samples("chronos2", config) == 0
     assert "chronos2" not in config.search.models  # nobody asked for its weights
 
-    text = '[chronos2]\nvariates = ["ohlc", "ohlcv"]\ntransform = "log"\nshrink = [0.0, 0.5]\ncontext_length = [64, 9999]\n'
+    text = '[chronos2]\nvariates = ["ohlc", "ohlcv"]\ntransform = "log"\nshrink = [0.0, 0.5]\n'
+    text += "context_length = [64, 9999]\n"
     config, space = space_of(tmp_path, text)
     assert list(space.knobs) == ["aggregate", "shrink", "context_length", "variates"]
     default = spaces.default(space, config)

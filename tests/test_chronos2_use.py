@@ -1,4 +1,4 @@
-"""Chronos-2 as people use it: searched, confirmed and promoted, its incumbents measured, its files served and studied."""
+"""Chronos-2 as people use it: searched and promoted, its incumbents measured, its files served and studied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from places import RunPlace
 
 from forecasters import chronos2
-from launch import cli
+from launch import cli, verify
 from objectives.evaluation import Evaluator
 from objectives.metrics import measure_no_change
 from objectives.windows import Windows, split
@@ -116,11 +116,32 @@ def test_chronos2_is_searched_confirmed_promoted_and_used(searched: Place) -> No
     assert swept["cells"][0]["skill"] == 0.0
     backtest = place.read("backtest", "--params", "best", "--strategies", "simple", "--bars", "30")
     assert {(row["model"], row["source"]) for row in backtest["rows"]} >= {("chronos2", "best")}
-    reduced = place.invoke(cli.studies, "reduce", "--symbols", "SP500", "--models", "chronos2")
-    assert reduced.exit_code == 1
-    assert "draws no samples: nothing to reduce" in reduced.stderr
-    verified = place.invoke(cli.studies, "verify-compile", "--help")
-    assert verified.exit_code == 0
+
+
+def test_there_are_no_samples_to_reduce(place: Place) -> None:
+    place.put_promoted("SP500", HIS, model="chronos2")
+    place.put_promoted(
+        "NASDAQ", {"num_samples": 64, "aggregate": "mean", "season": 1, "context_length": 99}, model="naive"
+    )
+    words = ("--models", "naive,chronos2", "--max-cost", "0.9", "--json")
+    named = place.invoke(cli.studies, "reduce", "--symbols", "SP500", *words)
+    assert named.exit_code == 1
+    assert "is of chronos2, which draws no samples: nothing to reduce" in named.stderr
+    place.write("NASDAQ.csv", place.data.joinpath("SP500.csv").read_text().splitlines())
+    everything = place.invoke(cli.studies, "reduce", *words)
+    assert everything.exit_code == 0, everything.output
+    assert [row["symbol"] for row in json.loads(everything.stdout)] == ["NASDAQ"]
+
+
+def test_compiling_is_checked_by_quantiles_where_there_are_no_samples(place: Place) -> None:
+    config = configuration.load(place.settings)
+    ((job,),) = [
+        list(verify.jobs(config, read_series(config, ["SP500"])[0], ["chronos2"], device="cpu", trials=2, repeats=1))
+    ]
+    measured = verify.measure(job, verify.EAGER)
+    assert measured.samples.shape == (len(job.windows), 9, 1)
+    assert (np.diff(measured.samples, axis=1) >= 0).all()
+    assert verify.row(job, verify.EAGER, measured, measured).passed
 
 
 def windows(config: configuration.Config, horizon: int = 1) -> Windows:

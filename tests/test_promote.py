@@ -115,6 +115,14 @@ def test_an_incumbent_of_an_unknown_model_is_replaced_only_by_force(place: Place
     assert place.promoted()["metadata"]["previous_model"] == "alien"
 
 
+def test_an_incumbent_of_a_model_that_was_not_searched_names_the_search_that_measures_it(place: Place) -> None:
+    place.study([(NEW, measured(0.0095))])
+    place.put({"name": "ctx512_bs128_median", "context_length": 512, "aggregation": "median"}, model="chronos2")
+    row = place.row()
+    assert (row["incumbent_model"], row["reason"]) == ("chronos2", "not comparable")
+    assert row["next"] == place.suggested("launch-workers --symbols BTCUSD --models chronos2")
+
+
 @pytest.mark.parametrize("name", ["toto", "toto_compiled"])
 def test_the_predecessors_files_are_incumbents(place: Place, name: str) -> None:
     place.study([(NEW, measured(0.0095))], baselines={"incumbent": (OLD, measured(0.01))})
