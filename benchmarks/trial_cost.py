@@ -1,16 +1,16 @@
 """`python -m benchmarks.trial_cost`: what a trial costs, repeated-sample against staged, in one process.
 
 Random weights at the published sizes, Toto-Open-Base-1.0 (151 M), Kronos-base (102 M) and chronos-2 (119 M), fp32, one
-thread. A trial is 30 windows of one step: of 512 points and more and 1,024 samples for Toto, of 192 bars and 256 samples
-for Kronos, of 512 points for Chronos-2, which samples nothing. The second trial changes only how is sampled and
+thread. A trial is 30 windows of one step: of 512 points and more and 1,024 samples for Toto, of 192 bars and 256
+samples for Kronos, of 512 points for Chronos-2, which samples nothing. The second trial changes only how is sampled and
 aggregated. Figures that should stay above something say so.
 
 The repeated-sample way computes what the references compute. For Toto a window is repeated 128 times and run whole (all
 layers, every patch unembedded and its mixture made, a sample of every point), 8 times for 1,024 samples, 240 runs a
 trial, of which one is measured; nothing of the reference's overheads (key-value cache, timestamps) is copied, so this
 baseline is faster than the reference. For Kronos (benchmarks/plain_kronos.py) the whole context is run again for every
-sample and step; a few samples of one window are measured and multiplied. Everything else is measured whole. Chronos-2 is
-compared with its published library, with the same weights, where chronos-forecasting is installed beside this package.
+sample and step; a few samples of one window are measured and multiplied. Everything else is measured whole. Chronos-2
+is compared with its published library, with the same weights, where chronos-forecasting is installed beside this.
 
 Every repetition times all ways, and each figure is of the fastest one, since other work on the machine only ever adds:
 seconds for Toto; CPU seconds of this process for Kronos and Chronos-2, whose ways take so long that something always
@@ -36,6 +36,7 @@ from benchmarks import plain_kronos, recording
 from benchmarks.random_models import KRONOS_BASE, random_bars, random_chronos2, random_kronos, random_toto
 from forecasters import Bars, Quantiles, toto
 from forecasters.chronos2 import Chronos2
+from forecasters.chronos2_encoded import EncodedQuantiles
 from forecasters.chronos2_network import Chronos2Network
 from forecasters.kronos import Kronos
 from forecasters.kronos_sampling import sampling_of
@@ -269,10 +270,10 @@ def chronos2_figures(repeats: int) -> dict[str, float]:
     contexts = [walk.slice(i, CHRONOS2_CONTEXT + i) for i in range(WINDOWS)]
     square = torch.randn(CHRONOS2_MATMUL, CHRONOS2_MATMUL)
 
-    def encode() -> object:
+    def encode() -> EncodedQuantiles:
         return forecaster.encode(contexts, params, 1)
 
-    def trial(encoded: object) -> np.ndarray:
+    def trial(encoded: EncodedQuantiles) -> np.ndarray:
         quantiles: Quantiles = forecaster.quantiles(encoded, {})
         inner = (quantiles.levels > 0.1) & (quantiles.levels < 0.9)
         return quantiles.values[..., inner].mean(-1)

@@ -167,9 +167,9 @@ class Chronos2:
     ) -> list[np.ndarray]:
         """The network's quantiles of each group [G, T], float32 [G, Q, H] each, not sorted.
 
-        known: of each what is known ahead, [G, H], NaN where nothing is. most: patches of one pass. Beyond it the levels
-        UNROLLED of each answer go on as if observed, nine paths that attend to nothing of each other, and the quantiles
-        of all their answers, each weighted by how much both of its levels stand for, are the next answer.
+        known: of each what is known ahead, [G, H], else NaN. most: patches of one pass. Beyond it the levels UNROLLED
+        of each answer go on as if observed, nine paths that attend to nothing of each other, and the quantiles of all
+        their answers, each weighted by how much both of its levels stand for, are the next answer.
         """
         patch, room = self.network.config.patch_size, self.network.config.context_length
         if horizon < 1 or most < 1:
@@ -206,7 +206,7 @@ class Chronos2:
         return [np.concatenate(pieces, -1)[..., :horizon] for pieces in zip(*parts, strict=True)]
 
     @torch.inference_mode()
-    def _pass(self, groups: Sequence[np.ndarray], known: Sequence[np.ndarray | None], patches: int) -> list[np.ndarray]:
+    def _pass(self, groups: Sequence[np.ndarray], known: Sequence[np.ndarray], patches: int) -> list[np.ndarray]:
         """The answer of the network to each group [G, T], float32 [G, Q, patches * P] each.
 
         Groups of one size run together, like lengths beside each other.

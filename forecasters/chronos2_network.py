@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
     scale: Tensor
 
 
-# What a module makes anew it changes in place: nothing is trained here, and a CPU spends a tenth of a pass on new pages.
+# What a module makes anew it changes in place: nothing is trained here, and new pages take a tenth of a CPU's time.
 
 
 class Norm(nn.Module):
