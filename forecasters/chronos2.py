@@ -28,7 +28,7 @@ from forecasters.chronos2_model import BARS, CALENDARS, CHRONOS2, DAYS
 from forecasters.chronos2_network import Chronos2Network
 from forecasters.compilation import OFF, Graphs, Policy, decide, fixed_length
 
-CPU_TOKENS = 384  # in one pass, which a CPU's cache holds: ten windows of 512 points
+CPU_TOKENS = 1024  # in one pass: thirty windows of 512 points; matrix products of fewer rows run slower
 BATCH_TOKENS = 16_384  # in one pass elsewhere
 UNROLLED = np.arange(1, 10) / 10  # levels that are taken for observed where a horizon needs more than one pass
 
@@ -43,7 +43,7 @@ class Chronos2:
         self, network: Chronos2Network, *, fingerprint: str, policy: Policy | None = None, chunk: int = 10
     ) -> None:
         """policy: how to compile; None: not at all. chunk: windows in a compiled pass, fewer are padded."""
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False).prepare()
         self.fingerprint = fingerprint
         self.levels = np.array(network.config.levels)
         self.forwards = 0
@@ -88,7 +88,8 @@ class Chronos2:
         if calendar == DAYS:
             contexts = [on_calendar(bars) for bars in contexts]
         groups = [series_of(bars, length, columns, transform) for bars in contexts]
-        answers = self._forecast(groups, [None] * len(groups), horizon, self.network.config.max_output_patches)
+        unknown = [np.full((len(columns), max(0, horizon)), np.nan, np.float32)] * len(groups)
+        answers = self._forecast(groups, unknown, horizon, self.network.config.max_output_patches)
         keys = tuple(column for column in columns if column != VOLUME)
         values = np.array(
             [
@@ -167,13 +168,13 @@ class Chronos2:
         return _finite(found)
 
     def _forecast(
-        self, groups: Sequence[np.ndarray], known: Sequence[np.ndarray | None], horizon: int, most: int
+        self, groups: Sequence[np.ndarray], known: Sequence[np.ndarray], horizon: int, most: int
     ) -> list[np.ndarray]:
         """The network's quantiles of each group [G, T], float32 [G, Q, H] each, not sorted.
 
-        known: of each [G, H], NaN where it is not. most: patches of one pass. Beyond it the levels UNROLLED of each
-        answer go on as if observed, nine paths that attend to nothing of each other, and the quantiles of all their
-        answers, each weighted by how much both of its levels stand for, are the next answer.
+        known: of each what is known ahead, [G, H], else NaN. most: patches of one pass. Beyond it the levels UNROLLED
+        of each answer go on as if observed, nine paths that attend to nothing of each other, and the quantiles of all
+        their answers, each weighted by how much both of its levels stand for, are the next answer.
         """
         patch, room = self.network.config.patch_size, self.network.config.context_length
         if horizon < 1 or most < 1:
@@ -193,12 +194,12 @@ class Chronos2:
             steps = parts[-1][0].shape[-1]
             for place, latest in enumerate(parts[-1]):
                 appended = at_levels(latest, self.levels, UNROLLED)  # [G, 9, steps]
-                told = None if ahead[place] is None else ahead[place][:, :steps]
+                told = ahead[place][:, :steps]  # at least as many are ahead, or this would not go on
                 for path in range(paths):
-                    each = appended[:, path] if told is None else np.where(np.isnan(told), appended[:, path], told)
+                    each = np.where(np.isnan(told), appended[:, path], told)
                     whole = np.concatenate((contexts[place * paths + path], each), 1)
                     contexts[place * paths + path] = whole[:, -room:]
-            ahead = [None if told is None else told[:, steps:] for told in ahead]
+            ahead = [told[:, steps:] for told in ahead]
             patches = min(-(-(horizon - done) // patch), most)
             answers = self._pass(contexts, [told for told in ahead for _ in range(paths)], patches)
             parts.append(
@@ -210,7 +211,7 @@ class Chronos2:
         return [np.concatenate(pieces, -1)[..., :horizon] for pieces in zip(*parts, strict=True)]
 
     @torch.inference_mode()
-    def _pass(self, groups: Sequence[np.ndarray], known: Sequence[np.ndarray | None], patches: int) -> list[np.ndarray]:
+    def _pass(self, groups: Sequence[np.ndarray], known: Sequence[np.ndarray], patches: int) -> list[np.ndarray]:
         """The answer of the network to each group [G, T], float32 [G, Q, patches * P] each.
 
         Groups of one size run together, like lengths beside each other.
@@ -230,8 +231,8 @@ class Chronos2:
             series = np.stack([_right(groups[place], context) for place in rows])
             future = np.full((len(rows), size, patches * patch), np.nan, np.float32)
             for into, place in zip(future, rows, strict=True):
-                if (told := known[place]) is not None:
-                    into[:, : told.shape[1]] = told[:, : into.shape[1]]
+                told = known[place][:, : into.shape[1]]
+                into[:, : told.shape[1]] = told
             try:
                 arguments = (torch.from_numpy(series).to(self.device), torch.from_numpy(future).to(self.device))
                 answers = self.graphs.run(self.network.answer, (*series.shape, patches), *arguments)

@@ -57,8 +57,8 @@ def decide(
 ) -> Policy:
     """The policy for a model ("toto") on a device ("cuda:0"); the environment goes before the settings.
 
-    As for the storage's URL, so that one run can differ from the settings that all runs share. Of the environment,
-    for MODEL = TOTO or KRONOS: MODEL_DISABLE_COMPILE=1 or MODEL_COMPILE=0 turns off; MODEL_COMPILE_MODE names the
+    As for the storage's URL, so that one run can differ from the settings that all runs share. Of the environment, for
+    MODEL = TOTO, KRONOS or CHRONOS2: MODEL_DISABLE_COMPILE=1 or MODEL_COMPILE=0 turns off; MODEL_COMPILE_MODE names the
     mode, MODEL_COMPILE_BACKEND the backend; MODEL_COMPILE=1 turns on where the settings say auto or off, and
     MODEL_USE_TORCH_COMPILE is the predecessor's name for it; its TORCH_COMPILE_MODE names the mode of what is compiled.
     auto: off on a CPU, where compiling gains 1.0 to 1.3 times for minutes of work, reduce-overhead on CUDA.

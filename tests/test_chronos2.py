@@ -1,6 +1,7 @@
 """Our network and its stages against the reference's stored answers (tests/goldens/chronos2-a)."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from forecasters.chronos2_encoded import COLUMNS, TRANSFORMS, in_price
 GOLDEN = Path(__file__).parent / "goldens" / "chronos2-a"
 CASE = json.loads((GOLDEN / "case.json").read_text())
 TABLE = pd.read_csv(GOLDEN / "ohlcv.csv")
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 ORIGIN, HORIZONS, PATCH = CASE["origin"], CASE["horizons"], 16
 TOLERANCE = 1e-4  # of the context's standard deviation
 UNROLLED_TOLERANCE = 1e-3  # the reference weighs in float32
@@ -371,8 +373,24 @@ def test_what_does_not_fit_the_memory_is_run_in_halves(model: chronos2.Chronos2,
         small.encode(windows, params, 1)
 
 
-def test_compiled_it_says_the_same_with_one_graph_a_shape(tmp_path: Path, model: chronos2.Chronos2):
-    running = Running(compile_mode="default", compile_backend="eager", compile_dir=str(tmp_path), chunk=3)
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.timeout(600),  # 40 s on an idle core
+                pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler, g++ or clang++"),
+            ],
+        ),
+    ],
+)
+def test_compiled_it_says_the_same_with_one_graph_a_shape(
+    tmp_path: Path, model: chronos2.Chronos2, no_graphs: None, backend: str
+):
+    running = Running(compile_mode="default", compile_backend=backend, compile_dir=str(tmp_path), chunk=3)
     compiled = chronos2.load(str(GOLDEN), running=running)
     for variates, graphs in (("close", 1), ("ohlcv", 2)):
         params = {"context_length": 96, "variates": variates, "transform": "price"}
