@@ -145,4 +145,5 @@ CHRONOS2 = Model(
     foreign=_foreign,
     exact_horizon=None,  # its only answer is exact, as far as the checkpoint reaches
     reader_paths=lambda config: (1, 1),
+    by_name=True,
 )

@@ -101,7 +101,7 @@ class Model:
     reader_paths: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
     # The share of origins whose last close some params clip, from the closes; None: this model clips nothing.
     clipped: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float] | None = None
-    baseline: bool = False  # something to compare with, searched only where it is asked for by name
+    by_name: bool = False  # searched only where it is asked for by its name: a baseline, or one more large download
 
     @property
     def checkpoint_settings(self) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ class Space:
 def make(model: str, config: Config) -> Space:
     """The space that the settings ask for. Raises ConfigError where they contradict each other."""
     described, horizon, settings = MODELS[model], config.windows.horizon, config.models[model]
-    others = ",".join(name for name, other in MODELS.items() if name != model and not other.baseline)
+    others = ",".join(name for name, other in MODELS.items() if name != model and not other.by_name)
     leave_out = f"or leave {model} out with --models {others}"
     where = f"{config.source}: [windows] horizon {horizon}"
     if reason := described.refuses(settings, horizon):

@@ -10,7 +10,7 @@ import pytest
 from places import FOLDERS
 
 from forecasters.models import MODELS
-from studies import candidates
+from studies import candidates, history_errors
 from studies import config as configuration
 from studies import space as spaces
 from studies.config import Config, ConfigError
@@ -134,6 +134,13 @@ def test_a_search_asks_what_the_settings_ask(tmp_path: Path) -> None:
     assert candidates.shared_knobs(space) == ["aggregate", "shrink"]
     found = candidates.choose(space, [(3, default)], default)
     assert len(found) == len(config.models["chronos2"].aggregates) * 2
+
+
+def test_a_replay_tries_every_aggregate_with_every_share(tmp_path: Path) -> None:
+    config, space = space_of(tmp_path, "[chronos2]\nshrink = [0.0, 1.0]\n")
+    found = history_errors.candidates_of(config, space, [])
+    assert len({json.dumps(dict(one.params)) for one in found}) == len(config.models["chronos2"].aggregates) * 2
+    assert all(space.contains(one.params) for one in found)
 
 
 def test_the_exact_objective_asks_the_same(tmp_path: Path) -> None:

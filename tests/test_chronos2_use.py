@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from places import RunPlace
+from test_serve import get, served
 
 from forecasters import chronos2
 from launch import cli, verify
@@ -21,6 +22,7 @@ from studies import evaluators
 from studies import space as spaces
 from studies import study as studying
 from studies.evidence import INCUMBENT, from_json
+from studies.forecasting import Forecasts
 from studies.series import read_series, split_windows
 
 TRIALS = 7
@@ -106,6 +108,16 @@ def test_chronos2_is_searched_confirmed_promoted_and_used(searched: Place) -> No
             keys[key]["q10"], keys[key]["q50"], keys[key]["q90"], strict=True))  # fmt: skip
     assert np.ptp([keys["close"]["q10"][0], keys["close"]["q90"][0]]) > 1  # an interval is not shrunk
 
+    found = Forecasts(place.settings, storage=place.storage, environment={}, note=lambda line: None)
+    try:
+        with served(found) as address:
+            status, text = get(address, "/forecast?symbol=SP500&keys=high,low,close&horizon=3")
+    finally:
+        found.close()
+    assert status == 200
+    answer = json.loads(text)["forecasts"]["SP500"]["keys"]
+    assert [answer[key]["points"] for key in keys] == [keys[key]["points"] for key in keys]
+
     words = ("--models", "chronos2", "--windows", "12", "--horizon", "2", "--params", "best,default")
     compared = place.read("compare", *words, "--passes", "3", "--plot", str(place.folder / "fan.html"))
     labels = {row["label"] for row in compared["rows"] if row["model"] == "chronos2" and not row["error"]}
@@ -135,9 +147,8 @@ def test_there_are_no_samples_to_reduce(place: Place) -> None:
 
 def test_compiling_is_checked_by_quantiles_where_there_are_no_samples(place: Place) -> None:
     config = configuration.load(place.settings)
-    ((job,),) = [
-        list(verify.jobs(config, read_series(config, ["SP500"])[0], ["chronos2"], device="cpu", trials=2, repeats=1))
-    ]
+    series, _ = read_series(config, ["SP500"])
+    (job,) = verify.jobs(config, series, ["chronos2"], device="cpu", trials=2, repeats=1)
     measured = verify.measure(job, verify.EAGER)
     assert measured.samples.shape == (len(job.windows), 9, 1)
     assert (np.diff(measured.samples, axis=1) >= 0).all()

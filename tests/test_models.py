@@ -21,6 +21,7 @@ import forecasters
 from forecasters import Bars, ForecastError, StageParams, models, naive
 from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams
 from forecasters.settings import at_least, counts, setting
+from launch import options
 from objectives.windows import Windows, split
 from studies import config as configuration
 from studies import evaluators
@@ -212,6 +213,11 @@ def test_starting_points_are_configurations_that_a_promoted_file_could_name(name
     model, space = models.MODELS[name], spaces.make(name, configuration.load())
     for params in model.starting_points:
         assert spaces.from_promoted(params, {}, space) == params
+
+
+def test_what_nobody_named_is_not_searched() -> None:
+    assert configuration.load().search.models == options.BOTH == ("toto", "kronos")
+    assert set(models.MODELS) - set(options.BOTH) == {"chronos2", "naive"}
 
 
 def test_no_module_but_a_model_s_own_names_a_model() -> None:
