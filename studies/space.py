@@ -171,12 +171,6 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     return params
 
 
-def lost(model: str, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a promoted file's forecasts rest on and `from_promoted` cannot measure."""
-    foreign = MODELS[model].foreign(config, metadata)
-    return () if foreign is None else foreign.lost
-
-
 def digest_of(model: str, params: Mapping[str, Any], checkpoint: str) -> str:
     """What tells one configuration from another, in hexadecimal. checkpoint: the fingerprint of its weights."""
     said = {"model": model, "params": dict(params), "checkpoint": checkpoint}

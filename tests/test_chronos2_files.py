@@ -73,7 +73,9 @@ def test_the_predecessors_files_are_read(
         _, space = space_of(tmp_path, text)
         shrink = {"shrink": 1.0} if "shrink" in space.knobs else {}
         assert spaces.from_promoted(config, metadata, space) == {**read, **shrink}  # whatever the settings ask for
-    assert spaces.lost("chronos2", config, metadata) == lost
+    foreign = MODELS["chronos2"].foreign(config, metadata)
+    assert foreign is not None
+    assert foreign.lost == lost
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,8 @@ def test_chronos2_is_searched_confirmed_promoted_and_used(searched: Place) -> No
             keys[key]["q10"], keys[key]["q50"], keys[key]["q90"], strict=True))  # fmt: skip
     assert np.ptp([keys["close"]["q10"][0], keys["close"]["q90"][0]]) > 1  # an interval is not shrunk
 
-    found = Forecasts(place.settings, storage=place.storage, environment={}, note=lambda line: None)
-    try:
-        with served(found) as address:
-            status, text = get(address, "/forecast?symbol=SP500&keys=high,low,close&horizon=3")
-    finally:
-        found.close()
-    assert status == 200
-    answer = json.loads(text)["forecasts"]["SP500"]["keys"]
+    answer, notes = served_keys(place)
+    assert not any("no meaning" in line for line in notes)
     assert [answer[key]["points"] for key in keys] == [keys[key]["points"] for key in keys]
 
     words = ("--models", "chronos2", "--windows", "12", "--horizon", "2", "--params", "best,default")
@@ -128,6 +122,32 @@ def test_chronos2_is_searched_confirmed_promoted_and_used(searched: Place) -> No
     assert swept["cells"][0]["skill"] == 0.0
     backtest = place.read("backtest", "--params", "best", "--strategies", "simple", "--bars", "30")
     assert {(row["model"], row["source"]) for row in backtest["rows"]} >= {("chronos2", "best")}
+
+
+def served_keys(place: Place) -> tuple[dict[str, Any], list[str]]:
+    """What HTTP answers for three bars of three prices, by key, and what is said beside it."""
+    notes: list[str] = []
+    found = Forecasts(place.settings, storage=None, environment={}, note=notes.append)
+    try:
+        with served(found) as address:
+            status, text = get(address, "/forecast?symbol=SP500&keys=high,low,close&horizon=3")
+    finally:
+        found.close()
+    assert status == 200, text
+    return json.loads(text)["forecasts"]["SP500"]["keys"], notes
+
+
+def test_a_file_of_the_predecessor_is_served_as_what_it_means(place: Place) -> None:
+    path = place.put_promoted("SP500", {**HIS, "skip_rates": [1, 2]}, model="chronos2")
+    keys, notes = served_keys(place)
+    said = [line for line in notes if "no meaning here" in line]
+    assert said == [f"{path}: is measured without what has no meaning here: skip_rates"]
+    (series,), _ = read_series(configuration.load(place.settings), ["SP500"])
+    forecaster = chronos2.load("chronos2-tiny")
+    params = {"context_length": 256, "variates": "ohlc", "transform": "price", "calendar": "days"}
+    (close,) = forecaster.quantiles_keys(forecaster.encode([series.bars], params, 3), {}, ["close"])
+    median = close.values[0, :, close.levels.tolist().index(0.5)]
+    np.testing.assert_allclose(keys["close"]["points"], median, rtol=1e-12)
 
 
 def test_there_are_no_samples_to_reduce(place: Place) -> None:
