@@ -21,9 +21,10 @@ import torch
 
 from forecasters import BY_DEFAULT, CLOSE, Bars, ForecastError, Quantiles, Running, halved
 from forecasters.checkpoints import check, load_into, resolve
+from forecasters.chronos2_calendar import on_calendar
 from forecasters.chronos2_checkpoint import build, fingerprint_of
 from forecasters.chronos2_encoded import VOLUME, EncodedQuantiles, columns_of, in_price, series_of
-from forecasters.chronos2_model import CHRONOS2
+from forecasters.chronos2_model import BARS, CALENDARS, CHRONOS2, DAYS
 from forecasters.chronos2_network import Chronos2Network
 from forecasters.compilation import OFF, Graphs, Policy, decide, fixed_length
 
@@ -72,8 +73,8 @@ class Chronos2:
 
         contexts: W windows of any lengths, each a group of its own. params: {"context_length": bars, "variates":
         "close", which is the key alone, "close+volume", "ohlc" or "ohlcv", "transform": "price", "log" or
-        "differences"}; of a context no more is read than the checkpoint's own context length. horizon: steps; those
-        beyond one pass of the network are unrolled as the reference does.
+        "differences", "calendar": "bars" or "days"}; of a context no more is read than the checkpoint's
+        own length. horizon: steps; those beyond one pass of the network are unrolled as the reference does.
         Raises ForecastError on a context that is empty, not finite, without the volume that is asked for or, of
         logarithms, not positive, for a param or horizon out of range and when one window does not fit the memory.
         """
@@ -82,6 +83,10 @@ class Chronos2:
         length = min(int(params["context_length"]), self.network.config.context_length)
         if not contexts:
             raise ForecastError("no contexts: at least one window is needed")
+        if (calendar := params.get("calendar", BARS)) not in CALENDARS:
+            raise ForecastError(f"calendar {calendar!r}: expected one of {', '.join(CALENDARS)}")
+        if calendar == DAYS:
+            contexts = [on_calendar(bars) for bars in contexts]
         groups = [series_of(bars, length, columns, transform) for bars in contexts]
         unknown = [np.full((len(columns), max(0, horizon)), np.nan, np.float32)] * len(groups)
         answers = self._forecast(groups, unknown, horizon, self.network.config.max_output_patches)

@@ -146,6 +146,8 @@ def for_symbol(
                 try:
                     one = Chosen(word=word, model=record.model, config=record.config, metadata=record.metadata)
                     add(record.model, word, f"{record.model} {word}", _params(config, one), record.config)
+                    if lost := spaces.lost(record.model, record.config, record.metadata):
+                        notes.append(f"{record.path}: is measured without what has no meaning here: {', '.join(lost)}")
                 except ConfigError as error:
                     notes.append(f"{record.path}: left out: {error}")
     return Configurations(rows=rows, notes=notes, dead_top_p=dead)

@@ -28,4 +28,6 @@ def configurations_in_use(
             continue
         if params not in found.values():
             found[label] = params
+            if lost := spaces.lost(model, record.config, record.metadata):
+                notes.append(f"{record.path}: is measured without what has no meaning here: {', '.join(lost)}")
     return found, tuple(notes)
