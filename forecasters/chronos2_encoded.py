@@ -11,17 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from forecasters import CLOSE, Bars, ForecastError
+from forecasters.chronos2_model import TRANSFORMS, VARIATES
 
 VOLUME = "volume"
 PRICES = (CLOSE, "open", "high", "low")
 # The series of a window's group, by choice of variates; None is the key that is asked for.
-COLUMNS = {
-    "close": (None,),
-    "close+volume": (None, VOLUME),
-    "ohlc": PRICES,
-    "ohlcv": (*PRICES, VOLUME),
-}
-PRICE, LOG, DIFFERENCES = TRANSFORMS = ("price", "log", "differences")
+COLUMNS: dict[str, tuple[str | None, ...]] = dict(
+    zip(VARIATES, ((None,), (None, VOLUME), PRICES, (*PRICES, VOLUME)), strict=True)
+)
+PRICE, LOG, DIFFERENCES = TRANSFORMS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
     scale: Tensor
 
 
-# What a module makes anew it changes in place: nothing is trained here, and new pages take a tenth of a CPU's time.
+# What a module makes anew it changes in place: on a CPU new pages would take a tenth of the time.
 
 
 class Norm(nn.Module):
@@ -108,7 +108,7 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class AttentionLayer(nn.Module):
-    alone: Tensor  # what a series that attends to itself only learns of itself, [D, D]; see Chronos2Network.prepare
+    alone: Tensor | None  # o after v, [D, D], of a series that attends to itself only; see Chronos2Network.prepare
 
     def __init__(self, config: Chronos2NetworkConfig) -> None:
         super().__init__()
@@ -125,7 +125,8 @@ class AttentionLayer(nn.Module):
         """x [R, A, D] after the attention of the series of a group at each token. mask: [N, A, 1, 1, G]."""
         normed = self.layer_norm(x)
         if size == 1:
-            return F.linear(normed, self.alone).add_(x)
+            v, o = self.self_attention.v, self.self_attention.o
+            return (o(v(normed)) if self.alone is None else F.linear(normed, self.alone)).add_(x)
         together = normed.unflatten(0, (-1, size)).transpose(1, 2)  # [N, A, G, D]
         tokens = together.flatten(0, 1)
         learnt = self.self_attention(tokens, tokens, mask.flatten(0, 1), None).view_as(together)
@@ -181,9 +182,9 @@ class Chronos2Network(nn.Module):
         )
 
     def prepare(self) -> Chronos2Network:
-        """Compute, once the weights are loaded, what passes of groups of one series need of them.
+        """Multiply two matrices of each block into one for groups of one series, once the weights are as they stay.
 
-        Such a series attends to itself with weight 1, whatever the scores are: the product of two matrices is all.
+        Such a series attends to itself with weight 1, whatever the scores are, so that nothing stands between them.
         """
         for block in self.encoder.block:
             layer = cast(AttentionLayer, cast(Block, block).layer[1])

@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import forecasters
 from forecasters import KEYS, Bars, CheckpointError, ForecastError, Running, chronos2
-from forecasters.chronos2_encoded import COLUMNS, TRANSFORMS, in_price
+from forecasters.chronos2_encoded import COLUMNS, in_price
+from forecasters.chronos2_model import TRANSFORMS
+from forecasters.chronos2_network import Chronos2Network
 
 GOLDEN = Path(__file__).parent / "goldens" / "chronos2-a"
 CASE = json.loads((GOLDEN / "case.json").read_text())
@@ -36,7 +39,9 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def model() -> chronos2.Chronos2:
-    return chronos2.load(str(GOLDEN))
+    loaded = forecasters.load("chronos2", checkpoint=str(GOLDEN))
+    assert isinstance(loaded, chronos2.Chronos2)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,14 @@ def test_what_the_network_reads_and_its_hidden_state_match_the_reference(model: 
     np.testing.assert_allclose([tokens.loc.item(), tokens.scale.item()], expected["u70_loc_scale"], rtol=1e-6)
     np.testing.assert_allclose(every[0], expected["u70_hidden"], atol=5e-5)
     np.testing.assert_allclose(last[0], every[0, -1:], atol=1e-6)
+
+
+def test_a_series_alone_needs_only_the_product_of_two_matrices(model: chronos2.Chronos2):
+    plain = Chronos2Network(model.network.config)
+    plain.load_state_dict(model.network.state_dict())
+    series, known = torch.from_numpy(column("close", 96).copy())[None, None], torch.full((1, 1, PATCH), torch.nan)
+    with torch.inference_mode():
+        np.testing.assert_allclose(plain.answer(series, known), model.network.answer(series, known), rtol=LAST_BITS)
 
 
 # --- the stages --------------------------------------------------------------------------------------------------
