@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from forecasters import Bars, toto_network
+from forecasters.chronos2_network import Chronos2Network
+from forecasters.chronos2_sizes import Chronos2NetworkConfig
 from forecasters.kronos import Kronos
 from forecasters.kronos_network import KronosNetwork, KronosNetworkConfig, KronosTokenizer, KronosTokenizerConfig
 
@@ -42,6 +44,21 @@ KRONOS_SMALL = KronosNetworkConfig(
 KRONOS_TOKENIZER = KronosTokenizerConfig(
     d_in=6, d_model=256, n_heads=4, ff_dim=512, n_enc_layers=4, n_dec_layers=4, s1_bits=10, s2_bits=10
 )
+CHRONOS2_BASE = Chronos2NetworkConfig(
+    d_model=768,
+    d_kv=64,
+    d_ff=3072,
+    num_layers=12,
+    num_heads=12,
+    layer_norm_epsilon=1e-6,
+    rope_theta=10_000.0,
+    vocab_size=2,
+    context_length=8192,
+    patch_size=16,
+    max_output_patches=64,
+    time_encoding_scale=8192,
+    levels=(0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99),
+)
 KRONOS_SEES = 512  # bars, of Kronos-small and -base
 
 
@@ -49,6 +66,12 @@ def random_toto() -> toto_network.TotoNetwork:
     """At the size of Toto-Open-Base-1.0, 151 M parameters."""
     torch.manual_seed(0)
     return toto_network.TotoNetwork(TOTO_BASE)
+
+
+def random_chronos2() -> Chronos2Network:
+    """At the size of amazon/chronos-2, 119 M parameters."""
+    torch.manual_seed(0)
+    return Chronos2Network(CHRONOS2_BASE)
 
 
 def random_kronos(size: KronosNetworkConfig = KRONOS_BASE) -> Kronos:

@@ -1,27 +1,33 @@
 """`python -m benchmarks.trial_cost`: what a trial costs, repeated-sample against staged, in one process.
 
-Random weights at the published sizes, Toto-Open-Base-1.0 (151 M) and Kronos-base (102 M), fp32, one thread. A trial is
-30 windows of one step: of 512 points and 1,024 samples for Toto, of 192 bars and 256 samples for Kronos. The second
-trial changes only how is sampled and aggregated. Toto's trials are measured as a worker measures them: by its
-evaluator, its number of windows in a forward, its samples drawn ahead. Figures that should stay above something say so.
+Random weights at the published sizes, Toto-Open-Base-1.0 (151 M), Kronos-base (102 M) and chronos-2 (119 M), fp32, one
+thread. A trial is 30 windows of one step: of 512 points and 1,024 samples for Toto, of 192 bars and 256
+samples for Kronos, of 512 points for Chronos-2, which samples nothing. The second trial changes only how is sampled and
+aggregated. Toto's trials are measured as a worker measures them: by its evaluator, its number of windows in a forward,
+its samples drawn ahead. Figures that should stay above something say so.
 
 The repeated-sample way computes what the references compute. For Toto a window is repeated 128 times and run whole (all
 layers, every patch unembedded and its mixture made, a sample of every point), 8 times for 1,024 samples, 240 runs a
 trial, of which one is measured; nothing of the reference's overheads (key-value cache, timestamps) is copied, so this
 baseline is faster than the reference. For Kronos (benchmarks/plain_kronos.py) the whole context is run again for every
-sample and step; a few samples of one window are measured and multiplied. Everything else is measured whole.
+sample and step; a few samples of one window are measured and multiplied. Everything else is measured whole. Chronos-2
+is compared with its published library, with the same weights, where chronos-forecasting is installed beside this.
 
 Every repetition times all ways, and each figure is of the fastest one, since other work on the machine only ever adds:
-seconds for Toto; CPU seconds of this process for Kronos, whose ways take so long that something always comes between.
+seconds for Toto; CPU seconds of this process for Kronos and Chronos-2, whose ways take so long that something always
+comes between.
 With random weights the number of distinct tokens is not that of trained ones, so figures of Kronos' later draws are
 indicative only.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,12 +36,16 @@ from torch.distributions import Categorical, MixtureSameFamily, StudentT
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain_kronos, recording
-from benchmarks.random_models import KRONOS_BASE, random_bars, random_kronos, random_toto
+from benchmarks.random_models import KRONOS_BASE, random_bars, random_chronos2, random_kronos, random_toto
 from forecasters import Bars, toto
+from forecasters.chronos2 import Chronos2
+from forecasters.chronos2_encoded import EncodedQuantiles
+from forecasters.chronos2_network import Chronos2Network
 from forecasters.kronos import Kronos
 from forecasters.kronos_sampling import sampling_of
 from forecasters.toto_network import TotoNetwork
 from objectives.evaluation import Evaluator
+from objectives.quantiles import PiecewiseLinear
 from objectives.windows import recent_origins
 from studies import config as configuration
 from studies import evaluators
@@ -156,6 +166,7 @@ LEAST = {
         "7 steps, repeated / first trial": 100,
         "7 steps, sliding, repeated / first trial": 15,
     },
+    "chronos2": {"encode / matmul rate": 0.85, "reference / encode": 1.25, "first / second trial": 500},
 }
 
 
@@ -254,7 +265,65 @@ def kronos_figures(repeats: int) -> dict[str, float]:
     return figures | seven_steps(kronos, windows, "7 steps, sliding", repeats)
 
 
-MEASURES = {"toto": toto_figures, "kronos": kronos_figures}
+# --- Chronos-2 -------------------------------------------------------------------------------------------------
+
+CHRONOS2_CONTEXT, CHRONOS2_MATMUL = 512, 2048
+REFERENCE = "chronos"  # what chronos-forecasting installs
+
+
+def published_library(network: Chronos2Network, closes: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """One step [1, Q, 1] of each of these series by the published library with the weights of this network."""
+    library, config = importlib.import_module(f"{REFERENCE}.chronos2"), asdict(network.config)
+    patch, levels = config.pop("patch_size"), list(config.pop("levels"))
+    forecast = {name: config.pop(name) for name in ("context_length", "max_output_patches", "time_encoding_scale")}
+    patches = dict.fromkeys(("input_patch_size", "input_patch_stride", "output_patch_size"), patch)
+    forecast |= {**patches, "quantiles": levels, "use_arcsinh": True, "use_reg_token": True}
+    model = library.Chronos2Model(library.Chronos2CoreConfig(**config, chronos_config=forecast)).eval()
+    model.load_state_dict(network.state_dict())
+    pipeline = library.Chronos2Pipeline(model)
+    return lambda: pipeline.predict(closes, prediction_length=1)
+
+
+def chronos2_figures(repeats: int) -> dict[str, float]:
+    """Of Chronos-2, by name. A first repetition warms up and is not counted."""
+    network = random_chronos2()
+    forecaster, params = Chronos2(network, fingerprint="random"), {"context_length": CHRONOS2_CONTEXT}
+    walk = random_bars(CHRONOS2_CONTEXT + WINDOWS)
+    contexts = [walk.slice(i, CHRONOS2_CONTEXT + i) for i in range(WINDOWS)]
+    square = torch.randn(CHRONOS2_MATMUL, CHRONOS2_MATMUL)
+
+    def encode() -> EncodedQuantiles:
+        return forecaster.encode(contexts, params, 1)
+
+    def trial(encoded: EncodedQuantiles) -> np.ndarray:
+        return PiecewiseLinear(forecaster.quantiles(encoded, {})).mean_between(0.1, 0.9)
+
+    encoded = encode()
+    ways: dict[str, Callable[[], object]] = {"encode": encode, "first trial": lambda: trial(encode())}
+    if importlib.util.find_spec(REFERENCE) is None:
+        print("chronos-forecasting is not installed here: Chronos-2 is not compared with it")
+    else:
+        series = [torch.from_numpy(bars.close.astype(np.float32)) for bars in contexts]
+        ways["reference"] = published_library(network, series)
+
+    def repetition() -> Seconds:
+        found: Seconds = {"matmul": cpu_seconds(lambda: square @ square)}
+        found |= {name: cpu_seconds(way) for name, way in ways.items()}
+        return {**found, "second trial": cpu_seconds(lambda: trial(encoded), 20)}
+
+    repetition()
+    taken = fastest(repetition, repeats)
+    figures = {f"{name}, CPU s": each for name, each in taken.items()}
+    figures["first / second trial"] = taken["first trial"] / taken["second trial"]
+    if "reference" in taken:
+        figures["reference / encode"] = taken["reference"] / taken["encode"]
+    figures["encode, GFLOP/s"] = flops(encode) / taken["encode"] / 1e9
+    figures["matmul, GFLOP/s"] = 2 * CHRONOS2_MATMUL**3 / taken["matmul"] / 1e9
+    figures["encode / matmul rate"] = figures["encode, GFLOP/s"] / figures["matmul, GFLOP/s"]
+    return figures
+
+
+MEASURES = {"toto": toto_figures, "kronos": kronos_figures, "chronos2": chronos2_figures}
 
 
 def main() -> None:

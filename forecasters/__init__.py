@@ -119,13 +119,21 @@ class StudentMixture:
     scale: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantiles:
+    """The answer of a model without samples: quantiles of every step, in price."""
+
+    levels: np.ndarray  # float64 [Q], ascending, within (0, 1)
+    values: np.ndarray  # float64 [W, H, Q], ascending along Q
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageParams:
     """Which params of a model belong to which stage."""
 
     encode: tuple[str, ...]
-    draw: tuple[str, ...]
-    num_samples: str  # the one of `draw` that is the number of samples
+    draw: tuple[str, ...] = ()
+    num_samples: str = ""  # the one of `draw` that is the number of samples; empty: the model draws none
 
 
 class Forecaster(Protocol):
@@ -214,6 +222,32 @@ class ExactKeyedForecaster(KeyedForecaster, Protocol):
         self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
     ) -> Sequence[Expectation | StudentMixture]:
         """The exact answer of each of these keys, which the encoding answers; as `ExactForecaster.exact`."""
+        ...
+
+
+@runtime_checkable
+class QuantileForecaster(Protocol):
+    """A forecaster without samples, whose answer nothing random is in: equal encodings have equal answers."""
+
+    model: str
+    params: StageParams
+    fingerprint: str
+    forwards: int
+
+    def answers_together(self, params: Mapping[str, Any]) -> bool:
+        """As `KeyedForecaster.answers_together`."""
+        ...
+
+    def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = CLOSE) -> Encoded:
+        """As `KeyedForecaster.encode`."""
+        ...
+
+    def quantiles(self, encoded: Any, params: Mapping[str, Any]) -> Quantiles:
+        """The quantiles of the close. params: those of `params.draw`."""
+        ...
+
+    def quantiles_keys(self, encoded: Any, params: Mapping[str, Any], keys: Sequence[str]) -> Sequence[Quantiles]:
+        """The quantiles of each of these keys, which the encoding answers."""
         ...
 
 

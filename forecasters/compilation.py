@@ -57,8 +57,8 @@ def decide(
 ) -> Policy:
     """The policy for a model ("toto") on a device ("cuda:0"); the environment goes before the settings.
 
-    As for the storage's URL, so that one run can differ from the settings that all runs share. Of the environment,
-    for MODEL = TOTO or KRONOS: MODEL_DISABLE_COMPILE=1 or MODEL_COMPILE=0 turns off; MODEL_COMPILE_MODE names the
+    As for the storage's URL, so that one run can differ from the settings that all runs share. Of the environment, for
+    MODEL = TOTO, KRONOS or CHRONOS2: MODEL_DISABLE_COMPILE=1 or MODEL_COMPILE=0 turns off; MODEL_COMPILE_MODE names the
     mode, MODEL_COMPILE_BACKEND the backend; MODEL_COMPILE=1 turns on where the settings say auto or off, and
     MODEL_USE_TORCH_COMPILE is the predecessor's name for it; its TORCH_COMPILE_MODE names the mode of what is compiled.
     auto: off on a CPU, where compiling gains 1.0 to 1.3 times for minutes of work, reduce-overhead on CUDA.
@@ -242,6 +242,12 @@ def _keep_kernels_in(folder: Path) -> None:
     now = os.environ.get(CACHE_VARIABLE)
     if now is None or now == default_cache_dir() or os.environ.get(_OURS) == now:
         os.environ[CACHE_VARIABLE] = os.environ[_OURS] = str(folder)
+
+
+def fixed_length(patches: int) -> int:
+    """The length, in patches, that this many are padded to: two lengths a power of 2, so that few graphs serve all."""
+    power = 1 << (patches - 1).bit_length()  # the least power of 2 that holds them
+    return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
 
 
 def graph_breaks() -> int:

@@ -41,8 +41,8 @@ class Range:
 
 Knob = tuple[Any, ...] | Range  # a tuple: one of these
 Volatility = Literal["stable", "medium", "volatile"]
-# Whole numbers above 0, whole numbers, numbers above 0, names of aggregates, or one of these names.
-Kind = Literal["count", "count or 0", "number", "aggregate"] | tuple[str, ...]
+# Whole numbers above 0, whole numbers, numbers above 0, numbers of 0 to 1, names of aggregates, or one of these names.
+Kind = Literal["count", "count or 0", "number", "share", "aggregate"] | tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,14 @@ class SearchedParams:
 
     knobs: Mapping[str, Knob]  # in the order in which a trial proposes them
     fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What the promoted file of another program means here."""
+
+    params: Mapping[str, Any]
+    lost: tuple[str, ...]  # entries that change its forecast and have no meaning here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +89,11 @@ class Model:
     limits: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # what the settings allow of the published default
     # From the params of `kinds`, in its order, and the searched names.
     to_promoted: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda params, searched: dict(params)
+    # What a promoted `config` says beside its params, from the settings and the horizon.
+    written: Callable[[Any, int], Mapping[str, Any]] = lambda settings, horizon: {}
     implied: Callable[[Mapping[str, Knob]], Mapping[str, Any]] = lambda knobs: {}  # by a promoted file that is silent
+    # A promoted `config` and its metadata, where another program wrote them; None: they name params as ours do.
+    foreign: Callable[[Mapping[str, Any], Mapping[str, Any]], Foreign | None] = lambda config, metadata: None
     refuses: Callable[[Any, int], str | None] = lambda settings, horizon: None  # what is wrong with a horizon
     exact_horizon: int | None = 0  # steps, at most, that it answers without samples; None: the checkpoint decides
     window_bytes: Callable[[Mapping[str, Any], int], int] | None = None  # of an encoded window; None: weights decide
@@ -95,7 +107,7 @@ class Model:
     least_deviation: float = 0.0
     # The share of origins whose context some params read in a unit of its own, from the closes; None: as published.
     rescaled: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float | None] = lambda closes, at, params: None
-    baseline: bool = False  # something to compare with, searched only where it is asked for by name
+    by_name: bool = False  # searched only where it is asked for by its name: a baseline, or one more large download
 
     @property
     def checkpoint_settings(self) -> tuple[str, ...]:

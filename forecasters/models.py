@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from forecasters.chronos2_model import CHRONOS2
 from forecasters.descriptor import Model
 from forecasters.kronos_model import KRONOS
 from forecasters.naive import NAIVE
 from forecasters.toto_model import TOTO
 
-MODELS: Mapping[str, Model] = {model.name: model for model in (TOTO, KRONOS, NAIVE)}
+MODELS: Mapping[str, Model] = {model.name: model for model in (TOTO, KRONOS, CHRONOS2, NAIVE)}

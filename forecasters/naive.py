@@ -61,7 +61,7 @@ NAIVE = Model(
         {"season": 5, "context_length": 256, "num_samples": 1024, "aggregate": "median"},
     ),
     window_bytes=_window_bytes,
-    baseline=True,
+    by_name=True,
 )
 
 

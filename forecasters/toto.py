@@ -32,7 +32,7 @@ from forecasters import (
     seed_of_key,
 )
 from forecasters.checkpoints import load_into, resolve
-from forecasters.compilation import OFF, Graphs, Policy, decide
+from forecasters.compilation import OFF, Graphs, Policy, decide, fixed_length
 from forecasters.low_precision import placed
 from forecasters.scaling import in_units
 from forecasters.toto_checkpoint import fingerprint_of, read_config, rename
@@ -398,12 +398,6 @@ class Toto(SharedForwards, KeptMixtures):
             parts.append(latest)
         rest = torch.cat(parts, -1)[:windows, ..., : horizon - patch].flatten(0, 1)
         return np.concatenate((begun, rest.cpu().numpy()), -1)
-
-
-def fixed_length(patches: int) -> int:
-    """The length, in patches, that this many are padded to: two lengths a power of 2, so that few graphs serve all."""
-    power = 1 << (patches - 1).bit_length()  # the least power of 2 that holds them
-    return patches if patches < 3 else power * 3 // 4 if patches <= power * 3 // 4 else power
 
 
 def _finite(prices: np.ndarray) -> np.ndarray:

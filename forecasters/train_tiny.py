@@ -2,7 +2,7 @@
 
 Owns how toto-tiny was made: the daily closes of the packaged symbols up to 2016, their augmentation, the loss, the
 schedule. Prints the loss and, at the end, the skill of the result on 2017 and 2018, whatever it is. kronos-tiny is in
-train_tiny_kronos.py. No other code imports this module.
+train_tiny_kronos.py, chronos2-tiny in train_tiny_chronos2.py. No other code imports this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forecasters import Bars, toto, train_tiny_kronos
+from forecasters import Bars, toto, train_tiny_chronos2, train_tiny_kronos
 from forecasters.checkpoints import BUNDLED, CONFIG, WEIGHTS
 from forecasters.packaged import packaged_bars
 from forecasters.toto_network import TotoNetwork, TotoNetworkConfig
@@ -193,7 +193,7 @@ def report(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a bundled tiny checkpoint.")
-    parser.add_argument("model", choices=["toto", "kronos"])
+    parser.add_argument("model", choices=["toto", "kronos", "chronos2"])
     parser.add_argument("--out", type=Path, help="folder to write to, by default where the bundled one is")
     parser.add_argument("--steps", type=int, help="by default as the bundled one")
     args = parser.parse_args()
@@ -201,6 +201,9 @@ def main() -> None:
     if args.model == "kronos":
         train_tiny_kronos.save(*train_tiny_kronos.train(args.steps or train_tiny_kronos.STEPS), out)
         train_tiny_kronos.report(out)
+    elif args.model == "chronos2":
+        train_tiny_chronos2.save(train_tiny_chronos2.train(args.steps or train_tiny_chronos2.STEPS), out)
+        train_tiny_chronos2.report(out)
     else:
         save(train_toto(args.steps or STEPS), out)
         report(out)

@@ -30,6 +30,7 @@ from launch.views.comparison import BLOCKS, ComparisonRow, Fan
 from launch.views.tables import duration, terminal
 from objectives.bars import DataError, require_keys
 from objectives.evaluation import Evaluator
+from objectives.quantiles import unshrunk
 from objectives.windows import SeedKind, Windows
 from storage.commands import this_command
 from studies import chosen, comparing
@@ -37,7 +38,7 @@ from studies.comparing import ComparedConfiguration, MeasuredRow
 from studies.config import Config, ConfigError
 from studies.series import Series, read_usable_series, window_span
 
-BAND = (0.1, 0.9)  # of the samples that a fan shows
+BAND = (0.1, 0.9)  # quantiles that a fan shows
 HORIZON = 64  # of the predecessor's comparisons
 
 
@@ -77,7 +78,7 @@ class Job:
     keys: Sequence[str]
     passes: int
     seeds: SeedKind
-    fan: bool  # also the band of the samples of the last window
+    fan: bool  # also the band of the last window
     profile: bool
 
 
@@ -275,10 +276,10 @@ def _answer(job: Job, params: Mapping[str, Any], evaluator: Evaluator) -> Answer
         passes = comparing.passes_of(evaluator, job.passes)
         measured = comparing.measure_keys(evaluator, job.windows, params, job.keys, passes=passes, kind=job.seeds)
         band = None
-        if job.fan and not evaluator.exact:
+        if job.fan and (not evaluator.exact or "aggregate" in params):  # the exact answer of Kronos is a mean alone
             last = replace(job.windows, origins=job.windows.origins[-1:])
-            samples = evaluator.samples(last, params, pass_number=passes[0], kind=job.seeds)
-            band = np.quantile(samples[0], BAND, axis=0)
+            ends = [unshrunk(params, f"quantile_{level}") for level in BAND]
+            band = np.stack([evaluator.forecast(last, end, pass_number=passes[0], kind=job.seeds)[0] for end in ends])
         return Answer(measured=measured, band=band)
     except ForecastError as error:
         return Answer(error=str(error))

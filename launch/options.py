@@ -25,7 +25,7 @@ from storage.symbols import SymbolError, check_symbol
 from studies import config as configuration
 from studies.config import Config
 
-BOTH = tuple(name for name, model in MODELS.items() if not model.baseline)  # what --models both means
+BOTH = tuple(name for name, model in MODELS.items() if not model.by_name)  # what --models both means
 HELP = {"help_option_names": ["-h", "--help"]}  # the context settings of every command
 FILE = click.Path(dir_okay=False, path_type=Path)  # to write to; its metavar is FILE
 version_option = click.version_option(package_name="forecast-studies", prog_name="forecast-studies")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import click
 
 from forecasters import ExpectedError
+from forecasters.models import MODELS
 from launch import processes
 from launch.devices import device_slots
 from launch.output import counted, say, show
@@ -110,6 +111,9 @@ def _records(config: Config, symbols: Sequence[str], models: Sequence[str]) -> t
         if record is None:
             path = configs.file_path(root, "best", symbol)
             failures[symbol] = f"{path}: no promoted file; {suggested(f'promote --symbols {symbol}')} makes one"
+        elif record.model in MODELS and not MODELS[record.model].params.num_samples:
+            if symbols:
+                failures[symbol] = f"{record.path}: is of {record.model}, which draws no samples: nothing to reduce"
         elif record.model in models:
             records.append(record)
         elif symbols:

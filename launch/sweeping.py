@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def command(config: Config, asked: Asked, *, plot: Path | None, as_json: bool) -
     if not found.rows:
         what = f"{symbol}: {asked.start!r} names no configuration of {model} in {config.hyperparams.dir}"
         raise ConfigError(f"{what}; promote one, or use --from {chosen.DEFAULT}")
-    base = found.rows[0]
+    unsaid = {name: value for name, value in MODELS[model].by_default.items() if name in asked.axes}
+    base = replace(found.rows[0], params={**unsaid, **found.rows[0].params})
     _check_that_something_varies(base, asked.axes)
     everyone = [base.params, *({**base.params, **values} for values in sweeping.combinations_of(asked.axes))]
     say(str(candidates.cost(model, everyone, windows=len(windows), passes=asked.passes)))

@@ -25,6 +25,7 @@ from launch.views.tables import Column, Table
 from objectives.aggregation import Draw
 from objectives.bootstrap import mean_interval
 from objectives.metrics import relative_errors
+from objectives.quantiles import unshrunk
 from objectives.windows import Windows
 from studies.config import Config
 from studies.series import confirmation_windows, read_usable_series, split_windows
@@ -217,22 +218,19 @@ def measure(
     forecaster = evaluators.load_forecaster(job.in_mode(mode), job.model, device=job.device)
     evaluator = evaluators.evaluator_of(job.config, forecaster, cache_bytes=0, keep=False)
     for params in job.trials:
-        evaluator.samples(job.windows, params)
+        _answers(evaluator, job.windows, params)
     warm = forecaster.graphs.count
     seconds = []
     for _ in range(job.repeats):
         began = time.perf_counter()
-        evaluator.samples(job.windows, job.trials[0])
+        _answers(evaluator, job.windows, job.trials[0])
         seconds.append(time.perf_counter() - began)
-    drawn = [evaluator.samples(job.windows, params) for params in job.trials]
+    answers = [_answers(evaluator, job.windows, params) for params in job.trials]
     measured = ModeMeasurement(
         dtype=job.dtype,
         compilation=forecaster.compilation,
-        samples=drawn[0],
-        points=[
-            Draw(samples).aggregate(params.get("aggregate", "mean"))
-            for samples, params in zip(drawn, job.trials, strict=True)
-        ],
+        samples=answers[0][0],
+        points=[points for _, points in answers],
         seconds=seconds,
         warmup_s=forecaster.graphs.warmup_s,
         graphs=forecaster.graphs.count,
@@ -247,6 +245,15 @@ def measure(
     if inspect is not None:
         inspect(forecaster, evaluator)
     return measured
+
+
+def _answers(evaluator: Evaluator, windows: Windows, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Samples [W, S, H] and points [W, H]; of a model that draws none its deciles stand for samples."""
+    if not evaluator.forecaster.params.num_samples:
+        deciles = [evaluator.forecast(windows, unshrunk(params, f"quantile_{tenth / 10}")) for tenth in range(1, 10)]
+        return np.stack(deciles, axis=1), evaluator.forecast(windows, params)
+    samples = evaluator.samples(windows, params)
+    return samples, Draw(samples).aggregate(params.get("aggregate", "mean"))
 
 
 def row(job: VerifyJob, mode: str, measured: ModeMeasurement, eager: ModeMeasurement) -> ModeRow:

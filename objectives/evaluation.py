@@ -20,6 +20,7 @@ from objectives.exact import exact_points
 from objectives.keeping import Store
 from objectives.keys import KeyForecasts, key_forecasts
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
+from objectives.quantiles import shrunk
 from objectives.windows import Contexts, SeedKind, Windows
 from objectives.work import WorkCounter
 
@@ -34,7 +35,8 @@ class Evaluator:
     batch: windows in a forward of the network, in that order, by default those of a rung. Rung and batch decide the
     last bits of every number, so compare measurements of equal ones only. Neither has to be a multiple of the other.
     max_num_samples: draw this many at once, since smaller counts are prefixes; larger counts still work.
-    exact: no samples but what any number of them tends to; params then name no number of samples.
+    exact: no samples but what any number of them tends to; params then name no number of samples. A model without
+    samples is always exact.
     work: counts the network's operations by stage, beside `seconds`; None: nobody does.
     store: what encodings are kept in between runs, of forecasters whose encodings can be; None: nowhere.
     """
@@ -55,7 +57,7 @@ class Evaluator:
         self.work = work
         self.rung = rung
         self.batch = batch or rung
-        self.exact = exact
+        self.exact = exact or not forecaster.params.num_samples
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self.fresh, self.fresh_s = 0, 0.0  # windows whose bars were encoded so far, and the seconds to their points
@@ -261,7 +263,8 @@ class Evaluator:
                         points |= {key: exact_points(each, aggregate) for key, each in zip(keys, answers, strict=True)}
             return points
 
-        return exact if self.exact else sampled
+        answer = exact if self.exact else sampled
+        return lambda batch, *rest: shrunk(answer(batch, *rest), params, batch.contexts, batch.indices)
 
     def _samples(self, batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
         """The samples that params ask for, [w, S, H], by key."""

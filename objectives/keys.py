@@ -11,12 +11,39 @@ from typing import Any, cast
 
 import numpy as np
 
-from forecasters import CLOSE, ExactForecaster, Forecaster, ForecastError, KeyedForecaster
+from forecasters import (
+    CLOSE,
+    ExactForecaster,
+    Forecaster,
+    ForecastError,
+    KeyedForecaster,
+    QuantileForecaster,
+    Quantiles,
+)
 
 
-def keyed(forecaster: Forecaster) -> KeyedForecaster:
-    """The forecaster as one of every price of a bar; one of the close alone refuses the others with ForecastError."""
+def keyed(forecaster: Forecaster | QuantileForecaster) -> KeyedForecaster:
+    """The forecaster as one of every price of a bar; one of the close alone refuses the others with ForecastError.
+
+    One that answers with quantiles has its answers as exact ones.
+    """
+    if isinstance(forecaster, QuantileForecaster):
+        return cast(KeyedForecaster, _Quantiles(forecaster))
     return forecaster if isinstance(forecaster, KeyedForecaster) else cast(KeyedForecaster, _CloseAlone(forecaster))
+
+
+class _Quantiles:
+    """A forecaster of quantiles, asked as one that answers without samples."""
+
+    def __init__(self, forecaster: QuantileForecaster) -> None:
+        self._forecaster = forecaster
+        self.encode, self.answers_together = forecaster.encode, forecaster.answers_together
+
+    def exact_keys(
+        self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
+    ) -> Sequence[Quantiles]:
+        del seeds
+        return self._forecaster.quantiles_keys(encoded, params, keys)
 
 
 class _CloseAlone:

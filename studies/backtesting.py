@@ -20,6 +20,7 @@ from objectives.costs import AssetClass
 from objectives.evaluation import Evaluator
 from objectives.fills import Booked, Trades, book
 from objectives.performance import MIN_BARS, Performance, deflated_sharpe, equal_weight, performance, sharpe_a_bar
+from objectives.quantiles import unshrunk
 from objectives.strategies import BAND, SIGMA_BARS, STRATEGIES, Forecasts, Known, Positions, Strategy, known_before
 from objectives.windows import Contexts, SeedKind
 from studies.comparing import ComparedConfiguration
@@ -96,7 +97,7 @@ def forecasts_of(
     band = None
     if "band" in needed:
         low, high = (
-            evaluator.forecast_keys(contexts, {**params, "aggregate": quantile}, (CLOSE,), kind=kind).scored[CLOSE]
+            evaluator.forecast_keys(contexts, unshrunk(params, quantile), (CLOSE,), kind=kind).scored[CLOSE]
             for quantile in (f"quantile_{share:.2f}" for share in BAND)
         )
         band = np.maximum(high - low, 0.0)[:, 0] / contexts.last_closes

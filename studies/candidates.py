@@ -84,16 +84,19 @@ def shared_knobs(space: Space) -> list[str]:
 
 
 def _grid(space: Space, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every choice of the shared knobs, at the most samples, for each setting of the others among these trials."""
+    """Every combination of the shared knobs, at the most samples, for each setting of the others among these trials."""
     free, count = shared_knobs(space), MODELS[space.model].params.num_samples
     most = {count: max(_choices(space, count))} if count in space.knobs else {}
     settings = {
         _key({name: value for name, value in params.items() if name not in (*free, count)}): params for params in trials
     }
-    choices = list(itertools.product(*(_choices(space, name) for name in free)))
-    return [
-        {**params, **most, **dict(zip(free, values, strict=True))} for params in settings.values() for values in choices
-    ]
+    return [{**params, **most, **values} for params in settings.values() for values in grid(space, free)]
+
+
+def grid(space: Space, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the choices of these knobs."""
+    choices = itertools.product(*(_choices(space, name) for name in names))
+    return [dict(zip(names, values, strict=True)) for values in choices]
 
 
 def _choices(space: Space, name: str) -> tuple[Any, ...]:

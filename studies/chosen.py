@@ -25,6 +25,7 @@ from studies import space as spaces
 from studies import study as studying
 from studies.comparing import ComparedConfiguration
 from studies.config import Config, ConfigError
+from studies.in_use import lost_notes
 from studies.space import Space
 
 BEST, STORED, DEFAULT = "best", "stored", "default"
@@ -146,6 +147,7 @@ def for_symbol(
                 try:
                     one = Chosen(word=word, model=record.model, config=record.config, metadata=record.metadata)
                     add(record.model, word, f"{record.model} {word}", _params(config, one), record.config)
+                    notes += lost_notes(record)
                 except ConfigError as error:
                     notes.append(f"{record.path}: left out: {error}")
     return Configurations(rows=rows, notes=notes, dead_top_p=dead)

@@ -17,6 +17,7 @@ from forecasters.models import MODELS
 from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import measure_no_change, no_change_errors
+from objectives.quantiles import unshrunk
 from objectives.windows import Windows
 from studies import candidates, evidence, returns
 from studies.candidates import Candidate
@@ -171,7 +172,7 @@ def _forecasts(
 
         # The exact answer of Kronos is a mean alone.
         band = BAND if not evaluator.exact or "aggregate" in one.params else ()
-        low, high = [forecast({**one.params, "aggregate": name}) for name in band] or ((), ())
+        low, high = [forecast(unshrunk(one.params, name)) for name in band] or ((), ())
         return evidence.ForecastSeries(trial=one.trial, points=forecast(one.params), low=low, high=high)
 
     times = [

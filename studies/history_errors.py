@@ -24,7 +24,7 @@ from objectives.evaluation import Evaluator
 from objectives.metrics import no_change_errors
 from objectives.windows import Windows
 from storage.files import replace_file
-from studies.candidates import shared_knobs
+from studies.candidates import grid, shared_knobs
 from studies.config import Config
 from studies.evidence import Source
 from studies.series import Series
@@ -83,15 +83,13 @@ def candidates_of(
     sample: configurations of the space, taken where nothing shares its draws. in_use: what a replay begins with.
     """
     first = default(space, config)
-    [shared] = shared_knobs(space) or [None]
-    if shared is None:
+    shared = shared_knobs(space)
+    if not shared:
         count = MODELS[space.model].params.num_samples
         most = {count: most_samples(space.model, config)} if count in space.knobs else {}
         others: list[Mapping[str, Any]] = [{**params, **most} for params in sample]
     else:
-        knob = space.knobs[shared]
-        assert isinstance(knob, tuple)
-        others = [{**first, shared: value} for value in knob]
+        others = [{**first, **values} for values in grid(space, shared)]
     found = [Candidate(params=first, source="default")]
     found += [Candidate(params=params, source="grid") for params in others if params != first]
     return found + ([Candidate(params=in_use, source="in use")] if in_use is not None else [])

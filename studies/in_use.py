@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from forecasters.models import MODELS
 from storage import configs
+from storage.configs import Record
 from studies import space as spaces
 from studies.config import Config
 from studies.evidence import INCUMBENT, STORED
@@ -28,4 +30,13 @@ def configurations_in_use(
             continue
         if params not in found.values():
             found[label] = params
+            notes += lost_notes(record)
     return found, tuple(notes)
+
+
+def lost_notes(record: Record) -> list[str]:
+    """A line on what the forecasts of a file rest on and cannot be reproduced here; none where nothing is lost."""
+    foreign = MODELS[record.model].foreign(record.config, record.metadata)
+    if foreign is None or not foreign.lost:
+        return []
+    return [f"{record.path}: is measured without what has no meaning here: {', '.join(foreign.lost)}"]

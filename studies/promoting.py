@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forecasters import ExpectedError
+from forecasters.models import MODELS
 from storage import configs, history
 from storage.commands import command
 from storage.configs import ConfigFileError, Record
@@ -318,6 +319,9 @@ def _next(verdict: Verdict) -> str | None:
     if reason in ("not confirmed", "stale"):
         return command(f"studies confirm {study.name}")
     if reason == "not comparable":
+        record = verdict.record
+        if record is not None and record.model in MODELS and record.model != study.model:  # its own study measures it
+            return command(f"launch-workers --symbols {study.symbol} --models {record.model}{said}")
         return command(f"promote --symbols {study.symbol}{said} --force")
     return None
 

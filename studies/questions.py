@@ -23,6 +23,7 @@ from forecasters.models import MODELS
 from objectives.bars import DataError, bars_fingerprint, require_keys, timestamp_text
 from objectives.costs import AssetClass
 from objectives.evaluation import Evaluator
+from objectives.quantiles import unshrunk
 from objectives.windows import SeedKind, now
 from storage import configs
 from storage.configs import Record
@@ -232,7 +233,7 @@ def answer(evaluator: Evaluator, question: Question, *, role: str = LIVE) -> For
     }
     for name, aggregate in QUANTILES.items():
         try:
-            found = evaluator.forecast_keys(context, {**params, "aggregate": aggregate}, question.keys).scored
+            found = evaluator.forecast_keys(context, unshrunk(params, aggregate), question.keys).scored
         except ValueError:
             if not evaluator.exact:  # Kronos knows the exact mean, and no exact quantile
                 raise

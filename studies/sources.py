@@ -19,6 +19,7 @@ from storage.configs import Record
 from studies.bars_cache import read_bars_once
 from studies.config import Config
 from studies.evaluators import checkpoint_fingerprint
+from studies.in_use import lost_notes
 from studies.questions import Question, ReadBars, closed_bars, promoted, question_of
 from studies.series import file_of
 
@@ -106,6 +107,9 @@ class Sources:
             kept = self._records.get(symbol)
             if kept is not None and kept.value.digest == record.digest:
                 record = kept.value  # the same, so that questions of it stay
+            else:
+                for line in lost_notes(record):
+                    self._note(line)
             self._records[symbol] = _Kept(_trusted(state), record)
         return record
 

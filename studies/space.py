@@ -21,10 +21,11 @@ from forecasters.models import MODELS
 from objectives import aggregation
 from studies.config import Config, ConfigError
 
-KINDS: Mapping[str, tuple[tuple[type, ...], float, str]] = {  # types, the least value, what it is called
-    "count": ((int,), 1, "a whole number above 0"),
-    "count or 0": ((int,), 0, "a whole number"),
-    "number": ((int, float), math.ulp(0.0), "a number above 0"),
+KINDS: Mapping[str, tuple[tuple[type, ...], float, float, str]] = {  # types, least and largest value, what it is called
+    "count": ((int,), 1, math.inf, "a whole number above 0"),
+    "count or 0": ((int,), 0, math.inf, "a whole number"),
+    "number": ((int, float), math.ulp(0.0), math.inf, "a number above 0"),
+    "share": ((int, float), 0, 1, "a number from 0 to 1"),
 }
 
 
@@ -108,7 +109,7 @@ class Space:
 def make(model: str, config: Config) -> Space:
     """The space that the settings ask for. Raises ConfigError where they contradict each other."""
     described, horizon, settings = MODELS[model], config.windows.horizon, config.models[model]
-    others = ",".join(name for name, other in MODELS.items() if name != model and not other.baseline)
+    others = ",".join(name for name, other in MODELS.items() if name != model and not other.by_name)
     leave_out = f"or leave {model} out with --models {others}"
     where = f"{config.source}: [windows] horizon {horizon}"
     if reason := described.refuses(settings, horizon):
@@ -126,8 +127,10 @@ def make(model: str, config: Config) -> Space:
 
 
 def most_samples(model: str, config: Config) -> int:
-    """The largest number of samples that a sampled search of this model may draw."""
-    counts = MODELS[model].search(config.models[model]).knobs[MODELS[model].params.num_samples]
+    """The largest number of samples that a sampled search of this model may draw; 0: it draws none."""
+    if not (count := MODELS[model].params.num_samples):
+        return 0
+    counts = MODELS[model].search(config.models[model]).knobs[count]
     assert isinstance(counts, tuple)
     return max(counts)
 
@@ -140,10 +143,9 @@ def default(space: Space, config: Config) -> dict[str, Any]:
     model = MODELS[space.model]
     params = model.settled({**space.fixed, **model.default(config.models[space.model])})
     count = model.params.num_samples
+    params.pop(count, None)
     if count in space.knobs:
         params[count] = most_samples(space.model, config)
-    else:
-        del params[count]
     return {name: params[name] for name in model.kinds if name in params}
 
 
@@ -151,9 +153,12 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     """A promoted file's `config` as params of this space's model: whatever it says is what is measured.
 
     metadata: the file's own; its `fixed` says what its study had not searched. What neither says is as the space
-    fixes it, or as the model's files imply it. Raises ValueError where the configuration cannot be measured.
+    fixes it, or as the model's files imply it. A file that another program wrote is read as `Model.foreign` says.
+    Raises ValueError where the configuration cannot be measured.
     """
     model = MODELS[space.model]
+    if (foreign := model.foreign(config, metadata)) is not None:
+        config = foreign.params
     fixed = metadata.get("fixed")
     fixed = fixed if isinstance(fixed, Mapping) else {}
     said = {**model.implied(space.knobs), **space.fixed, **model.by_default, **fixed, **config}
@@ -162,7 +167,7 @@ def from_promoted(config: Mapping[str, Any], metadata: Mapping[str, Any], space:
     unsaid = [name for name, value in model.by_default.items() if name not in space.knobs and said[name] == value]
     params = model.settled({name: said[name] for name in model.kinds if name not in unsaid})
     if model.params.num_samples not in space.knobs:  # an exact objective asks for none
-        del params[model.params.num_samples]
+        params.pop(model.params.num_samples, None)
     return params
 
 
@@ -177,7 +182,7 @@ def parse_value(name: str, kind: Kind, text: str) -> Any:
     value: Any = text
     if kind != "aggregate":
         try:
-            value = float(text) if kind == "number" else int(text)
+            value = float(text) if kind in ("number", "share") else int(text)
         except ValueError:
             value = text  # which no number is
     check_value(name, kind, value)
@@ -195,8 +200,8 @@ def check_value(name: str, kind: Kind, value: Any) -> None:
         if value not in kind:
             raise ValueError(f"{name} {value!r} is none of {', '.join(kind)}")
         return
-    types, least, expected = KINDS[kind]
-    if type(value) not in types or not math.isfinite(value) or value < least:
+    types, least, largest, expected = KINDS[kind]
+    if type(value) not in types or not math.isfinite(value) or not least <= value <= largest:
         raise ValueError(f"{name} {value!r} is not {expected}")
 
 
@@ -207,11 +212,13 @@ def to_promoted(params: Mapping[str, Any], space: Space, config: Config) -> dict
     sampled search draw. Raises ValueError where anything else is missing.
     """
     model = MODELS[space.model]
-    if model.params.num_samples not in space.knobs:
-        params = {model.params.num_samples: most_samples(space.model, config), **params}
+    count = model.params.num_samples
+    if count and count not in space.knobs:
+        params = {count: most_samples(space.model, config), **params}
     if missing := [name for name in model.kinds if name not in params and name not in model.by_default]:
         raise ValueError(f"{space.model}: a configuration without {', '.join(missing)} cannot be promoted")
-    return model.to_promoted({name: params[name] for name in model.kinds if name in params}, tuple(space.knobs))
+    said = model.to_promoted({name: params[name] for name in model.kinds if name in params}, tuple(space.knobs))
+    return {**model.written(config.models[space.model], config.windows.horizon), **said}
 
 
 def random_params(space: Space, count: int, *, seed: int = 0) -> list[dict[str, Any]]:

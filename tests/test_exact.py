@@ -43,8 +43,8 @@ def z_scores(samples: np.ndarray, name: str, points: np.ndarray) -> np.ndarray:
 
 
 def test_every_form_has_a_limit():
-    assert exact._FORMULAS.keys() == aggregation._FORMS.keys()
-    assert {aggregation.parse(name).kind for name in NAMES} == exact._FORMULAS.keys()
+    assert exact._LIMITS.keys() == aggregation._FORMS.keys()
+    assert {aggregation.parse(name).kind for name in NAMES} == exact._LIMITS.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)

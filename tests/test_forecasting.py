@@ -349,7 +349,7 @@ def test_what_cannot_be_forecast_is_refused_in_one_line_and_the_others_are_answe
     files = {"GONE": NAIVE, "SHORT": NAIVE, "FUTURE": NAIVE, "ODD": NAIVE | {"aggregate": "best"}, "TWICE": NAIVE}
     for symbol, params in files.items():
         place.put_promoted(symbol, params, model="naive")
-    place.put_promoted("ALIEN", {}, model="chronos2")
+    place.put_promoted("ALIEN", {}, model="alien")
     place.put_promoted("BROKEN", {}).write_text("{")
     lines = last_bars("SP500", 300)
     for symbol in ("ALIEN", "BROKEN", "ODD", "TWICE"):
@@ -363,7 +363,7 @@ def test_what_cannot_be_forecast_is_refused_in_one_line_and_the_others_are_answe
         "FUTURE": "begins after the time of this machine",
         "ODD": "ODD.json: cannot be forecast with:",
         "TWICE": "TWICE has two files",
-        "ALIEN": "ALIEN.json: is of the model 'chronos2'; those here are toto, kronos, naive",
+        "ALIEN": "ALIEN.json: is of the model 'alien'; those here are toto, kronos, chronos2, naive",
         "BROKEN": "BROKEN.json: not JSON",
         "NOBODY": "no configuration is promoted",
         "../../etc": "is not a symbol",

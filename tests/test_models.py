@@ -21,6 +21,7 @@ import forecasters
 from forecasters import Bars, ForecastError, StageParams, models, naive
 from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams
 from forecasters.settings import at_least, counts, setting
+from launch import options
 from objectives.windows import Windows, split
 from studies import config as configuration
 from studies import evaluators
@@ -214,8 +215,13 @@ def test_starting_points_are_configurations_that_a_promoted_file_could_name(name
         assert spaces.from_promoted(params, {}, space) == params
 
 
+def test_what_nobody_named_is_not_searched() -> None:
+    assert configuration.load().search.models == options.BOTH == ("toto", "kronos")
+    assert set(models.MODELS) - set(options.BOTH) == {"chronos2", "naive"}
+
+
 def test_no_module_but_a_model_s_own_names_a_model() -> None:
-    own = {"toto_model.py", "kronos_model.py", "naive.py", "train_tiny.py", "demo.py"}  # the last two: any
+    own = {"toto_model.py", "kronos_model.py", "chronos2_model.py", "naive.py", "train_tiny.py", "demo.py"}
     found = set()
     for package in ("forecasters", "objectives", "studies", "launch", "storage"):
         for path in (ROOT / package).rglob("*.py"):

@@ -105,14 +105,22 @@ def test_studies_on_other_windows_do_not_compete(place: Place, differs: dict[str
 
 def test_an_incumbent_of_an_unknown_model_is_replaced_only_by_force(place: Place) -> None:
     place.study([(NEW, measured(0.0095))])
-    path = place.put({"context_length": 512}, model="chronos2")
+    path = place.put({"context_length": 512}, model="alien")
     before = path.read_bytes()
     row = place.row()
-    assert (row["incumbent_model"], row["decision"], row["reason"]) == ("chronos2", "kept", "not comparable")
+    assert (row["incumbent_model"], row["decision"], row["reason"]) == ("alien", "kept", "not comparable")
     assert row["next"] == place.suggested("promote --symbols BTCUSD --force")
     assert path.read_bytes() == before
     assert place.row("--force")["decision"] == "promoted"
-    assert place.promoted()["metadata"]["previous_model"] == "chronos2"
+    assert place.promoted()["metadata"]["previous_model"] == "alien"
+
+
+def test_an_incumbent_of_a_model_that_was_not_searched_names_the_search_that_measures_it(place: Place) -> None:
+    place.study([(NEW, measured(0.0095))])
+    place.put({"name": "ctx512_bs128_median", "context_length": 512, "aggregation": "median"}, model="chronos2")
+    row = place.row()
+    assert (row["incumbent_model"], row["reason"]) == ("chronos2", "not comparable")
+    assert row["next"] == place.suggested("launch-workers --symbols BTCUSD --models chronos2")
 
 
 @pytest.mark.parametrize("name", ["toto", "toto_compiled"])

@@ -200,7 +200,7 @@ def test_health_is_told_while_a_forecast_is_computed(place: Place, monkeypatch: 
 
 
 def test_a_server_has_its_models_loaded_before_they_are_asked_for(place: Place) -> None:
-    place.put_promoted("ALIEN", {}, model="chronos2")
+    place.put_promoted("ALIEN", {}, model="alien")
     with servers(place) as (server,):
         deadline = time.monotonic() + 30
         while json.loads(get(server.address, "/healthz")[1])["models"] == {}:

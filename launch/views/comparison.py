@@ -76,7 +76,7 @@ class Fan:
     prices: Sequence[float]  # [N], the last `ahead` of them what was forecast
     ahead: int
     points: Mapping[str, Sequence[float]]  # by label, [ahead]
-    bands: Mapping[str, Sequence[Sequence[float]]]  # by label, low and high [2, ahead]: 80 % of the samples
+    bands: Mapping[str, Sequence[Sequence[float]]]  # by label, low and high [2, ahead], with 80 % between
 
 
 # --- tables -------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def error_by_step(steps: Mapping[str, np.ndarray]) -> go.Figure:
 
 
 def forecast_fan(fan: Fan) -> go.Figure:
-    """The forecasts of one window and the bands of their samples, beside the actual closes."""
+    """The forecasts of one window and their bands, beside the actual closes."""
     ahead, colours, traces = list(fan.times[-fan.ahead - 1 :]), _colours(list(fan.points)), []
     known = fan.prices[-fan.ahead - 1]  # lines begin at the last close that was known
     for label, (low, high) in fan.bands.items():
@@ -121,7 +121,7 @@ def forecast_fan(fan: Fan) -> go.Figure:
     return styled_figure(
         traces,
         title="Forecast vs. actual",
-        subtitle=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples",
+        subtitle=f"{_title(fan)}; shaded: {BAND_LABEL}",
         xaxis={"type": "category", "nticks": 6, "tickangle": 0},
         yaxis={"title": fan.key},
         showlegend=True,
@@ -153,7 +153,7 @@ def _png(steps: Mapping[str, np.ndarray], fan: Fan) -> bytes:
     for label, points in fan.points.items():
         below.plot(ahead, [known, *points], color=colours[label], label=label, marker="o" if fan.ahead < 9 else None)
     below.plot(np.arange(count), fan.prices, color=COLOURS["actual"], linewidth=1.4, label="actual")
-    below.set(title=f"{_title(fan)}; shaded: {BAND_LABEL} of the samples", ylabel=fan.key, xlim=(0, count - 1))
+    below.set(title=f"{_title(fan)}; shaded: {BAND_LABEL}", ylabel=fan.key, xlim=(0, count - 1))
     ticks = sorted({int(place) for place in np.linspace(0, count - 1, 6)})
     below.set_xticks(ticks, [fan.times[tick][:10] for tick in ticks])
     for axes in (above, below):
