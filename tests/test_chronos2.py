@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import forecasters
-from forecasters import KEYS, Bars, CheckpointError, ForecastError, Running, chronos2
+from forecasters import KEYS, Bars, CheckpointError, ForecastError, Running, chronos2, chronos2_checkpoint
 from forecasters.chronos2_encoded import COLUMNS, in_price
 from forecasters.chronos2_model import TRANSFORMS
 from forecasters.chronos2_network import Chronos2Network
