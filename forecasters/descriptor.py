@@ -105,8 +105,6 @@ class Model:
     # The standard deviation of a context's closes, price, below which a constant that its published inference adds
     # matters (scaling.py); the param `scale` says what is done then.
     least_deviation: float = 0.0
-    # The share of origins whose context some params read in a unit of its own, from the closes; None: as published.
-    rescaled: Callable[[np.ndarray, Sequence[int], Mapping[str, Any]], float | None] = lambda closes, at, params: None
     by_name: bool = False  # searched only where it is asked for by its name: a baseline, or one more large download
 
     @property

@@ -29,7 +29,7 @@ from forecasters.kronos_encoded import (
 from forecasters.kronos_exact import EXACT_PAIRS, EXACT_WINDOWS, expect
 from forecasters.kronos_fixed import FixedShapes, PathCache, whole_bars
 from forecasters.kronos_kept import KeptTables
-from forecasters.kronos_model import KRONOS, LEAST_DEVIATION
+from forecasters.kronos_model import KRONOS
 from forecasters.kronos_network import KronosNetwork, KronosTokenizer, LayerCache
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
 from forecasters.kronos_sizes import CALENDAR, NETWORK_CONTEXT
@@ -106,7 +106,7 @@ class Kronos(KeptTables):
         if not 1 <= horizon < self.network_context:
             raise ForecastError(f"horizon {horizon} must be below the network's context of {self.network_context} bars")
         contexts = [bars.slice(max(0, len(bars) - max_context), len(bars)) for bars in contexts]
-        units = units_of(contexts, params.get("scale", RAW), LEAST_DEVIATION)
+        units = units_of(contexts, params.get("scale", RAW))
         contexts = in_units(contexts, units)
         windows: dict[int, Window] = {}
         while left := [i for i in range(len(contexts)) if i not in windows]:

@@ -18,7 +18,7 @@ from forecasters import Bars
 from forecasters.compilation import Graphs
 from forecasters.kronos_encoded import COLUMNS, TABLE_BYTES, EncodedBars, KeptWindow, RowTable, Window
 from forecasters.kronos_network import KronosNetwork
-from forecasters.numerics import surroundings
+from forecasters.numerics import COMMON, surroundings
 
 HEAD = struct.Struct("<4i")  # bars, first tokens that there are, first tokens and pairs that are known
 MOST_ROWS = 64  # first tokens of a window: where more are drawn, most draws meet new ones
@@ -37,8 +37,7 @@ class KeptTables:
     @property
     def surroundings(self) -> str:
         own = ("", "_encoded", "_exact", "_kept", "_network", "_tree")
-        names = (*(f"kronos{name}" for name in own), "low_precision", "scaling")
-        return surroundings(self.device, *(f"forecasters.{name}" for name in names))
+        return surroundings(self.device, *(f"forecasters.kronos{name}" for name in own), *COMMON)
 
     @property
     def keeps(self) -> bool:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from forecasters import StageParams
 from forecasters.descriptor import Condition, Knob, Model, Range, SearchedParams, Volatility
-from forecasters.scaling import LAST, LAST_CLOSE, RAW, SCALES, WIDENED, rescaled
-from forecasters.settings import CHECKPOINT, LOADING, at_least, choices, counts, interval, setting
+from forecasters.scaling import LAST, LAST_CLOSE, RAW, SCALES, WIDENED, one_scale
+from forecasters.settings import CHECKPOINT, LOADING, at_least, counts, interval, setting
 
 CLIP_STEP = 0.2  # every clip needs its own encoding: a continuous one would never find it in the cache
 EPSILON = 1e-5  # added to a column's standard deviation, as the published inference does
@@ -36,7 +35,7 @@ class KronosSettings:
     tokenizer_revision: str = setting(kind=LOADING)
     network_context: int = setting(at_least(2), kind=LOADING)
     max_context: tuple[int, ...] = setting(counts)
-    scale: tuple[str, ...] = setting(choices(*SCALES), one_or_list=True)
+    scale: tuple[str, ...] = setting(one_scale, one_or_list=True)
     clip: tuple[float, ...] = setting(interval(0.2, 100.0))
     temperature: tuple[float, ...] = setting(interval(0.01, 10.0))
     top_k: tuple[int, ...] = setting(_tops)
@@ -56,8 +55,8 @@ def _search(settings: KronosSettings) -> SearchedParams:
         **({"scale": settings.scale} if len(settings.scale) > 1 else {}),
     }
     fixed: dict[str, Any] = {} if by_share else {"top_p": DEAD_TOP_P}
-    if len(settings.scale) == 1 and settings.scale != (RAW,):
-        fixed["scale"] = settings.scale[0]
+    if settings.scale == (LAST,):
+        fixed["scale"] = LAST
     return SearchedParams(knobs=knobs, fixed=fixed)
 
 
@@ -74,7 +73,6 @@ def clipped(closes: np.ndarray, origins: Sequence[int], params: Mapping[str, Any
     today's price. closes: float64 [T]; the context of an origin is the last `max_context` closes before it.
     """
     length, closes = int(params["max_context"]), closes.astype(np.float32)
-    scale = params.get("scale", RAW)
     # Origins with a whole context are rows of one view of the closes; the others are contexts of their own.
     whole = np.array([origin for origin in origins if origin >= length], dtype=int)
     views = [closes[None, :origin] for origin in origins if origin < length]
@@ -82,9 +80,8 @@ def clipped(closes: np.ndarray, origins: Sequence[int], params: Mapping[str, Any
         views.append(np.lib.stride_tricks.sliding_window_view(closes, length)[whole - length])
     found = 0
     for rows in views:
-        if scale != RAW:
-            scaled = (rows.std(axis=1) < LEAST_DEVIATION) | (scale == LAST)  # as `units_of`
-            rows = rows / np.where(scaled, rows[:, -1] / LAST_CLOSE, 1.0).astype(np.float32)[:, None]
+        if params.get("scale", RAW) == LAST:
+            rows = rows / (rows[:, -1:] / np.float32(LAST_CLOSE))
         apart = np.abs(rows[:, -1] - rows.mean(axis=1)) / (rows.std(axis=1) + np.float32(EPSILON))
         found += int((apart > params["clip"]).sum())
     return found / len(origins)
@@ -112,7 +109,7 @@ VOLATILITY_POINTS: Mapping[Volatility, Sequence[Mapping[str, Any]]] = {
 def _limits(settings: KronosSettings) -> dict[str, Any]:
     limits: dict[str, Any] = {"max_context": min(PUBLISHED["max_context"], settings.network_context)}
     if len(settings.scale) > 1:
-        limits["scale"] = RAW if RAW in settings.scale else settings.scale[0]
+        limits["scale"] = RAW
     return limits
 
 
@@ -146,5 +143,4 @@ KRONOS = Model(
     reader_paths=lambda config: (config["sample_count"], config["sample_count"]),
     clipped=clipped,
     least_deviation=LEAST_DEVIATION,
-    rescaled=partial(rescaled, length="max_context", least=LEAST_DEVIATION),
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+COMMON = ("forecasters.low_precision", "forecasters.scaling")  # modules that decide bits of several models
+
 
 def surroundings(device: torch.device, *modules: str) -> str:
     """The code of these modules, the versions, the kind of CPU and the threads that kernels divide work among."""

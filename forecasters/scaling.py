@@ -6,47 +6,46 @@ a coin at 0.00002 is all constant to them. Read as multiples of the last close, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from forecasters import KEYS, Bars
+from forecasters import KEYS, Bars, ForecastError
 
-SCALES = RAW, LAST, AUTO = "raw", "last", "auto"  # as published, the last close as LAST_CLOSE, or whichever is needed
+SCALES = RAW, LAST = "raw", "last"  # as published; the last close of each context as LAST_CLOSE
+AUTO = "auto"  # of a setting: LAST for a symbol whose prices are too low for the published constant, else RAW
 LAST_CLOSE = 100.0
-# `auto` leaves prices as published while what is added makes a context's standard deviation no more than this larger.
-# Measured on twelve symbols with the tiny checkpoints: at 1.1 the MAE is within 0.3 % (Toto) and within what sampling
-# moves (Kronos); at 2 it is up to 1 % and 9 % worse, at 20 a quarter and five times.
+# Prices are too low where the constant makes their standard deviation more than this larger. Measured on twelve symbols
+# with the tiny checkpoints: at 1.1 the MAE is within 0.3 % (Toto) and within what sampling moves (Kronos); at 2 it is
+# up to 1 % and 9 % worse, at 20 a quarter and five times.
 WIDENED = 1.1
+SEEN = 512  # last closes that decide
 
 
-def units_of(contexts: Sequence[Bars], scale: str, least: float) -> np.ndarray | None:
-    """The price that each context is read in units of, float64 [W]; None where all are read as they are.
+def too_low(closes: np.ndarray, least: float) -> bool:
+    """Whether what is added to a deviation matters for these closes. least: `Model.least_deviation`, price."""
+    return bool(closes[-SEEN:].std() < least)
 
-    contexts: no more of the bars than the network sees. least: the standard deviation of closes, price, below which
-    `auto` scales.
+
+def one_scale(values: tuple[str, ...]) -> str | None:
+    """What is wrong with a setting: one of its words alone, or those that a search can choose from."""
+    if values in ((AUTO,), (RAW,), (LAST,)) or (len(values) == 2 and set(values) == set(SCALES)):
+        return None
+    return f'must be "{AUTO}", "{RAW}", "{LAST}" or ["{RAW}", "{LAST}"]'
+
+
+def units_of(contexts: Sequence[Bars], scale: str) -> np.ndarray | None:
+    """The price that each context is read in units of, float64 [W]; None for prices as they are.
+
+    Raises ForecastError for another scale, and for a last close that is no positive number.
     """
     if scale == RAW:
         return None
-    scaled = np.array([scale == LAST or bars.close.std() < least for bars in contexts], dtype=bool)
     closes = np.array([bars.close[-1] if len(bars) else np.nan for bars in contexts])
-    return np.where(scaled & (closes > 0), closes / LAST_CLOSE, 1.0) if scaled.any() else None
-
-
-def rescaled(
-    closes: np.ndarray, origins: Sequence[int], params: Mapping[str, Any], *, length: str, least: float
-) -> float | None:
-    """The share of origins whose context is read as multiples of its last close; None for prices as published.
-
-    closes: float64 [T]; length: the param that says how many bars of a context are read.
-    """
-    scale = params.get("scale", RAW)
-    if scale == RAW:
-        return None
-    contexts = (closes[max(0, origin - int(params[length])) : origin] for origin in origins)
-    return sum(scale == LAST or bool(context.std() < least) for context in contexts) / len(origins)
+    if scale != LAST or not (closes > 0).all():
+        raise ForecastError(f"scale {scale!r} of last closes from {closes.min()}: they have to be above 0")
+    return closes / LAST_CLOSE
 
 
 def in_units(contexts: Sequence[Bars], units: np.ndarray | None) -> Sequence[Bars]:
@@ -57,14 +56,3 @@ def in_units(contexts: Sequence[Bars], units: np.ndarray | None) -> Sequence[Bar
         replace(bars, **{key: getattr(bars, key) / unit for key in KEYS})
         for bars, unit in zip(contexts, units, strict=True)
     ]
-
-
-def all_raw(closes: np.ndarray, scale: str, least: float, shortest: int) -> bool:
-    """Whether every context of at least `shortest` bars that begins at the first of these is read as it is."""
-    if scale != AUTO:
-        return scale == RAW
-    apart = closes - closes[0]  # else the difference of two large squares would lose a small deviation
-    counts = np.arange(1, len(closes) + 1)
-    mean = np.cumsum(apart) / counts
-    spread = np.sqrt(np.maximum(np.cumsum(apart**2) / counts - mean**2, 0))[shortest - 1 :]
-    return bool((spread > 1.001 * least).all())  # nearer than rounding: each for itself

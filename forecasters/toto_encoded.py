@@ -14,7 +14,7 @@ import numpy as np
 
 from forecasters import CLOSE, Bars, ForecastError
 from forecasters.scaling import RAW, units_of
-from forecasters.toto_model import LEAST_DEVIATION, RATIO
+from forecasters.toto_model import RATIO
 from forecasters.toto_network import TotoPrefix
 from forecasters.toto_sampling import mixture_samples
 
@@ -95,9 +95,7 @@ def units_of_network(contexts: Sequence[Bars], params: Mapping[str, Any]) -> np.
     """The price that the network reads each context in units of, [W]; None for prices as they are, and for ratios."""
     if params.get("key_input") == RATIO:
         return None
-    length = int(params["context_length"])
-    seen = [bars.slice(max(0, len(bars) - length), len(bars)) for bars in contexts]
-    return units_of(seen, params.get("scale", RAW), LEAST_DEVIATION)
+    return units_of(contexts, params.get("scale", RAW))
 
 
 def in_units_of(found: EncodedPrices, units: np.ndarray | None) -> EncodedPrices:

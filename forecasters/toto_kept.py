@@ -13,7 +13,7 @@ import torch
 
 from forecasters import Bars
 from forecasters.compilation import Graphs
-from forecasters.numerics import surroundings
+from forecasters.numerics import COMMON, surroundings
 from forecasters.toto_encoded import VARIATE_KEYS, EncodedPrices, units_of_network
 from forecasters.toto_model import RATIO, VARIATES
 from forecasters.toto_network import TotoNetwork
@@ -32,8 +32,8 @@ class KeptMixtures:
 
     @property
     def surroundings(self) -> str:
-        names = ("toto", "toto_encoded", "toto_kept", "toto_network", "toto_shared", "low_precision", "scaling")
-        return surroundings(self.device, *(f"forecasters.{name}" for name in names))
+        own = ("", "_encoded", "_kept", "_network", "_shared")
+        return surroundings(self.device, *(f"forecasters.toto{name}" for name in own), *COMMON)
 
     @property
     def keeps(self) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from forecasters import StageParams
 from forecasters.descriptor import Knob, Model, SearchedParams, Volatility
-from forecasters.scaling import RAW, SCALES, WIDENED, rescaled
+from forecasters.scaling import AUTO, RAW, SCALES, WIDENED, one_scale
 from forecasters.settings import AGGREGATES, CHECKPOINT, LOADING, choices, counts, setting
 
 # The reader's choices of samples_per_batch by number of samples (it asserts num_samples % samples_per_batch == 0).
@@ -28,7 +27,7 @@ class TotoSettings:
     revision: str = setting(kind=LOADING)
     context_length: tuple[int, ...] = setting(counts, one_or_list=True)
     key_input: tuple[str, ...] = setting(choices(*KEY_INPUTS), one_or_list=True)
-    scale: tuple[str, ...] = setting(choices(*SCALES), one_or_list=True)
+    scale: tuple[str, ...] = setting(one_scale, one_or_list=True)
     num_samples: tuple[int, ...] = setting(counts)
     aggregates: tuple[str, ...] = setting(kind=AGGREGATES)
 
@@ -40,7 +39,7 @@ def _search(settings: TotoSettings) -> SearchedParams:
         values = getattr(settings, name)
         if len(values) > 1:
             knobs[name] = values
-        elif values != (BY_DEFAULT.get(name),):
+        elif values not in ((BY_DEFAULT.get(name),), (AUTO,)):  # AUTO: whoever knows the prices says LAST where it must
             fixed[name] = values[0]
     return SearchedParams(knobs=knobs, fixed=fixed)
 
@@ -93,7 +92,7 @@ def _limits(settings: TotoSettings) -> dict[str, Any]:
     if len(settings.key_input) > 1:
         limits["key_input"] = PRICE if PRICE in settings.key_input else settings.key_input[0]
     if len(settings.scale) > 1:
-        limits["scale"] = RAW if RAW in settings.scale else settings.scale[0]
+        limits["scale"] = RAW
     return limits
 
 
@@ -125,7 +124,6 @@ TOTO = Model(
     to_promoted=_to_promoted,
     implied=_implied,
     least_deviation=LEAST_DEVIATION,
-    rescaled=partial(rescaled, length="context_length", least=LEAST_DEVIATION),
     reader_paths=lambda config: (config["num_samples"], config["samples_per_batch"]),
     exact_horizon=None,  # up to the first patch, whose length the checkpoint says
 )

@@ -21,9 +21,9 @@ import torch
 
 from forecasters import Bars
 from forecasters.compilation import Graphs
-from forecasters.scaling import RAW, all_raw
+from forecasters.scaling import RAW
 from forecasters.toto_encoded import EncodedPrices, series_of, unpacked
-from forecasters.toto_model import LEAST_DEVIATION, PRICE
+from forecasters.toto_model import PRICE
 from forecasters.toto_network import TotoNetwork
 
 ROWS = 8  # series in a forward: with one bar more, one group of a patch's eight runs again
@@ -42,13 +42,11 @@ class SharedForwards:
     ) -> list[int] | None:
         """None where a context of the series would be cut or read in a unit of its own, and where graphs are compiled.
 
-        So it is beyond the first patch, and where a context is shorter than one.
+        So it is beyond the first patch.
         """
-        whole = len(bars) <= int(params["context_length"]) and params.get("key_input", PRICE) == PRICE
         patch = self.network.config.patch_size
-        if not whole or self.graphs.on or horizon > patch or min(lengths) < patch:
-            return None
-        if not all_raw(bars.close, params.get("scale", RAW), LEAST_DEVIATION, patch):
+        as_they_are = params.get("key_input", PRICE) == PRICE and params.get("scale", RAW) == RAW
+        if not as_they_are or len(bars) > int(params["context_length"]) or self.graphs.on or horizon > patch:
             return None
         return [length % patch // ROWS for length in lengths]
 
@@ -74,10 +72,11 @@ class SharedForwards:
         lengths = self.lengths(group, len(bars))
         remainders = [length % patch for length in reach]
         rows = np.array([remainders.index(length % patch) for length in lengths])
-        words = (padded, pads, rows, (pads[rows] + lengths) // patch - 1)
         device = self.network.unembed.weight.device
+        ends = (pads[rows] + lengths) // patch - 1
+        series, padding, places, patches = (torch.from_numpy(each).to(device) for each in (padded, pads, rows, ends))
         self.forwards += 1
-        packed = self.network.answers_along(*(torch.from_numpy(word).to(device) for word in words), horizon)
+        packed = self.network.answers_along(series, padding, places, patches, horizon)
         components = self.network.config.components
         return unpacked(packed.cpu().numpy(), components, keys=(key,), horizon=horizon, prefixes=())
 

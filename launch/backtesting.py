@@ -146,7 +146,7 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
     series, refused, of_files = read_usable_series(replace(config, windows=counts), asked.symbols)
     cases, dead = [], []
     for each in series:
-        found = chosen.for_symbol(config, each.symbol, asked.models, asked.params, words, overrides)
+        found = chosen.for_symbol(config, each.symbol, each.bars, asked.models, asked.params, words, overrides)
         notes += found.notes
         dead += found.dead_top_p
         try:

@@ -155,7 +155,7 @@ def cases_of(config: Config, asked: Asked) -> list[Case]:
         except DataError as error:
             refused[each.symbol] = f"{error}; or ask for fewer or closer ones with --windows and --stride"
             continue
-        found = chosen.for_symbol(config, each.symbol, asked.models, asked.params, words, overrides)
+        found = chosen.for_symbol(config, each.symbol, each.bars, asked.models, asked.params, words, overrides)
         notes += found.notes
         dead += found.dead_top_p
         if not found.rows:

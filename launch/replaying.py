@@ -134,7 +134,6 @@ class _Work:
 
 
 def _works(config: Config, asked: Asked, series: Sequence[Series], plan: ReplayPlan) -> Iterator[_Work]:
-    spaces_of = {model: spaces.make(model, config) for model in asked.models}
     checkpoints = {model: evaluators.checkpoint_fingerprint(config, model) for model in asked.models}
     folder = config.promotion.results_dir / "replay"
     for each in series:
@@ -142,7 +141,8 @@ def _works(config: Config, asked: Asked, series: Sequence[Series], plan: ReplayP
         if not origins:
             say(f"{each.symbol}: has {len(each.bars)} bars, too few for any date; left out")
             continue
-        for model, space in spaces_of.items():
+        for model in asked.models:
+            space = spaces.make(model, config, each.bars)
             in_use, notes = (
                 configurations_in_use(config, each.symbol, model, space) if asked.start == IN_USE else ({}, ())
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forecasters.models import MODELS
-from forecasters.scaling import LAST, RAW
+from forecasters.scaling import AUTO, LAST, RAW, too_low
 from launch import devices, ray_cluster
 from launch.output import counted, say
 from launch.places import check_log_dir, open_storage
@@ -19,7 +19,6 @@ from studies.config import Config
 from studies.evaluators import checkpoint_fingerprint
 from studies.series import Series, oddities, read_series, read_usable_series
 
-PRICES_SEEN = 512  # last closes whose spread is looked at
 IN_USE = 2  # configurations of a symbol that a model can have in use: the promoted one and its own stored one
 
 
@@ -101,14 +100,12 @@ def low_prices(config: Config, series: Sequence[Series]) -> list[str]:
     """Of which symbols a published model reads prices that are too low for it, and what is done: one line a model."""
     found = []
     for model in config.search.models:
-        least, asked = MODELS[model].least_deviation, getattr(config.models[model], "scale", (RAW,))
-        low = [each.symbol for each in series if each.bars.close[-PRICES_SEEN:].std() < least]
+        least, asked = MODELS[model].least_deviation, getattr(config.models[model], "scale", (LAST,))
+        low = [each.symbol for each in series if too_low(each.bars.close, least)]
         if not low or asked == (LAST,):
             continue
         what = (
-            "these are read as multiples of their last close"
-            if RAW not in asked
-            else f'forecasts of these suffer; ask for [{model}] scale = "auto"'
+            f'ask for [{model}] scale = "{AUTO}"' if RAW in asked else "these are read as multiples of their last close"
         )
         lost = f"{model}: closes with a standard deviation below {least:.2g} are lost on it as published"
         found.append(f"{lost}; {what}: {', '.join(low)}")

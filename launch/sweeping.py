@@ -81,7 +81,7 @@ def command(config: Config, asked: Asked, *, plot: Path | None, as_json: bool) -
     windows = comparing.windows_before_test(config, symbol, series.bars, count=asked.windows, stride=asked.stride)
     overrides, said = chosen.environment_overrides([model], os.environ)
     words = chosen.read_words([asked.start], lambda: open_storage(config))
-    found = chosen.for_symbol(config, symbol, [model], [asked.start], words, overrides)
+    found = chosen.for_symbol(config, symbol, series.bars, [model], [asked.start], words, overrides)
     for note in (*notes, *said, *found.notes):
         say(note)
     if not found.rows:

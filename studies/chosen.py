@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 
+from forecasters import Bars
 from forecasters.descriptor import Kind
 from forecasters.models import MODELS
 from storage import configs
@@ -105,6 +106,7 @@ class Configurations:
 def for_symbol(
     config: Config,
     symbol: str,
+    bars: Bars,
     models: Sequence[str],
     words: Sequence[str],
     chosen: Mapping[str, Chosen],
@@ -134,7 +136,7 @@ def for_symbol(
     for word in words:
         if word == DEFAULT:
             for model in models:
-                add(model, DEFAULT, f"{model} {DEFAULT}", spaces.default(spaces.make(model, config), config), {})
+                add(model, DEFAULT, f"{model} {DEFAULT}", spaces.default(spaces.make(model, config, bars), config), {})
         elif word in chosen:
             one = chosen[word]
             if one.model in models:

@@ -13,7 +13,6 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from forecasters.models import MODELS
 from objectives.bars import timestamp_text
 from objectives.evaluation import Evaluator
 from objectives.metrics import measure_no_change, no_change_errors
@@ -51,14 +50,12 @@ class Confirmation:
 
         def complete(params: Mapping[str, Any], source: Source, trial: int | None = None) -> MeasuredConfiguration:
             place = next(place for place, one in enumerate(measuring.entries) if one.params == params)
-            confirmed = self.run.confirmation
             return MeasuredConfiguration(
                 model=self.run.study.model,
                 params=dict(params),
                 trial=trial,
                 source=source,
                 clipped=self.run.clipped(params),
-                rescaled=MODELS[self.run.study.model].rescaled(confirmed.bars.close, confirmed.origins, params),
                 error=measuring.errors.get(place),
                 **measured[place],
             )

@@ -22,15 +22,7 @@ PARTS: tuple[Part, ...] = ("validation", "confirmation", "test")
 Source = Literal["trial", "grid", "default", "portfolio", "in use"]
 INCUMBENT, STORED = "incumbent", "stored"  # labels of what is in use: what `best` names, the model's own file
 
-OPTIONAL = (
-    *PARTS,
-    "trial",
-    "clipped",
-    "rescaled",
-    "error",
-    "low",
-    "high",
-)  # fields that JSON leaves out where they are empty
+OPTIONAL = (*PARTS, "trial", "clipped", "error", "low", "high")  # fields that JSON leaves out where they are empty
 # What JSON leaves out of a measurement, as the evidence says it elsewhere; of the grid also what nobody looks at.
 IMPLIED, UNSEEN = ("no_change_mae", "windows"), ("seconds", "latency_s")
 ROUNDED = ("price_mae", "mae_percent", "sampling_error")  # to seven digits
@@ -56,7 +48,6 @@ class MeasuredConfiguration:
     trial: int | None = None  # number of the trial that proposed it
     source: Source = "trial"  # why it was measured
     clipped: float | None = None  # share of the last CLIP_ORIGINS origins whose last close it clips; None: clips none
-    rescaled: float | None = None  # share of the confirmation's contexts read as multiples of the last close
     validation: Measurement | None = None  # on the windows of the search, with the seeds of the search
     confirmation: Measurement | None = None
     test: Measurement | None = None

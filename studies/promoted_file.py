@@ -150,7 +150,6 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
             "skill": chosen.skill,
             "worse_than_no_change": verdict.worse_than_no_change,
             "clipped": candidate.clipped,
-            "rescaled": candidate.rescaled,
             "no_change_mae": evidence.no_change[rule.part].mae,
             "passes": evidence.passes,
             "sampling_error": evidence.sampling_error,

@@ -10,14 +10,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import optuna
 
+from forecasters import Bars
 from forecasters.descriptor import Kind, Knob, Range
 from forecasters.models import MODELS
+from forecasters.scaling import AUTO, LAST, too_low
 from objectives import aggregation
 from studies.config import Config, ConfigError
 
@@ -106,8 +108,11 @@ class Space:
         return Space(model=model, knobs=knobs, fixed=values["fixed"])
 
 
-def make(model: str, config: Config) -> Space:
-    """The space that the settings ask for. Raises ConfigError where they contradict each other."""
+def make(model: str, config: Config, bars: Bars | None = None) -> Space:
+    """The space that the settings ask for. Raises ConfigError where they contradict each other.
+
+    bars: of the symbol, which decide the `scale` where the settings leave that to them; None: prices as they are.
+    """
     described, horizon, settings = MODELS[model], config.windows.horizon, config.models[model]
     others = ",".join(name for name, other in MODELS.items() if name != model and not other.by_name)
     leave_out = f"or leave {model} out with --models {others}"
@@ -115,6 +120,8 @@ def make(model: str, config: Config) -> Space:
     if reason := described.refuses(settings, horizon):
         raise ConfigError(f"{where} {reason}; lower it, {leave_out}")
     asked = described.search(settings)
+    if bars is not None and scaled(model, config, bars):
+        asked = replace(asked, fixed={**asked.fixed, "scale": LAST})
     if config.search.objective == "sampled":
         return Space(model=model, knobs=asked.knobs, fixed=asked.fixed)
     if described.exact_horizon == 0:
@@ -124,6 +131,12 @@ def make(model: str, config: Config) -> Space:
         raise ConfigError(f"{where}: {only}; use --objective sampled, {leave_out}")
     knobs = {name: knob for name, knob in asked.knobs.items() if name != described.params.num_samples}
     return Space(model=model, knobs=knobs, fixed=asked.fixed)
+
+
+def scaled(model: str, config: Config, bars: Bars) -> bool:
+    """Whether the settings leave the scale to these bars, and their prices are too low for the published model."""
+    left_to_bars = getattr(config.models[model], "scale", None) == (AUTO,)
+    return left_to_bars and too_low(bars.close, MODELS[model].least_deviation)
 
 
 def most_samples(model: str, config: Config) -> int:

@@ -96,7 +96,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
     # Where a forward has the windows of a rung there is no entry: definitions were once written without one.
     size = search.batch_size(model)
     batch = {"batch": size} if size != search.rung else {}
-    space = spaces.make(model, config)
+    space = spaces.make(model, config, bars)
     return {
         "symbol": series.symbol,
         "model": model,
@@ -215,8 +215,9 @@ def _extension(
     check_definition(study, _define_at(config, item, study.model, study.as_of, checkpoint))
     if confirmation is None:
         raise _no_work(study)
-    baselines, _ = configurations_in_use(config, item.symbol, study.model, spaces.make(study.model, config))
-    asked = confirmation_windows(config, item.symbol, bars_until(item.bars, study.as_of))
+    bars = bars_until(item.bars, study.as_of)
+    baselines, _ = configurations_in_use(config, item.symbol, study.model, spaces.make(study.model, config, bars))
+    asked = confirmation_windows(config, item.symbol, bars)
     outdated = not _confirms(confirmation, baselines, asked)
     # What another machine found in use stays in the comparison.
     return _Extension(study=study, baselines={**(confirmation.params or {}), **baselines}, outdated=outdated)
@@ -225,7 +226,7 @@ def _extension(
 def _creation(config: Config, item: Series, model: str, checkpoint: str) -> _Creation:
     """What making a study at the newest bar asks for. Raises DataError, ConfigFileError."""
     definition = _define_at(config, item, model, timestamp_text(item.bars.timestamps[-1]), checkpoint)
-    space = spaces.make(model, config)
+    space = spaces.make(model, config, item.bars)
     baselines, notes = configurations_in_use(config, item.symbol, model, space)
     confirmed_on, wanted = confirmation_windows(config, item.symbol, item.bars), config.windows.confirmation
     if len(confirmed_on) < wanted:
@@ -321,7 +322,7 @@ def reconfirm(
     Raises DataError, StudyMismatch, ConfigFileError, and ConfigError while trials are left.
     """
     check_definition(study, define(config, series, study.model, study.as_of, checkpoint))
-    space = spaces.make(study.model, config)
+    space = spaces.make(study.model, config, bars_until(series.bars, study.as_of))
     baselines, notes = configurations_in_use(config, study.symbol, study.model, space)
     confirmation = read_confirmations(storage, [study.study_id], paths={}).get(study.study_id)
     if confirmation is None:
@@ -427,8 +428,8 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
     """Make ready to work on a study. Raises DataError, StudyMismatch."""
     definition = define(config, series, study.model, study.as_of, checkpoint)
     check_definition(study, definition)
-    space = spaces.make(study.model, config)
     bars = bars_until(series.bars, study.as_of)
+    space = spaces.make(study.model, config, bars)
     return StudyRun(
         study=study,
         space=space,

@@ -49,10 +49,7 @@ def measured(
 class PromotionPlace(places.Place):
     """For promotion over studies whose evidence is given."""
 
-    SETTINGS = (
-        places.FOLDERS
-        + '[toto]\ncheckpoint = "toto-tiny"\nscale = "raw"\n[kronos]\ncheckpoint = "kronos-tiny"\nscale = "raw"\n'
-    )
+    SETTINGS = places.FOLDERS + '[toto]\ncheckpoint = "toto-tiny"\n[kronos]\ncheckpoint = "kronos-tiny"\n'
 
     def study(
         self,

@@ -325,7 +325,7 @@ def changed(folder: Path, change) -> str:
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change, message: str):
     source = changed(tmp_path, change)
-    for refuse in (chronos2.load, chronos2.inspect):
+    for refuse in (chronos2.load, chronos2_checkpoint.inspect):
         with pytest.raises(CheckpointError, match=message) as caught:
             refuse(source)
         assert str(tmp_path) in str(caught.value)

@@ -265,7 +265,7 @@ def test_the_whole_grid_and_the_default_are_confirmed(place: Place) -> None:
         if one.trial is not None:
             assert trials[one.trial].params == {name: one.params[name] for name in ("aggregate", "num_samples")}
     (default,) = (one for one in evidence.candidates if one.source == "default")
-    assert default.params == {"aggregate": "median", "num_samples": 128, "context_length": 256, "scale": "auto"}
+    assert default.params == {"aggregate": "median", "num_samples": 128, "context_length": 256}
     best = [number for number, _ in confirmation.complete_trials(place.run(study))[:5]]
     for one in evidence.candidates:
         assert one.source == ("default" if one is default else "trial" if one.trial in best else "grid")

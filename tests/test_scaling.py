@@ -19,6 +19,9 @@ from objectives.bars import read_bars
 from objectives.evaluation import Evaluator
 from objectives.windows import SeedKind, now, recent_origins
 from storage.encodings import Encodings
+from studies import config as configuration
+from studies import space as spaces
+from studies.config import ConfigError
 
 PARAMS: dict[str, dict[str, Any]] = {
     "toto": {"context_length": 256, "num_samples": 64, "aggregate": "median"},
@@ -59,9 +62,8 @@ def test_low_prices_are_forecast_as_the_same_bars_at_any_price(
 
     expected = of(1, "last")
     np.testing.assert_allclose(of(1e6, "last"), expected, rtol=1e-6)
-    np.testing.assert_allclose(of(1e10, "auto"), expected, rtol=1e-6)
+    np.testing.assert_allclose(of(1e10, "last"), expected, rtol=1e-6)
     assert np.abs(of(1e10, "raw") / expected - 1).max() > 0.01
-    assert (of(1, "auto") == of(1, "raw")).all(), "as published where nothing is lost by it"
     assert (of(1, "raw") == forecast(loaded[model], bars, PARAMS[model], horizon)).all(), "as files say nothing of it"
 
 
@@ -87,32 +89,44 @@ def test_every_price_and_every_answer_is_scaled_back(bars: Bars, loaded: dict[st
 
 @pytest.mark.parametrize("model", list(PARAMS))
 def test_what_is_kept_between_runs_has_its_unit(bars: Bars, loaded: dict[str, Any], tmp_path: Path, model: str) -> None:
-    low, params = divided(bars, 1e7), {**PARAMS[model], "scale": "auto"}
+    low, params = divided(bars, 1e7), {**PARAMS[model], "scale": "last"}
     expected = forecast(loaded[model], low, params)
     for _ in range(2):
         assert (forecast(loaded[model], low, params, store=Encodings(tmp_path)) == expected).all()
 
 
-def test_contexts_of_low_prices_share_no_forward(bars: Bars, loaded: dict[str, Any]) -> None:
-    toto, lengths = loaded["toto"], [300, 332]
+def test_contexts_in_units_of_their_own_share_no_forward(bars: Bars, loaded: dict[str, Any]) -> None:
+    def groups(scale: str) -> list[int] | None:
+        return loaded["toto"].groups_of(bars, [300, 332], {"context_length": 4096, "scale": scale}, 1)
 
-    def shared(by: float, scale: str) -> bool:
-        return toto.groups_of(divided(bars, by), lengths, {"context_length": 4096, "scale": scale}, 1) is not None
-
-    assert [shared(1, scale) for scale in ("raw", "auto", "last")] == [True, True, False]
-    assert [shared(1e6, scale) for scale in ("raw", "auto", "last")] == [True, False, False]
+    assert groups("raw") is not None
+    assert groups("last") is None
 
 
 def test_clipping_is_counted_in_the_unit_that_is_read(bars: Bars) -> None:
     clipped, closes = MODELS["kronos"].clipped, divided(bars, 1e9).close
     assert clipped is not None
-    of = {scale: clipped(closes, range(100, 400), {"max_context": 96, "clip": 1.4, "scale": scale})
-          for scale in ("raw", "auto", "last")}  # fmt: skip
-    as_published = clipped(bars.close, range(100, 400), {"max_context": 96, "clip": 1.4})
-    assert of["raw"] == 0, "to the network, all is constant"
-    assert of["auto"] == of["last"]
-    assert abs(of["last"] - as_published) < 0.02
+    params = {"max_context": 96, "clip": 1.4}
+    as_published = clipped(bars.close, range(100, 400), params)
     assert as_published > 0.1
+    assert clipped(closes, range(100, 400), params) == 0, "to the network, all is constant"
+    assert abs(clipped(closes, range(100, 400), {**params, "scale": "last"}) - as_published) < 0.02
+
+
+@pytest.mark.parametrize("model", list(PARAMS))
+def test_the_settings_leave_it_to_the_bars(bars: Bars, model: str) -> None:
+    def fixed(by: float, **settings: Any) -> Any:
+        config = configuration.load(None, {model: settings})
+        space = spaces.make(model, config, divided(bars, by))
+        return spaces.default(space, config).get("scale"), space.knobs.get("scale")
+
+    assert fixed(1) == (None, None)
+    assert fixed(1e8) == ("last", None)
+    assert fixed(1e8, scale=("raw",)) == (None, None)
+    assert fixed(1, scale=("last",)) == ("last", None)
+    assert fixed(1, scale=("raw", "last")) == ("raw", ("raw", "last"))
+    with pytest.raises(ConfigError, match=r"scale"):
+        configuration.load(None, {model: {"scale": ("raw", "auto")}})
 
 
 def in_millionths(row: str) -> str:
@@ -130,6 +144,7 @@ def test_a_search_says_so_and_the_promoted_file_too(place: Place) -> None:
     assert "read as multiples of their last close: LOW" in searched.stderr
     place.run("promote", "--symbols", "LOW")
     promoted = json.loads(place.promoted_file("LOW").read_text())
-    assert promoted["config"]["scale"] == "auto"
-    assert promoted["metadata"]["rescaled"] == 1.0
+    assert promoted["config"]["scale"] == "last"
     assert promoted["validation"]["skill"] > -0.5, "as published it is below -100"
+    (served,) = json.loads(place.run("studies", "forecast", "LOW", "--json").stdout)["forecasts"]
+    assert served["points"][0] == pytest.approx(served["last_close"], rel=0.2)

@@ -29,13 +29,13 @@ def bars(count: int) -> Bars:
 
 
 @pytest.fixture
-def toto() -> Toto:
+def toto() -> Any:
     loaded = forecasters.load("toto", checkpoint="toto-tiny")
     assert isinstance(loaded, Toto)
     return loaded
 
 
-def shared(toto: Toto, history: Bars, origins: Sequence[int], horizon: int = 1) -> Any:
+def shared(toto: Any, history: Bars, origins: Sequence[int], horizon: int = 1) -> Any:
     groups = toto.groups_of(history, origins, PARAMS, horizon)
     assert groups is not None
     found = {group: toto.encode_group(history, group, PARAMS, horizon, "close") for group in set(groups)}
@@ -47,7 +47,7 @@ def windows(history: Bars, count: int) -> Windows:
 
 
 @pytest.mark.parametrize("horizon", [1, 7, PATCH])
-def test_origins_a_patch_apart_are_answered_as_apart(toto: Toto, horizon: int) -> None:
+def test_origins_a_patch_apart_are_answered_as_apart(toto: Any, horizon: int) -> None:
     history = bars(500)
     origins = range(300, 500)
     found = shared(toto, history, origins, horizon)
@@ -58,7 +58,7 @@ def test_origins_a_patch_apart_are_answered_as_apart(toto: Toto, horizon: int) -
     assert np.abs(samples[0] - samples[1]).max() < 1e-5 * deviation  # single samples lie some deviations off
 
 
-def test_the_network_reads_a_patch_of_series(toto: Toto, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_reads_a_patch_of_series(toto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     along = toto.network.answers_along
 
@@ -74,7 +74,7 @@ def test_the_network_reads_a_patch_of_series(toto: Toto, monkeypatch: pytest.Mon
     assert sum(rows) == PATCH, "other windows of the series come from the same forwards"
 
 
-def test_bits_depend_neither_on_what_is_asked_for_nor_on_what_was_asked_before(toto: Toto) -> None:
+def test_bits_depend_neither_on_what_is_asked_for_nor_on_what_was_asked_before(toto: Any) -> None:
     history = bars(500)
     whole = windows(history, 200)
     expected = Evaluator(toto, cache_bytes=1 << 26).forecast(whole, ASKED)
@@ -84,7 +84,7 @@ def test_bits_depend_neither_on_what_is_asked_for_nor_on_what_was_asked_before(t
         assert (evaluator.forecast(few, ASKED) == expected[3::17]).all()
 
 
-def test_the_cache_tells_series_of_other_lengths_apart(toto: Toto) -> None:
+def test_the_cache_tells_series_of_other_lengths_apart(toto: Any) -> None:
     """Their forwards have other shapes, and other last bits with them."""
     longer, shorter = bars(500), bars(500).slice(0, 437)
     evaluator = Evaluator(toto, cache_bytes=1 << 26)
@@ -94,7 +94,7 @@ def test_the_cache_tells_series_of_other_lengths_apart(toto: Toto) -> None:
         assert (evaluator.forecast(asked, ASKED) == fresh).all()
 
 
-def test_bars_behind_an_origin_change_nothing_before_it(toto: Toto) -> None:
+def test_bars_behind_an_origin_change_nothing_before_it(toto: Any) -> None:
     history = bars(500)
     later = np.arange(500) >= 400
     spoilt = replace(history, close=np.where(later, 1e4 * history.close, history.close))
@@ -106,7 +106,7 @@ def test_bars_behind_an_origin_change_nothing_before_it(toto: Toto) -> None:
 
 
 @pytest.mark.parametrize("params", [{"context_length": 499}, {**PARAMS, "key_input": "ratio"}])
-def test_contexts_that_are_cut_and_other_inputs_share_nothing(toto: Toto, params: dict[str, Any]) -> None:
+def test_contexts_that_are_cut_and_other_inputs_share_nothing(toto: Any, params: dict[str, Any]) -> None:
     assert toto.groups_of(bars(500), [300, 332], params, 1) is None
     assert toto.groups_of(bars(500), [300, 332], PARAMS, PATCH + 1) is None
     asked = windows(bars(500), 20)
@@ -117,7 +117,7 @@ def test_contexts_that_are_cut_and_other_inputs_share_nothing(toto: Toto, params
     assert (points[order] == samples.mean(axis=1)).all()
 
 
-def test_a_window_that_is_asked_for_alone_is_encoded_alone(toto: Toto, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_is_asked_for_alone_is_encoded_alone(toto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is served: its bits then depend on no series beyond it."""
     from objectives.windows import SeedKind, now
 
