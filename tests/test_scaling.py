@@ -147,4 +147,4 @@ def test_a_search_says_so_and_the_promoted_file_too(place: Place) -> None:
     assert promoted["config"]["scale"] == "last"
     assert promoted["validation"]["skill"] > -0.5, "as published it is below -100"
     (served,) = json.loads(place.run("studies", "forecast", "LOW", "--json").stdout)["forecasts"]
-    assert served["points"][0] == pytest.approx(served["last_close"], rel=0.2)
+    assert served["keys"]["close"]["points"][0] == pytest.approx(served["last_close"], rel=0.2)
