@@ -346,6 +346,7 @@ def test_the_share_of_a_worker_that_is_killed_is_measured_by_another(place: Plac
     assert_as_alone(place)
 
 
+@pytest.mark.slow
 def test_a_frozen_workers_share_is_taken_over_and_what_it_brings_late_is_refused(place: Place, shared: Path) -> None:
     with launched(place) as run:
         number, pid = one_at_work(place)
@@ -367,6 +368,7 @@ def test_a_frozen_workers_share_is_taken_over_and_what_it_brings_late_is_refused
     assert_as_alone(place)
 
 
+@pytest.mark.slow
 def test_shares_that_are_done_stay_done_after_a_stop(place: Place, shared: Path) -> None:
     with launched(place) as run:
         one_at_work(place)
