@@ -132,7 +132,7 @@ class Toto(SharedForwards, KeptMixtures):
         self, network: TotoNetwork, *, fingerprint: str, policy: Policy | None = None, chunk: int = 10
     ) -> None:
         """policy: how to compile; None: not at all. chunk: windows in a compiled forward, fewer are padded."""
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False).transposed()
         self.fingerprint = fingerprint
         self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
