@@ -56,8 +56,11 @@ class Checkpoint:
                 whole.update(hashlib.file_digest(file, "sha256").digest())
         return whole.hexdigest()
 
-    def config(self, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-        """The entries of config.json. Raises CheckpointError on a missing or an unknown key."""
+    def config(self, required: Sequence[str], optional: Sequence[str] | None = ()) -> dict[str, Any]:
+        """The entries of config.json. Raises CheckpointError on a missing or an unknown key.
+
+        optional: None: any other key may be there.
+        """
         path = self.folder / CONFIG
         entries = _read_json(path)
         for key in required:
@@ -66,7 +69,7 @@ class Checkpoint:
                     f"{path}: the key {key!r} is missing; use the config.json published with the weights"
                 )
         for key in entries:
-            if key not in required and key not in optional:
+            if optional is not None and key not in (*required, *optional):
                 raise CheckpointError(f"{path}: unknown key {key!r}; this is not a configuration of this network")
         return entries
 
@@ -140,7 +143,7 @@ def load_into(checkpoint: Checkpoint, network: nn.Module, rename: Rename) -> Non
     check(checkpoint, network, rename)
     # A copy, because safetensors maps the file: a file replaced later must not change a running worker.
     state = {
-        name: entry[:].to(torch.float32, copy=True).contiguous() for _, _, name, entry in _entries(checkpoint, rename)
+        name: entry[...].to(torch.float32, copy=True).contiguous() for _, _, name, entry in _entries(checkpoint, rename)
     }
     network.load_state_dict(state, strict=True, assign=True)
 
