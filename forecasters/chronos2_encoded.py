@@ -1,4 +1,4 @@
-"""Both ends of Chronos-2's encode: bars as the series of one group, and a group's answer as quantiles in price.
+"""Both ends of encode, Chronos-2's and Toto 2.0's: bars as the series of a group, its answer as quantiles in price.
 
 Owns what each choice of variates and transform shows the network, and how its answers become prices again. Knows
 nothing of how the network runs. Dimensions: W windows, G series a group, K keys, T points, H steps, Q levels.

@@ -94,15 +94,12 @@ class Attention(nn.Module):
         _multiply(self.in_proj, self.in_proj.in_features**-0.5)
         _multiply(self.out_proj, self.out_proj.in_features**-0.5 * share)
         queries = F.softplus(self._pds.per_dim_scale) / math.log(2) / self.qk_dim  # the scores' own divisor too
-        asking = slice(0, self.sizes[0])
-        self.in_proj.weight[asking] *= queries.repeat(self.heads)[:, None]
-        self.in_proj.bias[asking] *= queries.repeat(self.heads)
-        if rotates:  # pairs of neighbours become pairs of one place in both halves, which are contiguous
-            pairs = torch.arange(self.qk_dim // 2, device=queries.device).view(-1, 2).T.flatten()
-            rest = torch.arange(self.qk_dim // 2, self.qk_dim, device=queries.device)
-            order = torch.cat((pairs, rest))
-            heads = torch.arange(2 * self.heads, device=queries.device)[:, None] * self.qk_dim
-            order = (heads + order).flatten()
+        self.in_proj.weight[: self.sizes[0]] *= queries.repeat(self.heads)[:, None]
+        self.in_proj.bias[: self.sizes[0]] *= queries.repeat(self.heads)
+        if rotates:  # neighbours that are turned together come to stand at one place of two halves, each in one piece
+            places = torch.arange(2 * self.heads * self.qk_dim).view(2 * self.heads, self.qk_dim)
+            turned, rest = places.split(self.qk_dim // 2, -1)
+            order = torch.cat((turned[:, ::2], turned[:, 1::2], rest), -1).flatten()
             self.in_proj.weight[: len(order)] = self.in_proj.weight[order]
             self.in_proj.bias[: len(order)] = self.in_proj.bias[order]
 
@@ -230,7 +227,7 @@ class Toto2Network(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> Toto2Network:
-        """Work what multiplies the weights into them, in place and once. Then they are not as published."""
+        """Multiply the weights by all that the reference multiplies their answers by: in place, and only once."""
         self.patch_proj.fold(0.5)
         for layer in self.transformer.layers:
             cast(Layer, layer).fold()
