@@ -66,8 +66,11 @@ class Checkpoint:
             os.environ[DIGESTS] = json.dumps({**known, before: whole.hexdigest()})
         return whole.hexdigest()
 
-    def config(self, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-        """The entries of config.json. Raises CheckpointError on a missing or an unknown key."""
+    def config(self, required: Sequence[str], optional: Sequence[str] | None = ()) -> dict[str, Any]:
+        """The entries of config.json. Raises CheckpointError on a missing or an unknown key.
+
+        optional: None: any other key may be there.
+        """
         path = self.folder / CONFIG
         entries = _read_json(path)
         for key in required:
@@ -76,7 +79,7 @@ class Checkpoint:
                     f"{path}: the key {key!r} is missing; use the config.json published with the weights"
                 )
         for key in entries:
-            if key not in required and key not in optional:
+            if optional is not None and key not in (*required, *optional):
                 raise CheckpointError(f"{path}: unknown key {key!r}; this is not a configuration of this network")
         return entries
 
@@ -153,7 +156,7 @@ def load_into(checkpoint: Checkpoint, network: nn.Module, rename: Rename) -> Non
     check(checkpoint, {name: tensor.shape for name, tensor in network.state_dict().items()}, rename)
     # A copy, because safetensors maps the file: a file replaced later must not change a running worker.
     state = {
-        name: entry[:].to(torch.float32, copy=True).contiguous()
+        name: entry[...].to(torch.float32, copy=True).contiguous()
         for _, _, name, entry in _entries(checkpoint, rename, "pt")
     }
     network.load_state_dict(state, strict=True, assign=True)

@@ -23,7 +23,7 @@ from forecasters import BY_DEFAULT, CLOSE, Bars, ForecastError, Quantiles, Runni
 from forecasters.checkpoints import load_into, resolve
 from forecasters.chronos2_calendar import on_calendar
 from forecasters.chronos2_checkpoint import fingerprint_of, read_config
-from forecasters.chronos2_encoded import VOLUME, EncodedQuantiles, columns_of, in_price, series_of
+from forecasters.chronos2_encoded import EncodedQuantiles, columns_of, encoded_of, finite, series_of
 from forecasters.chronos2_model import BARS, CALENDARS, CHRONOS2, DAYS
 from forecasters.chronos2_network import Chronos2Network
 from forecasters.compilation import OFF, Graphs, Policy, decide, fixed_length
@@ -91,18 +91,7 @@ class Chronos2:
         groups = [series_of(bars, length, columns, transform) for bars in contexts]
         unknown = [np.full((len(columns), max(0, horizon)), np.nan, np.float32)] * len(groups)
         answers = self._forecast(groups, unknown, horizon, self.network.config.max_output_patches)
-        keys = tuple(column for column in columns if column != VOLUME)
-        values = np.array(
-            [
-                [
-                    in_price(answer, getattr(bars, asked)[-1], transform, self.levels)
-                    for asked, answer in zip(keys, group, strict=False)  # that of volume is not asked for
-                ]
-                for bars, group in zip(contexts, answers, strict=True)
-            ],
-            np.float32,
-        )
-        return EncodedQuantiles(keys=keys, levels=self.levels, values=_finite(values))
+        return encoded_of(contexts, columns, answers, transform, self.levels)
 
     def quantiles(self, encoded: EncodedQuantiles, params: Mapping[str, Any]) -> Quantiles:
         """The quantiles of the first key that was encoded; see `quantiles_keys`."""
@@ -113,10 +102,7 @@ class Chronos2:
     ) -> list[Quantiles]:
         """The quantiles of encoded keys, in price, ascending over the levels; params are not looked at."""
         del params
-        places = [encoded.keys.index(key) for key in keys]
-        return [
-            Quantiles(levels=encoded.levels, values=encoded.values[:, place].astype(np.float64)) for place in places
-        ]
+        return encoded.quantiles(keys)
 
     def predict(
         self,
@@ -166,7 +152,7 @@ class Chronos2:
             if not all(0 < level < 1 for level in levels):
                 raise ForecastError(f"levels {list(levels)}: each must be between 0 and 1")
             found = at_levels(found, self.levels, np.asarray(levels))
-        return _finite(found)
+        return finite(found)
 
     def _forecast(
         self, groups: Sequence[np.ndarray], known: Sequence[np.ndarray], horizon: int, most: int
@@ -285,12 +271,6 @@ def _masses(levels: np.ndarray) -> np.ndarray:
     edges = np.concatenate(([0.0], levels, [1.0]))
     masses = (edges[2:] - edges[:-2]) / 2
     return masses / masses.sum()
-
-
-def _finite(prices: np.ndarray) -> np.ndarray:
-    if not (np.abs(prices) < np.finfo(np.float32).max / 2).all():
-        raise ForecastError("the network's quantiles are not finite numbers; check the prices and the checkpoint")
-    return prices
 
 
 def load(

@@ -1,4 +1,4 @@
-"""Both ends of Chronos-2's encode: bars as the series of one group, and a group's answer as quantiles in price.
+"""Both ends of encode, Chronos-2's and Toto 2.0's: bars as the series of a group, its answer as quantiles in price.
 
 Owns what each choice of variates and transform shows the network, and how its answers become prices again. Knows
 nothing of how the network runs. Dimensions: W windows, G series a group, K keys, T points, H steps, Q levels.
@@ -6,11 +6,12 @@ nothing of how the network runs. Dimensions: W windows, G series a group, K keys
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from forecasters import CLOSE, Bars, ForecastError
+from forecasters import CLOSE, Bars, ForecastError, Quantiles
 from forecasters.chronos2_model import TRANSFORMS, VARIATES
 
 VOLUME = "volume"
@@ -33,6 +34,11 @@ class EncodedQuantiles:
     @property
     def nbytes(self) -> int:
         return self.levels.nbytes + self.values.nbytes
+
+    def quantiles(self, keys: Sequence[str]) -> list[Quantiles]:
+        """Those of these keys."""
+        places = [self.keys.index(key) for key in keys]
+        return [Quantiles(levels=self.levels, values=self.values[:, place].astype(np.float64)) for place in places]
 
 
 def columns_of(variates: str, key: str) -> tuple[str, ...]:
@@ -70,6 +76,37 @@ def series_of(bars: Bars, length: int, columns: tuple[str, ...], transform: str)
                 raise ForecastError(f"the {column} of {bars.timestamps[-1]} or before it has no logarithm")
         rows = np.log(rows / rows[:, -1:])
     return rows.astype(np.float32)
+
+
+def encoded_of(
+    contexts: Sequence[Bars],
+    columns: Sequence[str],
+    answers: Sequence[np.ndarray],
+    transform: str,
+    levels: np.ndarray,
+) -> EncodedQuantiles:
+    """The network's answers to these windows, [G, Q, H] each for the columns that it read, in price.
+
+    Raises ForecastError where one is not finite.
+    """
+    keys = tuple(column for column in columns if column != VOLUME)
+    values = np.array(
+        [
+            [
+                in_price(answer, getattr(bars, asked)[-1], transform, levels)
+                for asked, answer in zip(keys, group, strict=False)  # that of volume is not asked for
+            ]
+            for bars, group in zip(contexts, answers, strict=True)
+        ],
+        np.float32,
+    )
+    return EncodedQuantiles(keys=keys, levels=levels, values=finite(values))
+
+
+def finite(prices: np.ndarray) -> np.ndarray:
+    if not (np.abs(prices) < np.finfo(np.float32).max / 2).all():
+        raise ForecastError("the network's quantiles are not finite numbers; check the prices and the checkpoint")
+    return prices
 
 
 def in_price(answers: np.ndarray, last: float, transform: str, levels: np.ndarray) -> np.ndarray:

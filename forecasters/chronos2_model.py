@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from forecasters import StageParams
@@ -39,7 +40,8 @@ BY_DEFAULT = {"shrink": 1.0, "calendar": BARS}  # params that are not written do
 PUBLISHED = {"aggregate": "median", "context_length": 8192, "variates": "close", "transform": "price"}
 
 
-def _search(settings: Chronos2Settings) -> SearchedParams:
+def searched(settings: Chronos2Settings) -> SearchedParams:
+    """What the settings ask for, of Chronos-2 and of others with the same params."""
     knobs: dict[str, Knob] = {"aggregate": settings.aggregates}
     fixed = {}
     for name in ("shrink", "context_length", "variates", "transform"):
@@ -51,16 +53,16 @@ def _search(settings: Chronos2Settings) -> SearchedParams:
     return SearchedParams(knobs=knobs, fixed=fixed)
 
 
-def _limits(settings: Chronos2Settings) -> dict[str, Any]:
+def limits(published: Mapping[str, Any], settings: Chronos2Settings) -> dict[str, Any]:
     """The published values where the settings allow them; else the nearest length and share, and the first name."""
-    allowed = [length for length in settings.context_length if length <= PUBLISHED["context_length"]]
-    limits: dict[str, Any] = {"context_length": max(allowed) if allowed else min(settings.context_length)}
+    allowed = [length for length in settings.context_length if length <= published["context_length"]]
+    allows: dict[str, Any] = {"context_length": max(allowed) if allowed else min(settings.context_length)}
     for name in ("variates", "transform"):
         values = getattr(settings, name)
-        limits[name] = PUBLISHED[name] if PUBLISHED[name] in values else values[0]
+        allows[name] = published[name] if published[name] in values else values[0]
     if settings.shrink != (BY_DEFAULT["shrink"],):
-        limits["shrink"] = max(settings.shrink)
-    return limits
+        allows["shrink"] = max(settings.shrink)
+    return allows
 
 
 def _to_promoted(params: Mapping[str, Any], searched: Collection[str]) -> dict[str, Any]:
@@ -137,9 +139,9 @@ CHRONOS2 = Model(
         "calendar": CALENDARS,
     },
     by_default=BY_DEFAULT,
-    search=_search,
+    search=searched,
     starting_points=(PUBLISHED,),
-    limits=_limits,
+    limits=partial(limits, PUBLISHED),
     to_promoted=_to_promoted,
     written=_written,
     foreign=_foreign,

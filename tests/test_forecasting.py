@@ -363,7 +363,7 @@ def test_what_cannot_be_forecast_is_refused_in_one_line_and_the_others_are_answe
         "FUTURE": "begins after the time of this machine",
         "ODD": "ODD.json: cannot be forecast with:",
         "TWICE": "TWICE has two files",
-        "ALIEN": "ALIEN.json: is of the model 'alien'; those here are toto, kronos, chronos2, naive",
+        "ALIEN": "ALIEN.json: is of the model 'alien'; those here are toto, kronos, chronos2, toto2, naive",
         "BROKEN": "BROKEN.json: not JSON",
         "NOBODY": "no configuration is promoted",
         "../../etc": "is not a symbol",

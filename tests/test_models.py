@@ -217,11 +217,11 @@ def test_starting_points_are_configurations_that_a_promoted_file_could_name(name
 
 def test_what_nobody_named_is_not_searched() -> None:
     assert configuration.load().search.models == options.BOTH == ("toto", "kronos")
-    assert set(models.MODELS) - set(options.BOTH) == {"chronos2", "naive"}
+    assert set(models.MODELS) - set(options.BOTH) == {"chronos2", "toto2", "naive"}
 
 
 def test_no_module_but_a_model_s_own_names_a_model() -> None:
-    own = {"toto_model.py", "kronos_model.py", "chronos2_model.py", "naive.py", "train_tiny.py", "demo.py"}
+    own = {f"{name}_model.py" for name in models.MODELS} | {"naive.py", "train_tiny.py", "demo.py"}
     found = set()
     for package in ("forecasters", "objectives", "studies", "launch", "storage"):
         for path in (ROOT / package).rglob("*.py"):
