@@ -7,8 +7,10 @@ candidates is candidates.py; how they are measured is measuring.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from optuna.trial import TrialState
 
 from objectives.bars import timestamp_text
@@ -16,7 +18,7 @@ from objectives.evaluation import Evaluator
 from objectives.metrics import measure_no_change, no_change_errors
 from objectives.quantiles import unshrunk
 from objectives.windows import Windows
-from studies import candidates, evidence, returns
+from studies import candidates, ensembles, evidence, returns
 from studies.candidates import Candidate
 from studies.evidence import MeasuredConfiguration, Part, Source, StudyEvidence
 from studies.measuring import ALONE, FRESH_FROM, Entry, Host, Measuring
@@ -86,6 +88,12 @@ def confirm(
         forecasts: dict[Part, evidence.ForecastsShown] = {
             part: _forecasts(evaluator, measuring.windows[part], shown, number) for part, number in shown_with.items()
         }
+        # What an ensemble can be made of.
+        best = ensembles.best_before(completed, run.confirmation.horizon)
+        completed = [_with_points(evaluator, measuring.windows, one) if one is best else one for one in completed]
+        measured_in_use = {
+            label: _with_points(evaluator, measuring.windows, one) for label, one in measured_in_use.items()
+        }
     return StudyEvidence(
         windows={part: window_span(measuring.windows[part]) for part in evidence.PARTS},
         passes=measuring.passes,
@@ -97,7 +105,30 @@ def confirm(
             for part, found in measuring.windows.items()
         },
         forecasts=forecasts,
+        came={
+            part: evidence.Came(returns=_returns(found, found.actuals), last_closes=tuple(found.last_closes.tolist()))
+            for part, found in measuring.windows.items()
+        },
     )
+
+
+def _with_points(
+    evaluator: Evaluator, windows: Mapping[Part, Windows], one: MeasuredConfiguration
+) -> MeasuredConfiguration:
+    """A configuration with its points on all parts, of the first pass that each is measured with."""
+    if one.error is not None:
+        return one
+    passes = {part: SEARCH_PASSES[0] if part == "validation" else FRESH_FROM for part in windows}
+    points = {
+        part: _returns(found, evaluator.forecast(found, one.params, pass_number=passes[part]))
+        for part, found in windows.items()
+    }
+    return replace(one, points=points)
+
+
+def _returns(windows: Windows, prices: np.ndarray) -> tuple[float, ...]:
+    """Prices [W, H] as returns over the last close, [W * H]."""
+    return tuple((prices / windows.last_closes[:, None] - 1).ravel().tolist())
 
 
 def _entries(run: StudyRun, chosen: Sequence[Candidate], in_use: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
