@@ -7,19 +7,21 @@ later half decides. Owns how a promoted file says an ensemble. Pure but for that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import nnls
 
 from forecasters import ExpectedError
+from objectives.ensemble import joined_fingerprints
 from objectives.metrics import Measurement, measurement_of_errors, skill
 from storage.commands import command
 from storage.configs import Record, damaged
 from studies import promotion
+from studies import space as spaces
 from studies.beliefs import Case, SymbolBeliefs
+from studies.config import Config
 from studies.evidence import ENSEMBLE, Came, MeasuredConfiguration, Part, StudyEvidence, lowest
 from studies.promotion import MIN_WINDOWS, Decision, Rule
 
@@ -85,6 +87,27 @@ def models_of(record: Record) -> tuple[str, ...]:
 def params_of(members: Sequence[tuple[str, Mapping[str, Any], float]]) -> dict[str, Any]:
     """An ensemble as params: of each member its model, its complete params and its weight."""
     return {"members": [{"model": model, "params": dict(p), "weight": weight} for model, p, weight in members]}
+
+
+def complete(config: Config, model: str, said: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A promoted file's `config` as complete params, of an ensemble too. Raises ValueError for what is none."""
+    if model != ENSEMBLE:
+        return spaces.from_promoted(said, metadata, spaces.make(model, config))
+    return params_of(
+        [
+            (one.model, spaces.from_promoted(one.config, one.metadata, spaces.make(one.model, config)), one.weight)
+            for one in parse_members(said)
+        ]
+    )
+
+
+def checkpoint_of(record: Record, checkpoint: Callable[[str], str]) -> str:
+    """The fingerprint of all weights that a promoted file's forecasts need. checkpoint: of a model.
+
+    Raises ConfigFileError, and what `checkpoint` raises.
+    """
+    found = {model: checkpoint(model) for model in models_of(record)}
+    return joined_fingerprints(found) if record.model == ENSEMBLE else found[record.model]
 
 
 # --- made of evidence ---------------------------------------------------------------------------------------
@@ -180,6 +203,8 @@ def fit(errors: np.ndarray) -> tuple[np.ndarray, Literal["least squares", "equal
 
 def least_squares(errors: np.ndarray) -> np.ndarray:
     """The weights [M], none below 0 and 1 together, whose mean of signed errors [M, W, H] has the least squares."""
+    from scipy.optimize import nnls  # here: most commands fit no weights
+
     rows = errors.reshape(len(errors), -1).T  # [N, M]
     # With a row that asks the weights to add up to any number above 0, of any size: scaled to 1, the best weights are
     # the best of those that add up to 1, as the least sum of squares only grows with theirs.

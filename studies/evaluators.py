@@ -5,12 +5,14 @@ Loads torch, and that only when a forecaster is asked for. Knows nothing of stud
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import forecasters
 from forecasters import LoadedForecaster, Running, SharingForecaster
 from forecasters.models import MODELS
+from objectives.ensemble import EnsembleEvaluator
 from objectives.evaluation import Evaluator
 from objectives.work import WorkCounter
 from studies import space as spaces
@@ -38,6 +40,12 @@ def evaluator_of(
         exact=config.search.objective == "exact",
         work=WorkCounter() if profile and forecaster.compilation == "off" else None,
     )
+
+
+def ensemble_evaluator(config: Config, evaluator_of: Callable[[str], Evaluator]) -> EnsembleEvaluator:
+    """The evaluator of ensembles. evaluator_of: of a member's model, loaded when it is first asked for."""
+    search = config.search
+    return EnsembleEvaluator(evaluator_of, rung=search.rung, batch=search.batch_size, exact=search.objective == "exact")
 
 
 def serving(config: Config, horizon: int) -> Config:

@@ -18,6 +18,7 @@ from storage import configs
 from storage.configs import Record
 from studies.bars_cache import read_bars_once
 from studies.config import Config
+from studies.ensembles import checkpoint_of
 from studies.evaluators import checkpoint_fingerprint
 from studies.questions import Question, ReadBars, closed_bars, promoted, question_of
 from studies.series import file_of
@@ -77,7 +78,7 @@ class Sources:
         asked = (symbol, horizon, tuple(keys))
         found = self._questions.get(asked)
         if found is None or found.record is not record or found.read is not read:
-            checkpoint = self.checkpoint(record.model)
+            checkpoint = checkpoint_of(record, self.checkpoint)
             found = question_of(self.config, record, read, horizon=horizon, keys=keys, checkpoint=checkpoint)
             if len(self._questions) >= QUESTIONS:
                 self._questions.clear()  # those that are asked again are made again, in less than a millisecond
