@@ -89,7 +89,7 @@ def confirm(
             part: _forecasts(evaluator, measuring.windows[part], shown, number) for part, number in shown_with.items()
         }
         # What an ensemble can be made of.
-        best = ensembles.best_before(completed, run.confirmation.horizon)
+        best = ensembles.best_before(completed, run.confirmation.horizon, max_clipped=run.max_clipped)
         completed = [_with_points(evaluator, measuring.windows, one) if one is best else one for one in completed]
         measured_in_use = {
             label: _with_points(evaluator, measuring.windows, one) for label, one in measured_in_use.items()

@@ -129,15 +129,21 @@ def earlier(count: int, horizon: int) -> int:
     return max(count // 2 - (horizon - 1), 0)
 
 
-def best_before(candidates: Sequence[MeasuredConfiguration], horizon: int) -> MeasuredConfiguration | None:
-    """The candidate with the lowest error on the windows that weights are fitted to."""
+def best_before(
+    candidates: Sequence[MeasuredConfiguration], horizon: int, *, max_clipped: float = 1.0
+) -> MeasuredConfiguration | None:
+    """The candidate with the lowest error on the windows that weights are fitted to.
+
+    max_clipped: share of origins whose last close it may clip, if there is one that does not.
+    """
 
     def error(one: MeasuredConfiguration) -> float | None:
         errors = one.confirmation.errors if one.confirmation else ()
         found = errors[: earlier(len(errors), horizon)]
         return sum(found) / len(found) if found else None
 
-    return lowest(candidates, error)
+    allowed = [one for one in candidates if (one.clipped or 0.0) <= max_clipped]
+    return lowest(allowed, error) or lowest(candidates, error)
 
 
 def make(evidence: Mapping[str, StudyEvidence]) -> Ensemble:

@@ -33,6 +33,7 @@ class Offer:
     ensemble: Ensemble
     findings: Sequence[Finding]
     over_single: Decision
+    single: str  # the model of the best single one
 
     @property
     def main(self) -> Finding:
@@ -84,7 +85,7 @@ class EnsembleDecision:
     reason: str
 
     @classmethod
-    def of(cls, verdict: Verdict, single: str) -> EnsembleDecision:
+    def of(cls, verdict: Verdict) -> EnsembleDecision:
         """Of a verdict on an ensemble."""
         offer, candidate = verdict.ensemble, verdict.candidate
         assert offer is not None
@@ -100,7 +101,7 @@ class EnsembleDecision:
             weights=made.how,
             fitted_windows=made.fitted_on,
             windows=candidate.confirmation.windows,
-            single=single,
+            single=offer.single,
             improvement=over.improvement,
             improvement_low=low,
             improvement_high=high,
@@ -262,6 +263,7 @@ def _how(offer: Offer) -> dict[str, Any]:
     return {
         "weights": offer.ensemble.how,
         "fitted_windows": offer.ensemble.fitted_on,
+        "single": offer.single,
         "improvement_single": over.improvement,
         "improvement_single_interval": over.comparison.interval,
         "p_value_single": over.comparison.p_value,

@@ -173,7 +173,6 @@ class SymbolCase:
     beside: Sequence[Finding]  # the same of all models, asked for or not
     left_out: Sequence[Finding]  # asked for, but not on the same windows and metric
     ensemble: Verdict | None = None  # on `best`, of an ensemble, whether or not it is the symbol's verdict
-    single: str | None = None  # the model of the best single configuration, which it had to beat
     no_ensemble: str | None = None  # why there is none, where one was asked for
 
 
@@ -215,7 +214,6 @@ def _judge(
         beside=beside,
         left_out=left_out,
         ensemble=together,
-        single=single.finding.study.model if together else None,
     )
 
 
@@ -238,7 +236,12 @@ def _with_ensemble(
     if decision.promote and not over_single.promote:
         decision = replace(decision, promote=False, reason=over_single.reason)
     by_model = {finding.study.model: finding for finding in competing}
-    offer = Offer(ensemble=offered, findings=[by_model[one.model] for one in offered.members], over_single=over_single)
+    offer = Offer(
+        ensemble=offered,
+        findings=[by_model[one.model] for one in offered.members],
+        over_single=over_single,
+        single=verdict.finding.study.model,
+    )
     returns = None
     if gate and decision.reason == "improved" and incumbent:
         returns = gate(offer.main.study, incumbent, offered.configuration)
@@ -363,7 +366,7 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         path=str(root / "best" / f"{study.symbol}.json") if decision.promote or record else None,
         written=[str(root / folder / f"{study.symbol}.json") for _, folders in done for folder in folders],
         pairs=_outcomes(rule, case, [each for each, _ in (writes if dry_run else done)], error),
-        ensemble=EnsembleDecision.of(case.ensemble, case.single or "")
+        ensemble=EnsembleDecision.of(case.ensemble)
         if case.ensemble
         else EnsembleDecision(decision="kept", reason=case.no_ensemble)
         if case.no_ensemble

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,11 +12,17 @@ import numpy as np
 import pytest
 from evidence_builder import evidence, of_errors
 from promotion_place import COUNTS, KRONOS, NEW, OLD, PromotionPlace
+from rich.console import Console
 
+from launch.views import decisions
+from launch.views.tables import terminal
 from storage import configs
-from studies import ensembles
+from studies import config as configuration
+from studies import ensembles, promoting
 from studies.ensembles import NoEnsemble
 from studies.evidence import Came, MeasuredConfiguration, Part, StudyEvidence
+from studies.promotion import ReturnsDifference
+from studies.study import Study
 
 Place = PromotionPlace
 CHRONOS2 = {"context_length": 512, "transform": "price", "aggregate": "median"}
@@ -162,6 +169,14 @@ def test_what_came_later_changes_neither_members_nor_weights() -> None:
     assert weights(changed(toto, world, "confirmation", before), worse) != plain
 
 
+def test_a_member_clips_no_last_close_if_another_of_its_model_does_not() -> None:
+    world = World(5)
+    best, other = world.model("kronos", 0.004, clipped=0.2), world.model("kronos", 0.006, clipped=0.0)
+    assert ensembles.best_before([best, other], 1, max_clipped=0.01) is other
+    assert ensembles.best_before([best], 1, max_clipped=0.01) is best
+    assert made(world, world.model("toto", 0.004), best).configuration.clipped == 0.2  # the rule refuses it
+
+
 def test_why_there_is_no_ensemble() -> None:
     world, few = World(4), World(4, count=38)
     toto, kronos = world.model("toto", 0.004), world.model("kronos", 0.004)
@@ -205,6 +220,11 @@ def test_an_ensemble_that_is_truly_better_is_promoted_with_the_single_ones_besid
     row = place.row("--ensemble", "--on", "confirmation")
     assert (row["decision"], row["reason"], row["model"]) == ("promoted", "first", "ensemble")
     found = row["ensemble"]
+    assert set(found) == {
+        "members", "weights", "fitted_windows", "windows", "single", "improvement", "improvement_low",
+        "improvement_high", "p_value", "improvement_own", "pooled_symbols", "improvement_test", "decision", "reason",
+    }  # fmt: skip
+    assert [set(one) for one in found["members"]] == [{"model", "weight", "study", "trial"}] * 2
     assert [one["model"] for one in found["members"]] == ["toto", "kronos"]
     weights = [one["weight"] for one in found["members"]]
     assert weights[0] == pytest.approx(9 / 13, abs=0.08)  # the variances are 4 to 9
@@ -223,6 +243,7 @@ def test_an_ensemble_that_is_truly_better_is_promoted_with_the_single_ones_besid
     assert said["config"]["members"][0]["config"]["aggregate"] == NEW["aggregate"]
     assert said["windows"]["confirmation_window"] == 125
     assert said["metadata"]["ensemble"]["improvement_single"] == found["improvement"]
+    assert said["metadata"]["ensemble"]["single"] == "toto"
     assert said["metadata"]["skill"] == row["skill"]
     assert place.promoted("optimized_compiled") == said
     assert place.promoted("ensemble") == said
@@ -240,6 +261,15 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would(place: Place) -> None:
     assert "over toto alone on the later 125 windows" in result.stderr
     assert "to be promoted" in result.stderr
     assert "ensemble of toto 0." in result.stdout
+    shown = io.StringIO()
+    narrow = Console(width=80, file=shown)
+    config = configuration.load(place.settings)
+    rule, names = promoting.rule_of(config), {"symbols": (), "models": ("toto", "kronos")}
+    rows = promoting.promote(place.storage, config, rule, **names, dry_run=True, ensemble=True)
+    narrow.print(terminal(decisions.table(rows, dry_run=True), 80))
+    lines = shown.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert any("promote" in line and "first" in line for line in lines)
 
 
 def test_an_ensemble_that_gains_nothing_is_not_promoted(place: Place) -> None:
@@ -362,6 +392,26 @@ def test_rollback_puts_back_what_an_ensemble_replaced(place: Place) -> None:
     assert place.promoted_file("BTCUSD").read_bytes() == single
     assert place.promoted_file("BTCUSD", "optimized_compiled").read_bytes() == single
     assert not place.promoted_file("BTCUSD", "ensemble").exists()
+
+
+@pytest.mark.parametrize(("high", "decision"), [(-0.0001, "kept"), (0.0001, "promoted")])
+def test_an_ensemble_that_earns_less_is_kept_from_being_promoted(place: Place, high: float, decision: str) -> None:
+    better(place)
+    place.row("--on", "confirmation")
+    asked = []
+
+    def gate(study: Study, old: MeasuredConfiguration, new: MeasuredConfiguration) -> ReturnsDifference:
+        asked.append((study.model, old.model, new.model))
+        return ReturnsDifference(strategy="simple", value=-0.001, interval=(-0.003, high))
+
+    config = configuration.load(place.settings)
+    rule = promoting.rule_of(config, on="confirmation")
+    names = {"symbols": (), "models": ("toto", "kronos")}
+    (row,) = promoting.promote(place.storage, config, rule, **names, dry_run=True, gate=gate, ensemble=True)
+    assert row.ensemble is not None
+    assert row.ensemble.decision == decision
+    assert row.ensemble.reason == ("improved" if decision == "promoted" else "worse in returns")
+    assert asked == [("toto", "toto", "ensemble")]
 
 
 def test_validation_windows_decide_on_no_ensemble(place: Place) -> None:
