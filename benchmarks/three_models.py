@@ -89,7 +89,7 @@ def show(found: dict[str, Any]) -> None:
             (
                 row["symbol"],
                 *(f"{errors[model]:.4%}" if model in errors else None for model in MODELS),
-                min(errors, key=lambda model: errors[model]) if errors else None,
+                together.get("single") or min(errors, key=lambda model: errors[model], default=None),
                 members or together.get("reason"),
                 recording.per_cent(together.get("improvement"), sign=True),
                 " to ".join(ends),
@@ -97,7 +97,7 @@ def show(found: dict[str, Any]) -> None:
                 f"{row['decision']} {row['model']}: {row['reason']}",
             )
         )  # fmt: skip
-    columns = ("symbol", *(f"{model} MAE" for model in MODELS), "best single", "ensemble", "over the best single",
+    columns = ("symbol", *(f"{model} MAE" for model in MODELS), "single that wins", "ensemble", "over that one",
                "95 % interval", "on test", "decision")  # fmt: skip
     recording.table("Confirmed errors, and the ensemble on the later half of the windows", columns, rows)
     shown = [

@@ -192,8 +192,8 @@ def params_text(params: Mapping[str, Any]) -> str:
     Those of an ensemble are its members: "toto 0.62, kronos 0.38".
     """
     if isinstance(members := params.get("members"), Sequence):
-        parts = [(one["model"], one["weight"]) for one in members if isinstance(one.get("weight"), int | float)]
-        return ", ".join(f"{model} {weight:.2f}" for model, weight in parts)
+        known = [one for one in members if isinstance(one, Mapping) and isinstance(one.get("weight"), int | float)]
+        return ", ".join(f"{one.get('model')} {one['weight']:.2f}" for one in known)
     return " ".join(f"{name}={f'{one:.6g}' if isinstance(one, float) else one}" for name, one in params.items())
 
 
