@@ -24,6 +24,7 @@ from launch.views import backtest, backtest_page, report
 from launch.views.tables import terminal
 from objectives.bars import DataError, bars_until
 from objectives.costs import AssetClass
+from objectives.ensemble import fingerprint_of
 from objectives.fills import check_bars
 from objectives.strategies import Strategy, StrategyError, strategies
 from objectives.windows import Contexts
@@ -34,7 +35,7 @@ from studies import backtesting, chosen
 from studies.backtesting import BUY_HOLD, BacktestRow, Line, Plan, Traded
 from studies.comparing import ComparedConfiguration
 from studies.config import Config, ConfigError
-from studies.evidence import MeasuredConfiguration
+from studies.evidence import ENSEMBLE, MeasuredConfiguration
 from studies.promoting import ReturnsGate
 from studies.promotion import ReturnsDifference
 from studies.series import Series, confirmation_windows, read_series, read_usable_series
@@ -209,7 +210,7 @@ def trade(
             rows=[row for row in case.rows if row.model == model],
             plan=asked.plan,
         )
-        for model in reversed(asked.models)  # the later models of the list take longer: they begin
+        for model in (ENSEMBLE, *reversed(asked.models))  # the later models of the list take longer: they begin
         for case in cases
     ]
     jobs = [job for job in jobs if job.rows]
@@ -225,7 +226,7 @@ def trade(
     for case in cases:
         symbol, plan = case.series.symbol, asked.plan
         lines.append(_line(case, backtesting.benchmark(plan, case.series.bars, case.asset), None, ""))
-        by_model = {model: iter(answers.get((symbol, model), ())) for model in asked.models}
+        by_model = {model: iter(answers.get((symbol, model), ())) for model in (*asked.models, ENSEMBLE)}
         for row in case.rows:
             answer = next(by_model[row.model])
             if answer.error:
@@ -260,7 +261,7 @@ def trade_job(job: Job, device: str) -> list[Answer]:
         try:
             forecasts = backtesting.forecasts_of(evaluator, contexts, row.params, picked)
             traded = backtesting.trade(job.plan, picked, job.bars, forecasts, job.asset)
-            digest = digest_of(row.model, row.params, evaluator.forecaster.fingerprint)
+            digest = digest_of(row.model, row.params, fingerprint_of(evaluator, row.params))
             found.append(Answer(digest=digest, traded=traded))
         except ExpectedError as error:
             found.append(Answer(error=str(error)))

@@ -38,7 +38,7 @@ from launch.options import (
     symbols_option,
     version_option,
 )
-from launch.output import counted, say, show, wide_console
+from launch.output import say, show, wide_console
 from launch.places import artifacts_folder, open_storage, server_folder, shared_url
 from storage import DatabaseUnavailable
 from storage.commands import command
@@ -120,6 +120,7 @@ def launch_workers(
 @click.option("--on", "on", type=click.Choice(["pooled", "confirmation", "validation"]), default="pooled",
               show_default=True, help="What decides: the evidence of all symbols, or the symbol's own windows of "
               "confirmation, or those of the search, whose MAEs are biased.")  # fmt: skip
+@click.option("--ensemble", is_flag=True, help="Also consider a weighted mean of the models' forecasts, by symbol.")
 @click.option("--rollback", metavar="SYMBOL", help="Restore what the last promotion of SYMBOL replaced.")
 @click.option("--dry-run", is_flag=True, help="Show the decisions without writing anything.")
 @json_option
@@ -135,6 +136,7 @@ def promote(
     require_skill: bool,
     pnl_gate: str | None,
     on: str,
+    ensemble: bool,
     rollback: str | None,
     dry_run: bool,
     as_json: bool,
@@ -150,6 +152,8 @@ def promote(
     from studies import promoting
     from studies import promotion_summary as summary
 
+    if ensemble and on == "validation":
+        raise ConfigError("--ensemble decides on windows of the confirmation; leave out --on validation")
     if rollback:
         (symbol,) = checked_symbols([[rollback]])
         restored = history.rollback(config.hyperparams.dir, symbol, dry_run=dry_run)
@@ -167,18 +171,9 @@ def promote(
     rule = promoting.rule_of(config, min_improvement, force=force, on=on, **gates)
     asked = {"symbols": checked_symbols(symbols), "models": checked_models(models, config), "dry_run": dry_run}
     gate = learning.returns_gate(config, pnl_gate) if pnl_gate else None
-    rows = promoting.promote(storage, config, rule, **asked, gate=gate)
+    rows = promoting.promote(storage, config, rule, **asked, gate=gate, ensemble=ensemble)
     show(rows, partial(decisions.table, dry_run=dry_run), as_json=as_json)
-    for row in rows:
-        if row.next or row.decision == "failed":
-            say("; ".join([f"{row.symbol}: {row.reason}", *([row.next] if row.next else [])]))
-    if line := decisions.not_believed(rows, rule.min_improvement) if on != "validation" else None:
-        say(line)
-    promoted = sum(row.decision == "promoted" for row in rows)
-    written = "would be promoted" if dry_run else "promoted"
-    say(f"{promoted} of {counted(len(rows), 'symbol')} {written}" if promoted else "nothing to promote")
-    if useless := [row.symbol for row in rows if row.decision == "promoted" and row.worse_than_no_change]:
-        say(f"worse than no change, and {written}: {', '.join(useless)}; --require-skill keeps them from it")
+    decisions.tell(rows, rule, dry_run=dry_run)
     if not dry_run:
         if path := summary.write(storage, config.promotion.results_dir, rows):
             say(f"summary in {path}")

@@ -36,6 +36,7 @@ from storage.commands import this_command
 from studies import chosen, comparing
 from studies.comparing import ComparedConfiguration, MeasuredRow
 from studies.config import Config, ConfigError
+from studies.evidence import ENSEMBLE
 from studies.series import Series, read_usable_series, window_span
 
 BAND = (0.1, 0.9)  # quantiles that a fan shows
@@ -200,7 +201,7 @@ def measure(
             fan=fan and case is cases[0],
             profile=asked.profile,
         )
-        for model in reversed(asked.models)  # the later models of the list take longer: they begin
+        for model in (ENSEMBLE, *reversed(asked.models))  # the later models of the list take longer: they begin
         for case in cases
     ]
     jobs = [job for job in jobs if job.rows]
@@ -221,7 +222,7 @@ def measure(
             spent.append(profile)
     rows: list[ComparisonRow] = []
     for case in cases:
-        by_model = {model: iter(answers.get((case.series.symbol, model), ())) for model in asked.models}
+        by_model = {model: iter(answers.get((case.series.symbol, model), ())) for model in (*asked.models, ENSEMBLE)}
         found = [next(by_model[row.model]) for row in case.rows]
         rows += [row for key in asked.keys for row in _rows(case, key, found, asked.stride)]
     return rows, _fan(cases[0], answers) if fan else None, joined(spent)
@@ -260,7 +261,7 @@ def measure_job(job: Job, device: str) -> tuple[list[Answer], Profile]:
     evaluator = _evaluator(job, device)
     load_s = time.perf_counter() - began
     seconds, work = dict(evaluator.seconds), work_of([evaluator])
-    count = MODELS[job.model].params.num_samples
+    count = MODELS[job.model].params.num_samples if job.model in MODELS else ""
     order = sorted(range(len(job.rows)), key=lambda place: -job.rows[place].params.get(count, 0))
     found = {place: _answer(job, job.rows[place].params, evaluator) for place in order}
     profile = Profile(
@@ -312,7 +313,7 @@ def _rows(case: Case, key: str, answers: Sequence[Answer], stride: int) -> list[
         if reference is not None and measured is not reference:
             gain = comparing.paired_improvement(windows, reference.measurement.errors, measured.measurement.errors)
         found = measured.measurement
-        share = MODELS[model].clipped if model else None
+        share = MODELS[model].clipped if model in MODELS else None
         return ComparisonRow(
             **told,
             clipped=share(windows.bars.close, windows.origins, params) if share else None,

@@ -24,6 +24,7 @@ from objectives.evaluation import Evaluator
 from studies import config as configuration
 from studies import evaluators
 from studies.config import Config
+from studies.evidence import ENSEMBLE
 
 CACHE_BYTES = 2**29  # of a process: the encodings and draws that the work on some windows shares
 
@@ -116,8 +117,18 @@ def evaluator(settings: str, model: str, device: str, *, profile: bool = False, 
     together: as `evaluators.evaluator_of` takes it; a forecaster that shares forwards serves nothing else.
     """
     config = configuration.from_json(json.loads(settings))
+    if model == ENSEMBLE:
+        return evaluators.ensemble_evaluator(
+            config, lambda one: _member(settings, one, device, profile=profile, together=together)
+        )
     found = (forecaster.__wrapped__ if together else forecaster)(settings, model, device)
     return evaluators.evaluator_of(config, found, cache_bytes=CACHE_BYTES, profile=profile, together=together)
+
+
+def _member(settings: str, model: str, device: str, *, profile: bool, together: int) -> Evaluator:
+    found = evaluator(settings, model, device, profile=profile, together=together)
+    found.max_num_samples = 0  # nothing is drawn ahead for trials
+    return found
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from launch.views import status
 from storage import DatabaseUnavailable, configs
 from storage.retrying import one_line
 from studies.config import Config, ConfigError
+from studies.ensembles import models_of
 from studies.forecasting import Answers, Forecast, Forecasts
 from studies.questions import promoted
 
@@ -79,7 +80,7 @@ def models_in_use(config: Config) -> set[str]:
     found = set()
     for symbol in configs.symbols_in(config.hyperparams.dir, "best"):
         with contextlib.suppress(ExpectedError):
-            found.add(promoted(config, symbol).model)
+            found.update(models_of(promoted(config, symbol)))
     return found
 
 

@@ -27,7 +27,9 @@ from storage.retrying import RetryingStorage
 from studies import questions
 from studies.bars_cache import read_bars_once
 from studies.config import Config, ConfigError
-from studies.evaluators import checkpoint_fingerprint, load_forecaster, serving
+from studies.ensembles import checkpoint_of, models_of
+from studies.evaluators import checkpoint_fingerprint, ensemble_evaluator, load_forecaster, serving
+from studies.evidence import ENSEMBLE
 from studies.questions import ReadBars, closed_bars, serving_evaluator
 from studies.series import file_of
 from studies.settling import settle, shadow_question
@@ -121,8 +123,8 @@ class Shadows:
             record, (since, replaced) = configs.read(root, "best", symbol), history.standing(root, symbol)
             if record is None or replaced is None:
                 return 0
-            if replaced.model not in MODELS:
-                raise ConfigError(f"is of the model {replaced.model!r}; those here are {', '.join(MODELS)}")
+            if unknown := [model for model in models_of(replaced) if model not in MODELS]:
+                raise ConfigError(f"is of the model {unknown[0]!r}; those here are {', '.join(MODELS)}")
             rows = forecasts_of(storage, symbol)
             there = {_asked(row) for row in rows if _is(row, SHADOW, replaced.digest)}
             asked = [
@@ -133,7 +135,7 @@ class Shadows:
             ]
             if not asked:
                 return 0
-            checkpoint = self._checkpoint(replaced.model)
+            checkpoint = checkpoint_of(replaced, self._checkpoint)
             found = [shadow_question(self._config, row, replaced, read, checkpoint) for row in asked]
             left = [one for one in found if one is not None]
             made = 0
@@ -156,6 +158,8 @@ class Shadows:
     @functools.cache  # noqa: B019 - as long as the command lasts
     def _evaluator(self, model: str) -> Evaluator:
         config = serving(self._config, self._config.windows.horizon)
+        if model == ENSEMBLE:
+            return ensemble_evaluator(config, self._evaluator)
         return serving_evaluator(config, load_forecaster(config, model, device=self._device))
 
 

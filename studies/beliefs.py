@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 
 from forecasters.models import MODELS
-from studies.evidence import MeasuredConfiguration
+from studies.evidence import ENSEMBLE, MeasuredConfiguration
 from studies.pooling import Improvement, Measured, Pool, SymbolErrors
 from studies.promotion import MIN_WINDOWS, Beliefs
 
-OWN, IN_USE, NO_CHANGE = (
-    "own trial",
-    "in use",
-    "no change",
-)  # kinds: what is pooled where symbols share no configuration
+# Kinds: what is pooled where symbols share no configuration.
+OWN, IN_USE, NO_CHANGE = "own trial", "in use", "no change"
+OFFERED, ENSEMBLE_IN_USE = "ensemble", "ensemble in use"
+OF_NO_MODEL = (NO_CHANGE, OFFERED, ENSEMBLE_IN_USE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +41,7 @@ class Case:
     candidates: Sequence[MeasuredConfiguration]
     in_use: Sequence[MeasuredConfiguration]
     no_change: MeasuredConfiguration
+    offered: Sequence[MeasuredConfiguration] = ()  # ensembles to be decided on
 
     @cached_property
     def references(self) -> dict[str, MeasuredConfiguration]:
@@ -53,6 +53,8 @@ class Case:
     def entries(self) -> list[tuple[MeasuredConfiguration, str, np.ndarray]]:
         """What goes into the pool, with its kind and its errors [W]."""
         entries = [(one, OWN) for one in self.candidates]
+        entries += [(one, OFFERED) for one in self.offered]
+        entries += [(one, ENSEMBLE_IN_USE) for one in self.in_use if one.model == ENSEMBLE]
         entries += [(one, IN_USE) for one in self.in_use if one.model in self.references]
         entries += [(self.no_change, NO_CHANGE)]
         found = [(one, kind, np.array(_errors(one))) for one, kind in entries]
@@ -153,8 +155,8 @@ def _symbol_errors(case: Case) -> SymbolErrors:
     first = next(iter(case.references))
 
     def measured(one: MeasuredConfiguration, kind: str, errors: np.ndarray) -> Measured:
-        if kind == NO_CHANGE:  # is of no model; its gain is taken over the first one's default
-            return Measured(model=key(first), family=NO_CHANGE, kind=NO_CHANGE, errors=errors)
+        if kind in OF_NO_MODEL:  # its gain is taken over the first one's default
+            return Measured(model=key(first), family=_key(one), kind=kind, errors=errors)
         return Measured(
             model=key(one.model),
             family=family(one.model, one.params),

@@ -26,6 +26,8 @@ from studies import space as spaces
 from studies import study as studying
 from studies.comparing import ComparedConfiguration
 from studies.config import Config, ConfigError
+from studies.ensembles import complete, models_of, parse_members
+from studies.evidence import ENSEMBLE
 from studies.in_use import lost_notes
 from studies.space import Space
 
@@ -42,6 +44,11 @@ class Chosen:
     model: str
     config: Mapping[str, Any]
     metadata: Mapping[str, Any]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Those that its forecasts need."""
+        return tuple(one.model for one in parse_members(self.config)) if self.model == ENSEMBLE else (self.model,)
 
 
 def read_words(words: Sequence[str], open_storage: Callable[[], RetryingStorage]) -> dict[str, Chosen]:
@@ -86,8 +93,8 @@ def _file(word: str) -> Chosen:
     except (ValueError, AttributeError):
         symbol = path.stem
     record = configs.parse(path, path.parent.name, str(symbol), content)
-    if record.model not in MODELS:
-        raise ConfigError(f"{path}: is of the model {record.model!r}; those here are {', '.join(MODELS)}")
+    if unknown := [model for model in models_of(record) if model not in MODELS]:
+        raise ConfigError(f"{path}: is of the model {unknown[0]!r}; those here are {', '.join(MODELS)}")
     return Chosen(word=word, model=record.model, config=record.config, metadata=record.metadata)
 
 
@@ -122,6 +129,9 @@ def for_symbol(
     dead: list[str] = []
 
     def add(model: str, source: str, label: str, params: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+        if model == ENSEMBLE:  # is what its file says, whatever the environment says of its members' models
+            rows.append(ComparedConfiguration(label=label, model=model, params=params, source=source))
+            return
         changed = overrides.get(model, {})
         text = " ".join([label, *(f"{name}={value}" for name, value in changed.items())])
         settled = MODELS[model].settled({**params, **changed})
@@ -139,7 +149,7 @@ def for_symbol(
                 add(model, DEFAULT, f"{model} {DEFAULT}", spaces.default(spaces.make(model, config, bars), config), {})
         elif word in chosen:
             one = chosen[word]
-            if one.model in models:
+            if set(one.models) <= set(models):
                 label = word if TRIAL.fullmatch(word) else f"{one.model} {Path(word).name}"
                 add(one.model, word, label, _params(config, one), one.config)
         else:
@@ -149,7 +159,8 @@ def for_symbol(
                 try:
                     one = Chosen(word=word, model=record.model, config=record.config, metadata=record.metadata)
                     add(record.model, word, f"{record.model} {word}", _params(config, one), record.config)
-                    notes += lost_notes(record)
+                    if record.model != ENSEMBLE:
+                        notes += lost_notes(record.path, record.model, record.config, record.metadata)
                 except ConfigError as error:
                     notes.append(f"{record.path}: left out: {error}")
     return Configurations(rows=rows, notes=notes, dead_top_p=dead)
@@ -159,25 +170,28 @@ def _read(config: Config, folder: str, symbol: str, models: Sequence[str], notes
     """A file in use, or None and, where there is one, why not."""
     try:
         record = configs.read(config.hyperparams.dir, folder, symbol)
+        needed = models_of(record) if record else ()
     except ConfigFileError as error:
         notes.append(str(error))
         return None
-    if record is not None and record.model not in models:
-        notes.append(
-            f"{record.path}: left out: is of the model {record.model!r}, and asked for are {', '.join(models)}"
-        )
+    if record is not None and (others := [model for model in needed if model not in models]):
+        what = "is an ensemble with" if record.model == ENSEMBLE else "is of"
+        notes.append(f"{record.path}: left out: {what} the model {others[0]!r}, and asked for are {', '.join(models)}")
         return None
     return record
 
 
 def _params(config: Config, one: Chosen) -> dict[str, Any]:
     """A configuration as complete params of its model. Raises ConfigError."""
-    space = spaces.make(one.model, config)
-    count = MODELS[one.model].params.num_samples
-    # The trial of an exact study draws none; where samples are asked for, it gets as many as a search may draw.
-    more = {count: spaces.most_samples(one.model, config)} if count in space.knobs and TRIAL.fullmatch(one.word) else {}
+    more = {}
+    if (
+        TRIAL.fullmatch(one.word)
+        and (count := MODELS[one.model].params.num_samples) in spaces.make(one.model, config).knobs
+    ):
+        # The trial of an exact study draws none; where samples are asked for, it gets as many as a search may draw.
+        more = {count: spaces.most_samples(one.model, config)}
     try:
-        return spaces.from_promoted({**more, **one.config}, one.metadata, space)
+        return complete(config, one.model, {**more, **one.config}, one.metadata)
     except ValueError as error:
         raise ConfigError(f"{one.word}: cannot be measured: {error}") from None
 

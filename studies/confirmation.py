@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from optuna.trial import TrialState
 
 from objectives.bars import timestamp_text
@@ -18,7 +19,7 @@ from objectives.evaluation import Evaluator
 from objectives.metrics import measure_no_change, no_change_errors
 from objectives.quantiles import unshrunk
 from objectives.windows import Windows
-from studies import candidates, evidence, returns
+from studies import candidates, ensembles, evidence, returns
 from studies.candidates import Candidate
 from studies.evidence import MeasuredConfiguration, Part, Source, StudyEvidence
 from studies.measuring import FRESH_FROM, Computing, Entry, Measuring
@@ -72,6 +73,15 @@ class Confirmation:
                 part: _forecasts(self.evaluator, measuring.windows[part], shown, number)
                 for part, number in shown_with.items()
             }
+            # What an ensemble can be made of.
+            run = self.run
+            best = ensembles.best_before(completed, run.confirmation.horizon, max_clipped=run.max_clipped)
+
+            def with_points(one: MeasuredConfiguration) -> MeasuredConfiguration:
+                return _with_points(self.evaluator, measuring.windows, one)
+
+            completed = [with_points(one) if one is best else one for one in completed]
+            measured_in_use = {label: with_points(one) for label, one in measured_in_use.items()}
         return StudyEvidence(
             windows={part: window_span(measuring.windows[part]) for part in evidence.PARTS},
             passes=measuring.passes,
@@ -83,6 +93,12 @@ class Confirmation:
                 for part, found in measuring.windows.items()
             },
             forecasts=forecasts,
+            came={
+                part: evidence.Came(
+                    returns=_returns(found, found.actuals), last_closes=tuple(found.last_closes.tolist())
+                )
+                for part, found in measuring.windows.items()
+            },
         )
 
 
@@ -126,6 +142,25 @@ def confirm(
     begun = begin(run, evaluator, in_use, portfolio=portfolio)
     begun.measuring.run()
     return begun.conclude()
+
+
+def _with_points(
+    evaluator: Evaluator, windows: Mapping[Part, Windows], one: MeasuredConfiguration
+) -> MeasuredConfiguration:
+    """A configuration with its points on all parts, of the first pass that each is measured with."""
+    if one.error is not None:
+        return one
+    passes = {part: SEARCH_PASSES[0] if part == "validation" else FRESH_FROM for part in windows}
+    points = {
+        part: _returns(found, evaluator.forecast(found, one.params, pass_number=passes[part]))
+        for part, found in windows.items()
+    }
+    return replace(one, points=points)
+
+
+def _returns(windows: Windows, prices: np.ndarray) -> tuple[float, ...]:
+    """Prices [W, H] as returns over the last close, [W * H]."""
+    return tuple((prices / windows.last_closes[:, None] - 1).ravel().tolist())
 
 
 def _entries(run: StudyRun, chosen: Sequence[Candidate], in_use: Mapping[str, Mapping[str, Any]]) -> list[Entry]:

@@ -5,12 +5,14 @@ Loads torch, and that only when a forecaster is asked for. Knows nothing of stud
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import forecasters
 from forecasters import KeepableForecaster, LoadedForecaster, Running
 from forecasters.models import MODELS
+from objectives.ensemble import EnsembleEvaluator
 from objectives.evaluation import Evaluator
 from objectives.work import WorkCounter
 from storage.encodings import Encodings
@@ -55,6 +57,12 @@ def kept_encodings(config: Config, forecaster: LoadedForecaster) -> Encodings | 
     if mib == 0 or not isinstance(forecaster, KeepableForecaster):
         return None
     return Encodings(config.storage.local / "encodings", mib * 2**20 if mib > 0 else None)
+
+
+def ensemble_evaluator(config: Config, evaluator_of: Callable[[str], Evaluator]) -> EnsembleEvaluator:
+    """The evaluator of ensembles. evaluator_of: of a member's model, loaded when it is first asked for."""
+    search, most = config.search, max(map(config.search.batch_size, MODELS))
+    return EnsembleEvaluator(evaluator_of, rung=search.rung, batch=most, exact=search.objective == "exact")
 
 
 def serving(config: Config, horizon: int) -> Config:

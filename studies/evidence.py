@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,9 +20,12 @@ from storage.retrying import RetryingStorage
 Part = Literal["validation", "confirmation", "test"]
 PARTS: tuple[Part, ...] = ("validation", "confirmation", "test")
 Source = Literal["trial", "grid", "default", "portfolio", "in use"]
-INCUMBENT, STORED = "incumbent", "stored"  # labels of what is in use: what `best` names, the model's own file
+# Labels of what is in use: what `best` names, the model's own file, the model's part of the ensemble that `best` names.
+INCUMBENT, STORED, MEMBER = "incumbent", "stored", "member"
+ENSEMBLE = "ensemble"  # the model that a weighted mean of several models' configurations is of
 
-OPTIONAL = (*PARTS, "trial", "clipped", "error", "low", "high")  # fields that JSON leaves out where they are empty
+# Fields that JSON leaves out where they are empty.
+OPTIONAL = (*PARTS, "trial", "clipped", "error", "low", "high", "points", "came")
 # What JSON leaves out of a measurement, as the evidence says it elsewhere; of the grid also what nobody looks at.
 IMPLIED, UNSEEN = ("no_change_mae", "windows"), ("seconds", "latency_s")
 ROUNDED = ("price_mae", "mae_percent", "sampling_error")  # to seven digits
@@ -52,6 +55,8 @@ class MeasuredConfiguration:
     confirmation: Measurement | None = None
     test: Measurement | None = None
     error: str | None = None
+    # Of the configurations that an ensemble may be made of: by part the points [W * H] of one pass, as returns.
+    points: Mapping[Part, tuple[float, ...]] = field(default_factory=dict)
 
     def on(self, part: Part) -> Measurement | None:
         return {"validation": self.validation, "confirmation": self.confirmation, "test": self.test}[part]
@@ -67,6 +72,14 @@ class NoChange:
 
     mae: float
     errors: tuple[float, ...] = ()  # [W]; empty where an older result did not keep them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Came:
+    """What came in the windows that points are of, of H steps each."""
+
+    returns: tuple[float, ...]  # [W * H], over the last close before the window
+    last_closes: tuple[float, ...]  # [W]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +107,7 @@ class StudyEvidence:
     """What the confirmation of a study measured, all on equal windows: its candidates, and the configurations in use.
 
     `candidates` are trials in the order of the search, best first; then those of their grid or of other symbols; then
-    the default. One that was dropped on the way says so in its `error`. `in_use` is by label, INCUMBENT or STORED.
+    the default. One that was dropped on the way says so in its `error`. `in_use` is by label, of those above.
     """
 
     windows: Mapping[Part, WindowSpan]
@@ -104,6 +117,7 @@ class StudyEvidence:
     in_use: Mapping[str, MeasuredConfiguration]
     no_change: Mapping[Part, NoChange]
     forecasts: Mapping[Part, ForecastsShown]  # empty in older results
+    came: Mapping[Part, Came] = field(default_factory=dict)  # empty in older results
 
     @property
     def best(self) -> MeasuredConfiguration | None:
@@ -173,7 +187,13 @@ def relative_gain(old: float | None, new: float | None) -> float | None:
 
 
 def params_text(params: Mapping[str, Any]) -> str:
-    """Params in one line, numbers as people write them: "aggregate=mean clip=2.4 num_samples=64"."""
+    """Params in one line, numbers as people write them: "aggregate=mean clip=2.4 num_samples=64".
+
+    Those of an ensemble are its members: "toto 0.62, kronos 0.38".
+    """
+    if isinstance(members := params.get("members"), Sequence):
+        known = [one for one in members if isinstance(one, Mapping) and isinstance(one.get("weight"), int | float)]
+        return ", ".join(f"{one.get('model')} {one['weight']:.2f}" for one in known)
     return " ".join(f"{name}={f'{one:.6g}' if isinstance(one, float) else one}" for name, one in params.items())
 
 
@@ -184,6 +204,8 @@ def to_json(evidence: StudyEvidence, *, compact: bool = True) -> dict[str, Any]:
     """The evidence as the result of a confirmation slot; not compact: with all numbers as people read them."""
     values = asdict(evidence, dict_factory=_compact if compact else _written)
     values["baselines"] = values.pop("in_use")
+    for one in () if compact else (values, *values["candidates"], *values["baselines"].values()):
+        one.pop("came" if one is values else "points", None)  # what no person reads
     for one in (*values["candidates"], *values["baselines"].values()) if compact else ():
         for part in [part for part in PARTS if part in one]:
             left_out = UNSEEN if one["source"] == "grid" else ()
@@ -194,7 +216,9 @@ def to_json(evidence: StudyEvidence, *, compact: bool = True) -> dict[str, Any]:
 
 def _written(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """The fields of a dataclass, but for the model, which the study names, and for what is not there."""
-    return {name: value for name, value in fields if name != "model" and not (name in OPTIONAL and value in (None, ()))}
+    return {
+        name: value for name, value in fields if name != "model" and not (name in OPTIONAL and value in (None, (), {}))
+    }
 
 
 def _compact(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -203,7 +227,14 @@ def _compact(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     if "skill" in found:
         found = {name: _rounded(value) if name in ROUNDED else value for name, value in found.items()}
         found = {name: value for name, value in found.items() if name not in IMPLIED}
-    return {name: errors_text(value) if name == "errors" else value for name, value in found.items()}
+    return {name: _packed(name, value) for name, value in found.items()}
+
+
+def _packed(name: str, value: Any) -> Any:
+    """Long rows of numbers as text."""
+    if name == "points" and isinstance(value, Mapping):
+        return {part: errors_text(row) for part, row in value.items()}
+    return errors_text(value) if name in ("errors", "returns", "last_closes") else value
 
 
 def errors_text(errors: Sequence[float]) -> str:
@@ -241,6 +272,10 @@ def from_json(model: str, values: Mapping[str, Any], parts: Sequence[Part] = PAR
             for part, one in values["no_change"].items()
         },
         forecasts={part: _forecasts(one) for part, one in values.get("forecasts", {}).items()},
+        came={
+            part: Came(returns=_errors(one["returns"]), last_closes=_errors(one["last_closes"]))
+            for part, one in values.get("came", {}).items()
+        },
     )
 
 
@@ -259,7 +294,8 @@ def _configuration(
         return Measurement(**{"skill": skill(said["mae"], said["no_change_mae"]), **said})
 
     measured = {part: measurement(part) if part in parts else None for part in PARTS if part in values}
-    return MeasuredConfiguration(**{"model": model, **values, **measured})
+    points = {part: _errors(row) for part, row in values.get("points", {}).items() if part in parts}
+    return MeasuredConfiguration(**{"model": model, **values, **measured, "points": points})
 
 
 def _forecasts(values: Mapping[str, Any]) -> ForecastsShown:

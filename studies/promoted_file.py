@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
+
+import numpy as np
 
 from forecasters import CLOSE
 from objectives.metrics import Measurement
@@ -18,9 +20,25 @@ from storage.configs import Record
 from studies import space
 from studies import study as studying
 from studies.config import Config
-from studies.evidence import PARTS, MeasuredConfiguration
+from studies.ensembles import Ensemble
+from studies.evidence import ENSEMBLE, PARTS, MeasuredConfiguration
 from studies.findings import Finding
 from studies.promotion import Decision, ReturnsDifference, Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """An ensemble that was decided on, the study of each of its members, and what it is against the best single one."""
+
+    ensemble: Ensemble
+    findings: Sequence[Finding]
+    over_single: Decision
+    single: str  # the model of the best single one
+
+    @property
+    def main(self) -> Finding:
+        """The study of the member with the largest weight."""
+        return self.findings[int(np.argmax(self.ensemble.weights))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +51,67 @@ class Verdict:
     finding: Finding  # the study of the chosen candidate, or one that has none
     candidate: MeasuredConfiguration | None
     returns: ReturnsDifference | None = None  # of the candidate over the record's, where they were looked at
+    ensemble: Offer | None = None  # where the candidate is one
+
+    @property
+    def model(self) -> str:
+        """The model of the candidate."""
+        return ENSEMBLE if self.ensemble else self.finding.study.model
 
     @property
     def worse_than_no_change(self) -> bool | None:
         """Whether the forecast that the price stays did better on the confirmation windows; None: not measured."""
         measured = self.candidate.confirmation if self.candidate else None
         return None if measured is None else measured.skill < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleDecision:
+    """What became of a symbol's ensemble. Improvements are over the best single configuration, on the later windows."""
+
+    members: Sequence[Mapping[str, Any]] = ()  # of each its model, weight, study and trial; empty where there is none
+    weights: str | None = None  # how they were found: "least squares" or "equal"
+    fitted_windows: int | None = None
+    windows: int | None = None  # later ones, which decide
+    single: str | None = None  # the model of the best single configuration
+    improvement: float | None = None
+    improvement_low: float | None = None  # 95 % interval
+    improvement_high: float | None = None
+    p_value: float | None = None
+    improvement_own: float | None = None  # of the symbol's own windows
+    pooled_symbols: int | None = None
+    improvement_test: float | None = None  # shown; decides nothing
+    decision: str  # "promoted" or "kept"
+    reason: str
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> EnsembleDecision:
+        """Of a verdict on an ensemble."""
+        offer, candidate = verdict.ensemble, verdict.candidate
+        assert offer is not None
+        assert candidate is not None
+        assert candidate.confirmation is not None
+        over, made = offer.over_single, offer.ensemble
+        low, high = over.comparison.interval or (None, None)
+        return cls(
+            members=[
+                {"model": one.model, "weight": weight, "study": finding.study.name, "trial": one.trial}
+                for one, weight, finding in zip(made.members, made.weights, offer.findings, strict=True)
+            ],
+            weights=made.how,
+            fitted_windows=made.fitted_on,
+            windows=candidate.confirmation.windows,
+            single=offer.single,
+            improvement=over.improvement,
+            improvement_low=low,
+            improvement_high=high,
+            p_value=over.comparison.p_value,
+            improvement_own=over.comparison.improvement_confirmation,
+            pooled_symbols=over.comparison.symbols,
+            improvement_test=over.comparison.improvement_test,
+            decision="promoted" if verdict.decision.promote else "kept",
+            reason=verdict.decision.reason,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +186,20 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
     chosen = candidate.on(rule.part)
     assert chosen is not None
     incumbent = verdict.incumbent if decision.improvement is not None else None
-    counts, comparison = definition["windows"], decision.comparison
+    counts, comparison, offer = definition["windows"], decision.comparison, verdict.ensemble
+    fixed = dict(finding.space.fixed)
     return {
         "symbol": study.symbol,
-        "model": study.model,
-        "config": space.to_promoted(candidate.params, finding.space, config),
+        "model": verdict.model,
+        "config": _members(config, offer) if offer else space.to_promoted(candidate.params, finding.space, config),
         **{part: metrics(measured) for part in PARTS if (measured := candidate.on(part))},
         "windows": {
             "val_window": counts["validation"],
-            "confirmation_window": evidence.windows["confirmation"].count,
+            "confirmation_window": chosen.windows if offer else evidence.windows["confirmation"].count,
             "test_window": counts["test"],
             "forecast_horizon": counts["horizon"],
         },
-        "config_path": f"{config.hyperparams.dir.name}/{study.model}/{study.symbol}.json",
+        "config_path": f"{config.hyperparams.dir.name}/{verdict.model}/{study.symbol}.json",
         "metadata": {
             "source": "forecast-studies",
             "study": study.name,
@@ -150,17 +224,49 @@ def payload(config: Config, rule: Rule, verdict: Verdict) -> dict[str, Any]:
             "skill": chosen.skill,
             "worse_than_no_change": verdict.worse_than_no_change,
             "clipped": candidate.clipped,
-            "no_change_mae": evidence.no_change[rule.part].mae,
+            "no_change_mae": chosen.no_change_mae,
             "passes": evidence.passes,
             "sampling_error": evidence.sampling_error,
-            "fixed": dict(finding.space.fixed),
+            **({"ensemble": _how(offer)} if offer else {"fixed": fixed}),
             "fingerprint": studying.fingerprint(definition),
-            "checkpoint": definition["checkpoint"],
+            **({} if offer else {"checkpoint": definition["checkpoint"]}),
             "bars": definition["bars"],
             "seeds": "symbol, origin, pass",
             **({"returns": asdict(verdict.returns)} if verdict.returns else {}),
             "versions": versions(),
         },
+    }
+
+
+def _members(config: Config, offer: Offer) -> dict[str, Any]:
+    """An ensemble as its file says it; what each member rests on is said with it."""
+    members = zip(offer.findings, offer.ensemble.members, offer.ensemble.weights, strict=True)
+    return {
+        "members": [
+            {
+                "model": one.model,
+                "config": space.to_promoted(one.params, finding.space, config),
+                "weight": weight,
+                "study": finding.study.name,
+                "trial": one.trial,
+                "fixed": dict(finding.space.fixed),
+                "checkpoint": finding.study.definition["checkpoint"],
+            }
+            for finding, one, weight in members
+        ]
+    }
+
+
+def _how(offer: Offer) -> dict[str, Any]:
+    """Where the weights of an ensemble come from, and what it gains over the best single configuration."""
+    over = offer.over_single
+    return {
+        "weights": offer.ensemble.how,
+        "fitted_windows": offer.ensemble.fitted_on,
+        "single": offer.single,
+        "improvement_single": over.improvement,
+        "improvement_single_interval": over.comparison.interval,
+        "p_value_single": over.comparison.p_value,
     }
 
 

@@ -17,12 +17,13 @@ from storage import configs, history
 from storage.commands import command
 from storage.configs import ConfigFileError, Record
 from storage.retrying import RetryingStorage
-from studies import findings, promoted_file, promotion, returns
+from studies import ensembles, findings, promoted_file, promotion, returns
 from studies.beliefs import SymbolBeliefs
 from studies.config import Config
+from studies.ensembles import Ensemble
 from studies.evidence import MeasuredConfiguration, relative_gain
 from studies.findings import Finding
-from studies.promoted_file import InUse, Verdict
+from studies.promoted_file import EnsembleDecision, InUse, Offer, Verdict
 from studies.promotion import ReturnsDifference, Rule
 from studies.study import Study
 
@@ -82,6 +83,7 @@ class SymbolDecision:
     path: str | None = None  # the file of the decision, where there is one
     written: Sequence[str] = ()  # every file written; none in a dry run
     pairs: Sequence[ModelOutcome] = ()
+    ensemble: EnsembleDecision | None = None  # where one was asked for
 
 
 def rule_of(config: Config, min_improvement: float | None = None, **asked: Any) -> Rule:
@@ -103,9 +105,11 @@ def promote(
     models: Sequence[str],
     dry_run: bool,
     gate: ReturnsGate | None = None,
+    ensemble: bool = False,
 ) -> list[SymbolDecision]:
     """Decide for every symbol that has a study or is named, and write what is promoted unless `dry_run`.
 
+    ensemble: also look for an ensemble of each symbol's models, which then may be promoted in place of a single one.
     gate: asked for every improvement, which is kept from being promoted where it is a loss in returns. What it raises
     as an ExpectedError is the reason for which its symbol fails.
 
@@ -120,7 +124,10 @@ def promote(
     if not any(asked.get(symbol) for symbol in wanted):
         which, words = (f"{wanted[0]}: no study", f" --symbols {wanted[0]}") if wanted else ("no study yet", "")
         raise NothingToPromote(f"{which}; make one with: {command(f'launch-workers{words}{said}')}")
-    believed = findings.believe(config, found, wanted, models) if rule.on == "pooled" else {}
+    cases = findings.cases_of(config, found, models) if rule.on == "pooled" else []
+    believed = findings.believe(config, cases, found, wanted) if rule.on == "pooled" else {}
+    offered, refused = findings.offers(found, models) if ensemble else ({}, {})
+    believed_later = findings.believe_later(config, cases, offered) if offered else {}
 
     def judge(symbol: str) -> SymbolCase | SymbolDecision:
         if not asked.get(symbol):
@@ -132,13 +139,15 @@ def promote(
             )
         try:
             # A model that is not asked for may still have measured the incumbent.
-            return _judge(config, rule, found[symbol], models, believed.get(symbol), gate)
+            offer = (offered[symbol], believed_later.get(symbol)) if symbol in offered else None
+            case = _judge(config, rule, found[symbol], models, believed.get(symbol), gate, offer)
+            return replace(case, no_ensemble=refused.get(symbol))
         except ExpectedError as error:
             return _failed(asked[symbol], str(error))
 
-    cases = [judge(symbol) for symbol in wanted]
+    judged = [judge(symbol) for symbol in wanted]
     return [
-        case if isinstance(case, SymbolDecision) else _carry_out(config, rule, case, dry_run=dry_run) for case in cases
+        case if isinstance(case, SymbolDecision) else _carry_out(config, rule, case, dry_run=dry_run) for case in judged
     ]
 
 
@@ -161,7 +170,10 @@ class SymbolCase:
     verdict: Verdict  # on `best`
     own: Sequence[Verdict]  # on the files of the other models
     competing: Sequence[Finding]
+    beside: Sequence[Finding]  # the same of all models, asked for or not
     left_out: Sequence[Finding]  # asked for, but not on the same windows and metric
+    ensemble: Verdict | None = None  # on `best`, of an ensemble, whether or not it is the symbol's verdict
+    no_ensemble: str | None = None  # why there is none, where one was asked for
 
 
 def _judge(
@@ -171,23 +183,79 @@ def _judge(
     models: Sequence[str],
     believed: SymbolBeliefs | None,
     gate: ReturnsGate | None,
+    offer: tuple[Ensemble, SymbolBeliefs | None] | None,
 ) -> SymbolCase:
     asked = [finding for finding in everyone if finding.study.model in models]
-    reference = findings.reference_of(asked)
-    competing = [finding for finding in asked if findings.comparable(finding, reference)]
+    found = findings.competing_of(everyone, models)
+    assert found is not None
+    reference, competing = found
     beside = [finding for finding in everyone if findings.comparable(finding, reference)]
     symbol = reference.study.symbol
     record = _in_use(config, "best", symbol)
-    verdict = _decide(rule, reference, competing, beside, record, believed, gate)
-    holder = verdict.finding.study.model if verdict.decision.promote else record.model if record else None
-    # Each model's own file keeps its own best; that of the model which `best` names says what `best` says.
+    verdict = single = _decide(rule, reference, competing, beside, record, believed, gate)
+    together = _with_ensemble(rule, single, competing, *offer, gate) if offer else None
+    if together and (
+        together.decision.promote or (together.decision.reason == "unchanged" and not single.decision.promote)
+    ):
+        verdict = together
+    holder = verdict.model if verdict.decision.promote else record.model if record else None
+    # Each model's own file keeps its own best; that of the model which `best` names says what `best` says. None is an
+    # ensemble's: readers that do not know it find its members' best single configurations there.
     own = [
         _decide(rule, finding, [finding], beside, _in_use(config, finding.study.model, symbol), believed, gate)
         for finding in competing
         if finding.study.model != holder and finding.evidence is not None
     ]
     left_out = [finding for finding in asked if finding not in competing]
-    return SymbolCase(verdict=verdict, own=own, competing=competing, left_out=left_out)
+    return SymbolCase(
+        verdict=verdict,
+        own=own,
+        competing=competing,
+        beside=beside,
+        left_out=left_out,
+        ensemble=together,
+    )
+
+
+def _with_ensemble(
+    rule: Rule,
+    verdict: Verdict,
+    competing: Sequence[Finding],
+    offered: Ensemble,
+    believed: SymbolBeliefs | None,
+    gate: ReturnsGate | None,
+) -> Verdict | None:
+    """The verdict on an ensemble, given that on the best single configuration; None where nothing single is known."""
+    evidence, best, record = verdict.finding.evidence, verdict.candidate, verdict.record
+    if evidence is None or best is None:
+        return None
+    no_change, incumbent = evidence.no_change_configuration, verdict.incumbent
+    unknown = MeasuredConfiguration(model=record.model, params={}, error="not measured") if record else None
+    rival = incumbent or unknown
+    decision, over_single = ensembles.decide(offered, best, rival, no_change, rule, believed)
+    if decision.promote and not over_single.promote:
+        decision = replace(decision, promote=False, reason=over_single.reason)
+    by_model = {finding.study.model: finding for finding in competing}
+    offer = Offer(
+        ensemble=offered,
+        findings=[by_model[one.model] for one in offered.members],
+        over_single=over_single,
+        single=verdict.finding.study.model,
+    )
+    returns = None
+    if gate and decision.reason == "improved" and incumbent:
+        returns = gate(offer.main.study, incumbent, offered.configuration)
+        if returns.is_loss:
+            decision = replace(decision, promote=False, reason="worse in returns")
+    return Verdict(
+        record=record,
+        incumbent=incumbent and ensembles.later(incumbent, no_change),
+        decision=decision,
+        finding=offer.main,
+        candidate=offered.configuration,
+        returns=returns,
+        ensemble=offer,
+    )
 
 
 def _in_use(config: Config, folder: str, symbol: str) -> Record | None:
@@ -214,9 +282,9 @@ def _decide(
     candidates = [candidate for _, candidate in pairs]
     measured = stale = None
     if record is not None:
-        measured = next((found for finding in beside if (found := finding.measured(record))), None)
-        # Its model was searched on these windows, and could have measured it: then the file is a newer one.
-        stale = measured is None and any(finding.params_of(record) for finding in beside if finding.evidence)
+        measured = findings.measured(record, beside)
+        # Its models were searched on these windows, and could have measured it: then the file is a newer one.
+        stale = measured is None and findings.can_measure(record, beside)
     incumbent = _incumbent(record, beside, measured)
     decision = promotion.decide(
         candidates,
@@ -251,7 +319,7 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
     verdict, root = case.verdict, config.hyperparams.dir
     decision, record, candidate = verdict.decision, verdict.record, verdict.candidate
     study, comparison = verdict.finding.study, decision.comparison
-    writes = [(verdict, (study.model, *FOLDERS))] if decision.promote else []
+    writes = [(verdict, (verdict.model, *FOLDERS))] if decision.promote else []
     writes += [(other, (other.finding.study.model,)) for other in case.own if other.decision.promote]
     error, done = None, []
     try:
@@ -269,7 +337,7 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
     return SymbolDecision(
         symbol=study.symbol,
         study=study.name,
-        model=study.model,
+        model=verdict.model,
         incumbent_model=record.model if record else None,
         incumbent_mae=known.mae(rule.part) if known else None,
         best_mae=best.mae if best else None,
@@ -294,10 +362,15 @@ def _carry_out(config: Config, rule: Rule, case: SymbolCase, *, dry_run: bool) -
         in_use=InUse.of(record) if record else None,
         decision="failed" if error else "promoted" if decision.promote else "kept",
         reason=error or decision.reason,
-        next=None if error else _next(verdict),
+        next=None if error else _next(verdict, case.beside),
         path=str(root / "best" / f"{study.symbol}.json") if decision.promote or record else None,
         written=[str(root / folder / f"{study.symbol}.json") for _, folders in done for folder in folders],
         pairs=_outcomes(rule, case, [each for each, _ in (writes if dry_run else done)], error),
+        ensemble=EnsembleDecision.of(case.ensemble)
+        if case.ensemble
+        else EnsembleDecision(decision="kept", reason=case.no_ensemble)
+        if case.no_ensemble
+        else None,
     )
 
 
@@ -311,17 +384,21 @@ def _promised(case: SymbolCase) -> float | None:
     return relative_gain(incumbent.mae("validation") if incumbent else None, min(known, default=None))
 
 
-def _next(verdict: Verdict) -> str | None:
+def _next(verdict: Verdict, beside: Sequence[Finding]) -> str | None:
     study, reason = verdict.finding.study, verdict.decision.reason
     said = returns.option(study.pnl)
     if reason == "not confirmed" and verdict.finding.open:
         return command(f"launch-workers --symbols {study.symbol} --models {study.model}{said}")
+    record = verdict.record
+    if reason == "stale" and record is not None and (lacking := findings.lacking(record, beside)):
+        return command(f"studies confirm {lacking.study.name}")
     if reason in ("not confirmed", "stale"):
         return command(f"studies confirm {study.name}")
     if reason == "not comparable":
-        record = verdict.record
-        if record is not None and record.model in MODELS and record.model != study.model:  # its own study measures it
-            return command(f"launch-workers --symbols {study.symbol} --models {record.model}{said}")
+        needed = ensembles.models_of(record) if record is not None else ()
+        here = {study.model, *(finding.study.model for finding in beside if len(needed) > 1)}
+        if missing := [model for model in needed if model in MODELS and model not in here]:  # its own study measures it
+            return command(f"launch-workers --symbols {study.symbol} --models {missing[0]}{said}")
         return command(f"promote --symbols {study.symbol}{said} --force")
     return None
 
@@ -332,9 +409,10 @@ def _outcomes(rule: Rule, case: SymbolCase, written: Sequence[Verdict], error: s
     for finding in (*case.competing, *case.left_out):
         study, evidence = finding.study, finding.evidence
         best = evidence.best_on(rule.part) if evidence else None
-        own = next((each for each in (case.verdict, *case.own) if each.finding is finding), None)
-        if any(each.finding is finding for each in written):
-            status, reason = "success", next(each.decision.reason for each in written if each.finding is finding)
+        own = next((each for each in (case.verdict, *case.own) if each.finding is finding and not each.ensemble), None)
+        if any(each is own for each in written):
+            assert own is not None
+            status, reason = "success", own.decision.reason
         elif evidence is None:
             status, reason = "failed", "not confirmed"
         elif error and own and own.decision.promote:

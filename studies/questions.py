@@ -22,6 +22,7 @@ from forecasters import KEYS, Bars, LoadedForecaster
 from forecasters.models import MODELS
 from objectives.bars import DataError, bars_fingerprint, require_keys, timestamp_text
 from objectives.costs import AssetClass
+from objectives.ensemble import fingerprint_of
 from objectives.evaluation import Evaluator
 from objectives.quantiles import unshrunk
 from objectives.windows import SeedKind, now
@@ -30,6 +31,7 @@ from storage.configs import Record
 from storage.forecasts import LIVE, ForecastRow
 from studies import space as spaces
 from studies.config import Config, ConfigError
+from studies.ensembles import complete, models_of
 from studies.evaluators import evaluator_of, serving
 from studies.promoted_file import InUse
 
@@ -108,8 +110,8 @@ def promoted(config: Config, symbol: str) -> Record:
     if record is None:
         path = configs.file_path(config.hyperparams.dir, "best", symbol)
         raise ConfigError(f"{symbol}: no configuration is promoted ({path}); search the symbol, and promote")
-    if record.model not in MODELS:
-        raise ConfigError(f"{record.path}: is of the model {record.model!r}; those here are {', '.join(MODELS)}")
+    if unknown := [model for model in models_of(record) if model not in MODELS]:
+        raise ConfigError(f"{record.path}: is of the model {unknown[0]!r}; those here are {', '.join(MODELS)}")
     return record
 
 
@@ -120,7 +122,7 @@ def question_of(
 
     Raises ConfigError for a configuration, a horizon or a key that cannot be forecast, DataError for too few bars.
     """
-    model, symbol = record.model, record.symbol
+    symbol = record.symbol
     config = serving(config, horizon)
     if unknown := [key for key in keys if key not in KEYS]:
         raise ConfigError(f"unknown key {unknown[0]!r}; the keys are {', '.join(KEYS)}")
@@ -128,10 +130,11 @@ def question_of(
         raise ConfigError(f"no key is asked for; the keys are {', '.join(KEYS)}")
     if not 1 <= horizon <= MAX_HORIZON:
         raise ConfigError(f"horizon {horizon}: expected 1 to {MAX_HORIZON} bars")
-    if reason := MODELS[model].refuses(config.models[model], horizon):
-        raise ConfigError(f"{symbol}: horizon {horizon} {reason}; ask for a shorter one")
+    for model in models_of(record):
+        if reason := MODELS[model].refuses(config.models[model], horizon):
+            raise ConfigError(f"{symbol}: horizon {horizon} {reason}; ask for a shorter one")
     try:
-        params = spaces.from_promoted(record.config, record.metadata, spaces.make(model, config))
+        params = complete(config, record.model, record.config, record.metadata)
     except ConfigError:
         raise
     except ValueError as error:
@@ -222,7 +225,7 @@ def answer(evaluator: Evaluator, question: Question, *, role: str = LIVE) -> For
     The window is alone in its forward, so that on a CPU a replay from the same bars gives the same bits, whatever else
     was asked for. Raises ForecastError, and ConfigError where other weights are loaded than were asked for.
     """
-    if evaluator.forecaster.fingerprint != question.checkpoint:
+    if fingerprint_of(evaluator, question.params) != question.checkpoint:
         raise ConfigError(f"the files of {question.model}'s checkpoint have changed since it was loaded; start again")
     bars, params = question.read.bars, question.params
     context = now(bars, symbol=question.symbol, horizon=question.horizon, min_context=1)

@@ -18,7 +18,9 @@ from storage import configs
 from storage.configs import Record
 from studies.bars_cache import read_bars_once
 from studies.config import Config
+from studies.ensembles import checkpoint_of, members_of
 from studies.evaluators import checkpoint_fingerprint
+from studies.evidence import ENSEMBLE
 from studies.in_use import lost_notes
 from studies.questions import Question, ReadBars, closed_bars, promoted, question_of
 from studies.series import file_of
@@ -78,7 +80,7 @@ class Sources:
         asked = (symbol, horizon, tuple(keys))
         found = self._questions.get(asked)
         if found is None or found.record is not record or found.read is not read:
-            checkpoint = self.checkpoint(record.model)
+            checkpoint = checkpoint_of(record, self.checkpoint)
             found = question_of(self.config, record, read, horizon=horizon, keys=keys, checkpoint=checkpoint)
             if len(self._questions) >= QUESTIONS:
                 self._questions.clear()  # those that are asked again are made again, in less than a millisecond
@@ -108,8 +110,10 @@ class Sources:
             if kept is not None and kept.value.digest == record.digest:
                 record = kept.value  # the same, so that questions of it stay
             else:
-                for line in lost_notes(record):
-                    self._note(line)
+                of_parts = members_of(record) if record.model == ENSEMBLE else (record,)
+                for one in of_parts:
+                    for line in lost_notes(record.path, one.model, one.config, one.metadata):
+                        self._note(line)
             self._records[symbol] = _Kept(_trusted(state), record)
         return record
 

@@ -94,8 +94,7 @@ def define(config: Config, series: Series, model: str, as_of: str, checkpoint: s
     counts, search = config.windows, config.search
     validation = split_windows(config, series.symbol, bars).validation
     # Where a forward has the windows of a rung there is no entry: definitions were once written without one.
-    size = search.batch_size(model)
-    batch = {"batch": size} if size != search.rung else {}
+    batch = {"batch": size} if (size := search.batch_size(model)) != search.rung else {}
     space = spaces.make(model, config, bars)
     return {
         "symbol": series.symbol,
@@ -405,6 +404,7 @@ class StudyRun:
     default: Mapping[str, Any]  # params of the model's default configuration
     pool: str | Mapping[str, str]  # which symbols' evidence is pooled
     pool_days: float
+    max_clipped: float = 1.0  # share of origins that a member of an ensemble may clip
 
     def clipped(self, params: Mapping[str, Any]) -> float | None:
         """The share of the last CLIP_ORIGINS origins, or as many as there are, whose last close these params clip.
@@ -440,6 +440,7 @@ def start(storage: RetryingStorage, config: Config, study: Study, series: Series
         default=spaces.default(space, config),
         pool=config.promotion.pool,
         pool_days=config.promotion.pool_days,
+        max_clipped=config.promotion.max_clipped,
         optuna_study=optuna.load_study(
             study_name=study.name,
             storage=storage,

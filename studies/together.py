@@ -26,7 +26,8 @@ from storage import DatabaseUnavailable, forecasts
 from storage.forecasts import ForecastRow
 from storage.retrying import RetryingStorage, one_line
 from studies.config import Config
-from studies.evaluators import load_forecaster, serving
+from studies.evaluators import ensemble_evaluator, load_forecaster, serving
+from studies.evidence import ENSEMBLE
 from studies.questions import Question, answer, serving_evaluator
 
 MEMORY, STORED, COMPUTED, JOINED, FAILED = forecasts.REQUEST_KINDS
@@ -189,6 +190,8 @@ class Together:
             future.set_result((row, COMPUTED))
 
     def _evaluator(self, model: str) -> Evaluator:
+        if model == ENSEMBLE:
+            return ensemble_evaluator(serving(self.config, self.config.windows.horizon), self._evaluator)
         if model not in self._evaluators:
             forecaster = load_forecaster(serving(self.config, self.config.windows.horizon), model, device=self.device)
             self._evaluators[model] = serving_evaluator(self.config, forecaster)

@@ -16,7 +16,7 @@ from launch import cli
 from storage import slots, study_rows
 from studies import config as configuration
 from studies import space
-from studies.evidence import MeasuredConfiguration, Part, to_json
+from studies.evidence import Came, MeasuredConfiguration, Part, to_json
 
 AS_OF = "2026-03-19"
 COUNTS: Mapping[Part, int] = {"validation": 30, "confirmation": 250, "test": 20}
@@ -61,6 +61,7 @@ class PromotionPlace(places.Place):
         as_of: str = AS_OF,
         bars: str = "bars",
         confirmation: int = 250,
+        came: Mapping[Part, Came] | None = None,
     ) -> int:
         """A finished and confirmed study."""
         config = configuration.load(self.folder / "studies.toml")
@@ -75,6 +76,7 @@ class PromotionPlace(places.Place):
             counts={**COUNTS, "confirmation": confirmation},
             no_change_mae=0.01,
             last=as_of,
+            came=came or {},
         )
 
         def fill(connection: Any, study_id: int) -> None:

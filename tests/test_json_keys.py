@@ -34,6 +34,7 @@ PROMOTE = {
     "improvement_high", "p_value", "improvement_own", "pooled_symbols", "improvement_validation", "improvement_search",
     "improvement_test", "skill", "worse_than_no_change", "clipped", "test_mae", "incumbent_test_mae", "windows",
     "in_use", "decision", "reason", "returns", "returns_low", "returns_high", "next", "path", "written", "pairs",
+    "ensemble",
 }  # fmt: skip
 PAIR = {"symbol", "model", "study", "status", "reason", "mae", "validation_mae", "test_mae", "passes"}
 ROLLBACK = {"symbol", "model", "promoted_at", "step", "restored", "removed", "mismatch", "kept", "remaining"}

@@ -157,12 +157,14 @@ def test_a_forecast_whose_last_bar_is_gone_is_counted_and_left(place: Place) -> 
 # --- shadows --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["naive", "toto"])
+@pytest.mark.parametrize("model", ["naive", "toto", "ensemble"])
 def test_a_shadow_is_what_the_replaced_configuration_would_have_served(
     place: Place, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, though it is made when the bars have come; and only of what was served since the promotion."""
-    old = GOOD if model == "naive" else {"context_length": 256, "num_samples": 64, "aggregate": "median"}
+    toto = {"context_length": 256, "num_samples": 64, "aggregate": "median"}
+    both = [{"model": "naive", "config": GOOD, "weight": 0.5}, {"model": "toto", "config": toto, "weight": 0.5}]
+    old = {"naive": GOOD, "toto": toto, "ensemble": {"members": both}}[model]
     place.put_in_use(old, model=model)
     served = place.replay(range(390, 393), horizon=2, keys=["close", "high"])
     place.put_in_use(BAD)

@@ -19,9 +19,10 @@ from launch.views.tables import (
     percent_share,
 )
 from storage.history import Restored
-from studies.evidence import params_text
-from studies.promoted_file import InUse
+from studies.evidence import ENSEMBLE, params_text
+from studies.promoted_file import EnsembleDecision, InUse
 from studies.promoting import SymbolDecision
+from studies.promotion import Rule
 
 TO_BE_PROMOTED = "to be promoted"
 WARNINGS = {  # of benchmarks/promotion_rules.py, on the bars of twelve symbols and on the packaged ones
@@ -51,7 +52,7 @@ def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
             Column(heading="symbol", cells=[row.symbol for row in rows]),
             Column(
                 heading="study",
-                cells=[row.study or NOTHING for row in rows],
+                cells=[_what(row) for row in rows],
                 short_cells=[row.model or NOTHING for row in rows],
                 priority=6,
             ),
@@ -86,6 +87,12 @@ def table(rows: Sequence[SymbolDecision], *, dry_run: bool = False) -> Table:
         ],
         keep_empty=True,
     )
+
+
+def _what(row: SymbolDecision) -> str:
+    """The study of a decision, or the ensemble that it is about."""
+    together = row.ensemble if row.model == ENSEMBLE else None
+    return ensemble_text(together) if together else row.study or NOTHING
 
 
 def _returns_columns(rows: Sequence[SymbolDecision]) -> list[Column]:
@@ -137,7 +144,8 @@ def by_study(rows: Sequence[SymbolDecision]) -> dict[str, str]:
     for row in rows:
         for pair in row.pairs:
             if pair.study == row.study:
-                text = f"{row.decision} on {day}: {reason_text(row)}{evidence_text(row)}"
+                about = f" as part of an {_what(row)}" if row.model == ENSEMBLE else ""
+                text = f"{row.decision}{about} on {day}: {reason_text(row)}{evidence_text(row)}"
                 if row.decision == "kept" and row.in_use and (said := in_use_text(row.in_use)):
                     text += f"; in use: {said}"
                 found[pair.study] = text + (f"{NEXT}{row.next}" if row.next else "")
@@ -174,6 +182,42 @@ def in_use_text(found: InUse) -> str:
     if found.previous_config:
         text += f"; before it {found.previous_model} with {params_text(found.previous_config)}"
     return text
+
+
+def tell(rows: Sequence[SymbolDecision], rule: Rule, *, dry_run: bool) -> None:
+    """Say below the table what it does not: what to do next, what became of ensembles, and how many were promoted."""
+    for row in rows:
+        if row.next or row.decision == "failed":
+            say("; ".join([f"{row.symbol}: {row.reason}", *([row.next] if row.next else [])]))
+        if row.ensemble:
+            say(f"{row.symbol}: {ensemble_line(row.ensemble, dry_run=dry_run)}")
+    if line := not_believed(rows, rule.min_improvement) if rule.on != "validation" else None:
+        say(line)
+    promoted = sum(row.decision == "promoted" for row in rows)
+    written = "would be promoted" if dry_run else "promoted"
+    say(f"{promoted} of {counted(len(rows), 'symbol')} {written}" if promoted else "nothing to promote")
+    if useless := [row.symbol for row in rows if row.decision == "promoted" and row.worse_than_no_change]:
+        say(f"worse than no change, and {written}: {', '.join(useless)}; --require-skill keeps them from it")
+
+
+def ensemble_text(found: EnsembleDecision) -> str:
+    """The members of an ensemble with their weights: "ensemble of toto 0.62, kronos 0.38"."""
+    return f"ensemble of {params_text({'members': found.members})}"
+
+
+def ensemble_line(found: EnsembleDecision, *, dry_run: bool) -> str:
+    """What an ensemble gains over the best single configuration, and what became of it."""
+    if not found.members:
+        return f"no ensemble: {found.reason}"
+    decided = "to be promoted" if dry_run and found.decision == "promoted" else f"{found.decision}"
+    if found.decision != "promoted":
+        decided = f"not promoted: {found.reason}"
+    pooled = f", pooled over {found.pooled_symbols} symbols" if (found.pooled_symbols or 1) > 1 else ""
+    interval = percent_interval(found.improvement_low, found.improvement_high)
+    return (
+        f"{ensemble_text(found)} ({found.weights}): {percent_gain(found.improvement)} ({interval}) over {found.single} "
+        f"alone on the later {found.windows} windows{pooled}, {percent_gain(found.improvement_test)} on test; {decided}"
+    )
 
 
 def not_believed(rows: Sequence[SymbolDecision], min_improvement: float) -> str | None:
