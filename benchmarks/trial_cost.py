@@ -173,7 +173,41 @@ def toto_figures(repeats: int) -> dict[str, float]:
     figures["matmul, GFLOP/s"] = 2 * TOTO_MATMUL**3 / figures["matmul, s"] / 1e9
     figures["encode / matmul rate"] = figures["encode, GFLOP/s"] / figures["matmul, GFLOP/s"]
     figures["FLOP, repeated / first trial"] = TOTO_RUNS * flops(lambda: repeated_run(network, closes)) / flops(encode)
-    return figures
+    return figures | night_figures(repeats)
+
+
+HISTORY, STUDY = 850, 300  # bars, and the windows of a study: validation, test and confirmation
+
+
+def night_figures(repeats: int) -> dict[str, float]:
+    """Of Toto, what encoding all windows of a study takes with the default context, which begins at the first bar."""
+    forecaster = toto.Toto(random_toto(), fingerprint="random")
+    config = configuration.load(None, {"workers": {"encodings_mib": 0}})
+    windows = recent_origins(random_bars(HISTORY), STUDY, symbol="A")
+    params = {"context_length": 4096, "num_samples": 1, "aggregate": "mean"}
+
+    def whole() -> Evaluator:
+        """As a worker does it; what is drawn and aggregated is not counted."""
+        evaluator = evaluators.evaluator_of(config, forecaster, cache_bytes=2**30)
+        evaluator.max_num_samples = 1
+        evaluator.measure(windows, params)
+        return evaluator
+
+    batches = whole().batches(windows)
+
+    def apart() -> None:
+        for indices in batches:
+            forecaster.encode(windows.contexts(indices), {"context_length": 4096}, 1)
+
+    def repetition() -> Seconds:
+        began = time.perf_counter()
+        apart()
+        return {"separate": time.perf_counter() - began, "shared": whole().seconds["encode"]}
+
+    taken = fastest(repetition, repeats)
+    words = f"{STUDY} windows of a history of {HISTORY} bars"
+    figures = {f"{words}, {name} forwards, s": spent for name, spent in taken.items()}
+    return {**figures, "separate / shared forwards": taken["separate"] / taken["shared"]}
 
 
 # --- Kronos ----------------------------------------------------------------------------------------------------
@@ -190,7 +224,7 @@ FEW = 4  # samples of the repeated way that are measured
 STEPS, LONG_SAMPLES, LONG_FEW, LONG_WINDOWS = 7, 64, 3, 3
 LONG = {**FIRST, "sample_count": LONG_SAMPLES}
 LEAST = {
-    "toto": {"published library / first trial": 1750},
+    "toto": {"published library / first trial": 1750, "separate / shared forwards": 3},
     "kronos": {
         "repeated / first trial": 200,
         **{f"first / second trial, {name}": 30 for name in SECOND},

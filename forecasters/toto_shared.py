@@ -26,7 +26,7 @@ from forecasters.toto_encoded import EncodedPrices, series_of, unpacked
 from forecasters.toto_model import PRICE
 from forecasters.toto_network import TotoNetwork
 
-ROWS = 8  # series in a forward: with one bar more, one group of a patch's eight runs again
+ROWS = 16  # series in a forward: fewer run slower, and with one bar more one group of a patch's four runs again
 ARRAYS = ("probs", "df", "loc", "scale", "affine_loc", "affine_scale")
 
 

@@ -257,9 +257,9 @@ def test_the_error_of_a_key_is_relative_to_the_last_close() -> None:
     assert found.of_key("low").seeds(3) == found.seeds(3)
 
 
-@pytest.mark.parametrize(("params", "encodings"), [(PRICE, 8), (VARIATES, 1), (RATIO, 4)])
+@pytest.mark.parametrize(("params", "encodings"), [(PRICE, 4), (VARIATES, 1), (RATIO, 4)])
 def test_keys_together_are_those_measured_alone(several: Any, params: dict[str, Any], encodings: int) -> None:
-    together(several, params, encodings)  # of prices two groups a key, which share forwards
+    together(several, params, encodings)
 
 
 def test_all_keys_of_kronos_cost_one_encoding_and_one_draw(kronos_a: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
