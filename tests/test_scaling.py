@@ -134,6 +134,7 @@ def in_millionths(row: str) -> str:
     return ",".join([time, *(str(float(price) / 1e6) for price in prices), volume])
 
 
+@pytest.mark.slow
 def test_a_search_says_so_and_the_promoted_file_too(place: Place) -> None:
     """Of a symbol that is too low for the model, beside one that is not."""
     head, *rows = last_bars("SP500", 420)
