@@ -175,8 +175,12 @@ class Toto(SharedForwards, KeptMixtures):
         parts, start = [], 0
         while start < len(rows):
             most = max(1, self._batch_tokens // tokens)
-            room = min(most, self._chunk) if self.graphs.on else 0  # windows of a graph's one shape
-            batch = rows[start : start + (room or most)]
+            if self.graphs.on:
+                room = min(most, self._chunk)  # windows of a graph's one shape
+                batch = rows[start : start + room]
+            else:
+                batch = rows[start : start + most]
+                room = self.padded_to(len(batch), most)
             try:
                 parts.append(self._prefill(batch, horizon, room))
             except torch.OutOfMemoryError as error:
@@ -188,6 +192,13 @@ class Toto(SharedForwards, KeptMixtures):
         prefixes = tuple(part[1] for part in parts if part[1] is not None)
         found = unpacked(packed, self.network.config.components, keys=keys, horizon=horizon, prefixes=prefixes)
         return in_price(contexts, found) if read == RATIO else in_units_of(found, units)
+
+    def padded_to(self, windows: int, most: int) -> int:
+        """The windows that a forward of these has: from a third of a chunk on as many as a whole one, 0: no others.
+
+        The number decides last bits: so what is kept of a window is found again beside any number of others.
+        """
+        return self._chunk if self._chunk // 3 <= windows < self._chunk <= most else 0
 
     def encode_stacked(
         self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int
@@ -305,7 +316,7 @@ class Toto(SharedForwards, KeptMixtures):
         """
         patch, variates = self.network.config.patch_size, len(rows[0])
         patches = -(-max(row.shape[1] for row in rows) // patch)
-        length = (fixed_length(patches) if room else patches) * patch
+        length = (fixed_length(patches) if self.graphs.on else patches) * patch
         shape = (max(room, len(rows)), variates, length)
         series = np.zeros(shape, np.float32)  # the reference's dtype at this border too
         pads = np.full(len(series), length)

@@ -26,6 +26,8 @@ class KeptMixtures:
     graphs: Graphs
     _batch_tokens: int
 
+    def padded_to(self, windows: int, most: int) -> int: ...
+
     @property
     def device(self) -> torch.device:
         return self.network.unembed.weight.device
@@ -47,8 +49,10 @@ class KeptMixtures:
         variates, patch = len(_keys(params, "")), self.network.config.patch_size
         longest = max(len(self.read(bars, params)) for bars in contexts) - (params.get("key_input") == RATIO)
         patches = -(-longest // patch)
-        one_forward = len(contexts) * patches * variates <= self._batch_tokens
-        return f"{len(contexts)} {variates} {patches}" if one_forward and horizon <= patch else None
+        count, most = len(contexts), self._batch_tokens // (patches * variates)
+        if count > most or horizon > patch:
+            return None
+        return f"{self.padded_to(count, most) or count} {variates} {patches}"
 
     def read(self, bars: Bars, params: Mapping[str, Any]) -> Bars:
         most = int(params["context_length"]) + (params.get("key_input") == RATIO)  # a ratio needs a close before it

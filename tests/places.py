@@ -216,7 +216,8 @@ class RunPlace(Place):
     def __init__(self, folder: Path, url: str) -> None:
         super().__init__(folder, url)
         self.model = "naive"
-        self.environment: dict[str, str] = {**os.environ, "OPTUNA_STORAGE": url}
+        # Encodings that other tests kept are not found here.
+        self.environment: dict[str, str] = {**os.environ, "OPTUNA_STORAGE": url, "XDG_DATA_HOME": str(folder / "data")}
 
     def search(self, model: str) -> None:
         """Let the settings name another model."""

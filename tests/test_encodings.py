@@ -128,7 +128,8 @@ def test_another_question_finds_nothing(bars: Bars, loaded: dict[str, Any], tmp_
     assert restored({**TOTO, "key_input": "ratio"}) == 0
     changed = Bars(**{**vars(bars), "close": np.nextafter(bars.close, 0)})
     assert measured(loaded["toto"], night(changed, 0), TOTO, Encodings(tmp_path))[2] == 0
-    assert measured(loaded["toto"], night(bars, 0), TOTO, Encodings(tmp_path), rung=8)[2] == 0  # 8 in a forward
+    assert measured(loaded["toto"], night(bars, 0), TOTO, Encodings(tmp_path), rung=8)[2] == 20  # filled up to ten
+    assert measured(loaded["toto"], night(bars, 0), TOTO, Encodings(tmp_path), rung=2)[2] == 0  # 2 in a forward
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)

@@ -511,7 +511,7 @@ if "launch.worker" in sys.orig_argv:
     def limited(self, rows, *others):
         tried.append(len(rows))
         print("prefill of", len(rows), file=sys.stderr)
-        if len(tried) <= 7:
+        if len(tried) <= 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 8 GiB.")
         return prefill(self, rows, *others)
     Toto._prefill = limited
@@ -533,8 +533,8 @@ def test_a_slot_that_fails_three_times_is_parked_and_tried_again_by_a_later_run(
     ]
     sizes = [line for path in place.folder.glob("logs/*/worker-0.log") for line in path.read_text().splitlines()]
     sizes = [int(line.split()[-1]) for line in sizes if line.startswith("prefill of")]
-    assert sizes[:7] == [10, 5, 3, 2, 1, 1, 1]
-    assert set(sizes[7:]) == {1}  # what did not fit once is not tried again
+    assert sizes[:8] == [30, 15, 8, 4, 2, 1, 1, 1]
+    assert set(sizes[8:]) == {1}  # what did not fit once is not tried again
     states = [trial.state for trial in place.trials("SP500")]
     assert states[:3] == [TrialState.FAIL] * 3
     assert len(states) == 3 + 7

@@ -259,7 +259,7 @@ def test_windows_are_split_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(univariate.network, "prefill", limited)
     split = univariate.encode(contexts, {"context_length": 96}, 40)
     assert len(split.prefixes) == 3
-    assert tried == [5, 3, 2, 2, 1]
+    assert tried == [10, 5, 3, 2, 2, 1]  # five are filled up to ten
     tried.clear()
     again = univariate.encode(contexts, {"context_length": 96}, 40)
     assert tried == [2, 2, 1]  # what did not fit once is not tried again
