@@ -181,7 +181,7 @@ HISTORY, STUDY = 850, 300  # bars, and the windows of a study: validation, test 
 
 def night_figures(repeats: int) -> dict[str, float]:
     """Of Toto, what encoding all windows of a study takes with the default context, which begins at the first bar."""
-    forecaster = toto.Toto(random_toto(), fingerprint="random")
+    forecaster: Any = toto.Toto(random_toto(), fingerprint="random")
     config = configuration.load(None, {"workers": {"encodings_mib": 0}})
     windows = recent_origins(random_bars(HISTORY), STUDY, symbol="A")
     params = {"context_length": 4096, "num_samples": 1, "aggregate": "mean"}
