@@ -10,12 +10,14 @@ Knows Optuna's storage interface and Postgres' errors. Knows nothing of studies'
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +45,7 @@ TRANSACTION_SETTINGS = (
     "set transaction isolation level read committed; "
     f"set local idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_S}s'; "
 )
+NOT_DURABLE = "set local synchronous_commit = off; "
 DEFER_S = 1.0  # a slow trial's reports are in the database about as soon as they are made
 CLAIM_ATTR = trials.CLAIM_ATTR
 
@@ -70,6 +73,21 @@ PERMANENT_CONNECT_ERRORS = re.compile(
 )
 
 
+@dataclass
+class _Deferred:
+    """What waits to be written of a running trial of ours, and what else is known of it."""
+
+    known: FrozenTrial  # as it was when it began to be deferred
+    changes: Changes = field(default_factory=Changes)
+    since: float = field(default_factory=time.monotonic)  # the last writing
+
+    @property
+    def trial(self) -> FrozenTrial:
+        found = copy.deepcopy(self.known)
+        self.changes.apply(found)
+        return found
+
+
 class ClaimLost(Exception):
     """A trial was to begin for a claim that is no longer on its slot."""
 
@@ -87,7 +105,8 @@ class RetryingStorage(RDBStorage):
         Raises StorageInternalError and SQLAlchemyError where the server does not answer.
         """
         self.wait_s = wait_s
-        self._deferred: dict[int, tuple[Changes, float]] = {}  # by trial: what waits, and since when
+        self._deferred: dict[int, _Deferred] = {}  # by trial
+        self._created: FrozenTrial | None = None  # the last one that this process made for a claim
         self._clock = threading.local()  # of each thread
         if private and (found := remembered(private)):
             url = url.set(port=found.port)
@@ -95,7 +114,6 @@ class RetryingStorage(RDBStorage):
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
             # One connection a process, since a server has 100 to 200. A worker's two threads seldom need both at once.
             engine_kwargs={
-                "pool_pre_ping": True,
                 "pool_size": 1,
                 "max_overflow": 3,
                 "connect_args": {"connect_timeout": 10, "application_name": "forecast-studies"},
@@ -116,15 +134,20 @@ class RetryingStorage(RDBStorage):
         # RDBStorage has connected already to check the schema's version.
         self.engine.dispose()
 
-    def transaction(self, run: Callable[[Connection], T], *, wait_s: float | None = None) -> T:
+    def transaction(
+        self, run: Callable[[Connection], T], *, wait_s: float | None = None, durable: bool = True
+    ) -> T:
         """Run statements in one transaction, repeated while the server is away: `run` must be repeatable.
 
         wait_s: how long to repeat, by default as long as every call. Raises DatabaseUnavailable.
+        durable: else nobody waits for the disk, and a crash of the server in the next half second may undo it.
         """
-        return self._retry(lambda attempt: self._transaction(run), wait_s=wait_s)
+        return self._retry(lambda attempt: self._transaction(run, durable=durable), wait_s=wait_s)
 
-    def _transaction(self, run: Callable[[Connection], T]) -> T:
+    def _transaction(self, run: Callable[[Connection], T], *, durable: bool = True) -> T:
         with self.engine.begin() as connection:
+            if not durable:
+                connection.info["owed"] += NOT_DURABLE
             return run(connection)
 
     @property
@@ -165,10 +188,10 @@ class RetryingStorage(RDBStorage):
                 time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
                 attempt += 1
 
-    def _trial_transaction(self, run: Callable[[Connection], T]) -> T:
+    def _trial_transaction(self, run: Callable[[Connection], T], *, durable: bool = True) -> T:
         """One attempt, its errors as Optuna's own methods raise them."""
         try:
-            return self._transaction(run)
+            return self._transaction(run, durable=durable)
         except SQLAlchemyError as error:
             raise StorageInternalError(first_line(error)) from error
 
@@ -190,7 +213,8 @@ class RetryingStorage(RDBStorage):
                 raise ClaimLost(claim)
             return _found(made)
 
-        return self._retry(create)
+        self._created = created = self._retry(create)
+        return created
 
     def _trial_of_claim(self, study_id: int, claim: str) -> int | None:
         with self.engine.connect() as connection:
@@ -201,27 +225,35 @@ class RetryingStorage(RDBStorage):
     def defer_writes(self, trial_id: int) -> None:
         """Gather what is set on a running trial of ours until `write_deferred`, the trial's end, or DEFER_S passed.
 
-        This storage's own reads have it at once; what a killed process had gathered is gone, as if it was not set.
+        This storage's own reads have it at once, and ask the server no more; what a killed process had gathered is
+        gone, as if it was not set.
         """
-        self._deferred[trial_id] = (Changes(), time.monotonic())
+        created = self._created
+        known = trials.as_read(created) if created and created._trial_id == trial_id else self.get_trial(trial_id)
+        self._deferred[trial_id] = _Deferred(known=known)
 
     def write_deferred(self, trial_id: int) -> None:
-        """Write what was gathered and go on gathering. Raises UpdateFinishedTrialError."""
-        changes, _ = self._deferred[trial_id]
-        self._write(trial_id, changes)
-        self.defer_writes(trial_id)
+        """Write what was gathered and go on gathering. Raises UpdateFinishedTrialError.
+
+        The trial's end writes it again: so nobody waits for the disk, and a server that crashes loses nothing.
+        """
+        own = self._deferred[trial_id]
+        self._write(trial_id, own.changes, durable=False)
+        own.since = time.monotonic()
 
     def _set(self, trial_id: int, new: Changes) -> None:
         if trial_id not in self._deferred:
             self._write(trial_id, new)
             return
-        changes, since = self._deferred[trial_id]
-        changes.add(new)
-        if time.monotonic() - since > DEFER_S:
+        own = self._deferred[trial_id]
+        own.changes.add(new)
+        if time.monotonic() - own.since > DEFER_S:
             self.write_deferred(trial_id)
 
-    def _write(self, trial_id: int, changes: Changes) -> None:
-        was = self._retry(lambda attempt: self._trial_transaction(lambda c: trials.write(c, trial_id, changes)))
+    def _write(self, trial_id: int, changes: Changes, *, durable: bool = True) -> None:
+        was = self._retry(
+            lambda attempt: self._trial_transaction(lambda c: trials.write(c, trial_id, changes), durable=durable)
+        )
         self.check_trial_is_updatable(trial_id, _found(was))
 
     def _set_trial_param(
@@ -255,27 +287,49 @@ class RetryingStorage(RDBStorage):
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if not state.is_finished():  # a waiting trial is taken up
+            if own := self._deferred.pop(trial_id, None):
+                self._write(trial_id, own.changes)
             return self._retry(
                 lambda attempt: super(RetryingStorage, self).set_trial_state_values(trial_id, state, values)
             )
-        changes, _ = self._deferred.get(trial_id, (Changes(), 0.0))
-        told = [float(value) for value in values or ()]
+        self.end_trial(trial_id, state, values or ())
+        return True
 
-        def end(attempt: int) -> bool:
-            was = _found(self._trial_transaction(lambda c: trials.write(c, trial_id, changes, state, told)))
+    def end_trial(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float],
+        beside: Callable[[Connection], object] = lambda connection: None,
+    ) -> None:
+        """End a trial with all that was set on it, and in the same transaction do what else ends with it.
+
+        Raises UpdateFinishedTrialError where the trial had ended; nothing is done then.
+        """
+        own = self._deferred.get(trial_id)
+        changes, told = own.changes if own else Changes(), [float(value) for value in values]
+
+        def write(connection: Connection) -> TrialState | None:
+            was = trials.write(connection, trial_id, changes, state, told)
+            if was is not None and not was.is_finished():
+                beside(connection)
+            return was
+
+        def end(attempt: int) -> None:
+            was = _found(self._trial_transaction(write))
             # After a broken attempt our own commit may have gone through: the state tells.
             if not (attempt and was == state):
                 self.check_trial_is_updatable(trial_id, was)
-            return True
 
         try:
-            return self._retry(end)
+            self._retry(end)
         finally:
             self._deferred.pop(trial_id, None)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        read = self._retry(lambda attempt: self._trial_transaction(lambda c: trials.read_one(c, trial_id)))
-        return self._with_deferred(_found(read))
+        if trial_id in self._deferred:
+            return self._deferred[trial_id].trial
+        return _found(self._retry(lambda attempt: self._trial_transaction(lambda c: trials.read_one(c, trial_id))))
 
     def _get_trials(
         self,
@@ -293,12 +347,10 @@ class RetryingStorage(RDBStorage):
         )
         if not read:
             self.get_study_name_from_id(study_id)  # raises KeyError where there is no study
-        return [self._with_deferred(trial) for trial in read]
-
-    def _with_deferred(self, trial: FrozenTrial) -> FrozenTrial:
-        if trial._trial_id in self._deferred and not trial.state.is_finished():
-            self._deferred[trial._trial_id][0].apply(trial)
-        return trial
+        for trial in read:
+            if trial._trial_id in self._deferred and not trial.state.is_finished():
+                self._deferred[trial._trial_id].changes.apply(trial)
+        return read
 
     # As BaseStorage has them, from get_trial: one statement, and what is deferred is in it.
     get_trial_param = BaseStorage.get_trial_param

@@ -151,14 +151,12 @@ def claim(storage: RetryingStorage, study_id: int, *, worker: str, lease_s: floa
     }
 
     def take(connection: Connection) -> Slot | None:
-        row = connection.execute(text(CLAIMED), {"claim": token}).first()  # an attempt that broke may have got it
-        row = row or connection.execute(text(CLAIM), values).first()
+        row = connection.execute(text(CLAIM), values).first()
         return None if row is None else Slot(study_id=study_id, claim=token, **row._mapping)
 
-    return storage.transaction(take)
+    # A claim that a crash undoes is lost before anything is done for it: a trial that it makes is durable with it.
+    return storage.transaction(take, durable=False)
 
-
-CLAIMED = "select stage, number, label, params from slots where claim = :claim"
 
 # Whether a free row s can be claimed.
 READY = f"""
@@ -166,13 +164,16 @@ READY = f"""
     select 1 from slots o where o.study_id = s.study_id and o.state in ('free', 'busy')
     and (o.stage < {CONFIRMATION} or (o.stage = {SHARE} and s.stage = {CONFIRMATION}))))
 """  # noqa: S608 - no values
+# An attempt that broke may have got a row already: then it is that one.
 CLAIM = f"""
+with held as (select study_id, stage, number from slots where claim = :claim),
+found as (
+    select study_id, stage, number from slots s
+    where not exists (select 1 from held) and study_id = :study_id and state = 'free' and {READY}
+    order by stage, stage = {SHARE} and worker is distinct from :worker, number limit 1 for update skip locked)
 update slots set state = 'busy', claim = :claim, worker = :worker,
                  lease_until = now() + make_interval(secs => :lease_s)
-where (study_id, stage, number) = (
-    select study_id, stage, number from slots s
-    where study_id = :study_id and state = 'free' and {READY}
-    order by stage, stage = {SHARE} and worker is distinct from :worker, number limit 1 for update skip locked)
+where (study_id, stage, number) in (select * from held union all select * from found)
 returning stage, number, label, params
 """  # noqa: S608 - no values
 
@@ -196,6 +197,17 @@ def finish(
 
     With a confirmation its shares go. seconds: the worker's time by what it was spent on. Raises DatabaseUnavailable.
     """
+    return storage.transaction(lambda connection: finish_within(connection, slot, result=result, seconds=seconds))
+
+
+def finish_within(
+    connection: Connection,
+    slot: Slot,
+    *,
+    result: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> bool:
+    """`finish` as part of a transaction."""
     statement = text(
         "update slots set state = 'done', lease_until = null, error = null, result = cast(:result as jsonb), "
         "seconds = cast(:seconds as jsonb), progress = null where claim = :claim and state in ('busy', 'done')"
@@ -205,15 +217,11 @@ def finish(
         "result": None if result is None else json.dumps(result),
         "seconds": None if seconds is None else json.dumps(seconds),
     }
-    shared = text("delete from slots where study_id = :study_id and stage = :share")
-
-    def end(connection: Connection) -> bool:
-        done = connection.execute(statement, values).rowcount == 1
-        if done and slot.stage == CONFIRMATION:
-            connection.execute(shared, {"study_id": slot.study_id, "share": SHARE})
-        return done
-
-    return storage.transaction(end)
+    done = connection.execute(statement, values).rowcount == 1
+    if done and slot.stage == CONFIRMATION:
+        shared = text("delete from slots where study_id = :study_id and stage = :share")
+        connection.execute(shared, {"study_id": slot.study_id, "share": SHARE})
+    return done
 
 
 def release(storage: RetryingStorage, slot: Slot) -> None:

@@ -234,6 +234,15 @@ def read_one(connection: Connection, trial_id: int) -> FrozenTrial | None:
     return None if row is None else _trial(row)
 
 
+def as_read(trial: FrozenTrial) -> FrozenTrial:
+    """A running trial that `create` has made, as a reader finds it: its attributes have been JSON."""
+    found = copy.copy(trial)
+    found.user_attrs, found.system_attrs = (
+        json.loads(json.dumps(each)) for each in (trial.user_attrs, trial.system_attrs)
+    )
+    return found
+
+
 def read_some(
     connection: Connection, study_id: int, *, after: int, ids: Collection[int], states: Iterable[TrialState] | None
 ) -> list[FrozenTrial]:

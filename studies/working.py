@@ -175,7 +175,10 @@ def _run_trial(
 
     # Not Study.tell, which reads the trial before and after.
     def end(state: TrialState, *values: float) -> None:
-        storage.set_trial_state_values(trial._trial_id, state, values or None)
+        seconds = clock.lap()
+        storage.end_trial(
+            trial._trial_id, state, values, lambda connection: slots.finish_within(connection, slot, seconds=seconds)
+        )
 
     try:
         try:
@@ -192,7 +195,6 @@ def _run_trial(
                 trial.set_user_attr(name, value)
         except optuna.TrialPruned:
             end(TrialState.PRUNED, reported[-1])
-            slots.finish(storage, slot, seconds=clock.lap())
             return Outcome(
                 state="pruned", number=trial.number, text=f"{params_text(trial.params)} mae={reported[-1]:.6g}"
             )
@@ -200,10 +202,9 @@ def _run_trial(
             raise
         except BaseException:  # an error or a second signal: nothing may stay RUNNING
             with contextlib.suppress(UpdateFinishedTrialError):
-                end(TrialState.FAIL)
+                storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             raise
         end(TrialState.COMPLETE, measured.mae, *earned)
-        slots.finish(storage, slot, seconds=clock.lap())
     except UpdateFinishedTrialError:  # the lease was lost, and with it the trial
         return Outcome(state="lost", number=trial.number, text=params_text(trial.params))
     text = f"{params_text(trial.params)} mae={measured.mae:.6g} skill={measured.skill:+.4f}"

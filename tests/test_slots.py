@@ -250,12 +250,12 @@ def test_claim_repeated_after_an_ambiguous_commit_is_the_same_slot(storage: Retr
     runs = []
     transaction = storage.transaction
 
-    def twice(run):
+    def twice(run, **more):
         def both(connection):
             runs.append(run(connection))
             return run(connection)
 
-        return transaction(both)
+        return transaction(both, **more)
 
     storage.transaction = twice  # type: ignore[method-assign]
     slot = must_claim(storage, study_id)
