@@ -313,6 +313,11 @@ class KeepableForecaster(KeyedForecaster, Protocol):
         """Whether anything is kept as it runs here."""
         ...
 
+    @property
+    def draws_are_kept(self) -> bool:
+        """Whether draws are kept too, as what they read may be far more."""
+        ...
+
     def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:
         """What decides a window's bits beside itself: the shape of the forward that it shares, "" where it is alone.
 

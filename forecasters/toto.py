@@ -55,7 +55,6 @@ from forecasters.toto_shared import SharedForwards
 TRAJECTORIES = 64  # a block; its size never depends on num_samples, so fewer samples are a prefix bit for bit
 BLOCK_TOKENS = 1024  # trajectories of all windows in one forward past the first patch
 BATCH_TOKENS = 16_384  # patches in one forward of encode: 250 windows of 4,096 points
-DRAW_BYTES = 64 << 20  # bound on the uniforms held at once
 
 
 class Trajectories:
@@ -249,16 +248,12 @@ class Toto(SharedForwards, KeptMixtures):
             self._in_groups(encoded, TRAJECTORIES, fill)
             every = encoded.priced(slice(None), every)
             return _finite(np.stack([every[encoded.rows(0, windows, place)] for place in places]))
-        samples = np.empty((len(keys), windows, count, steps))
-        together = max(1, DRAW_BYTES // (count * steps * (24 + encoded.probs.shape[-1])))
-        for start in range(0, windows, together):
-            stop = min(start + together, windows)
-            for into, key, place in zip(samples, keys, places, strict=True):
-                streams = [stream(seed_of_key(seed, key)) for seed in seeds[start:stop]]
-                uniforms = np.stack([each.random((count, steps, 3)) for each in streams])
-                rows = encoded.rows(start, stop, place)
-                into[start:stop] = encoded.priced(rows, first_patch(encoded, rows, uniforms))
-        return _finite(samples)
+        uniforms, found = np.empty((count, steps, 3)), []
+        for key, place in zip(keys, places, strict=True):
+            drawn = (stream(seed_of_key(seed, key)).random(out=uniforms) for seed in seeds)
+            rows = encoded.rows(0, windows, place)
+            found.append(encoded.priced(rows, first_patch(encoded, rows, drawn, count)))
+        return _finite(np.stack(found) if len(found) > 1 else found[0][None])
 
     def exact(self, encoded: EncodedPrices, params: Mapping[str, Any], seeds: Sequence[int]) -> StudentMixture:
         """Of the first key that was encoded; see `exact_keys`."""
@@ -376,7 +371,7 @@ class Toto(SharedForwards, KeptMixtures):
         streams = [stream(seed_of_key(seed, key)) for seed in seeds for key in encoded.keys]
         for first in range(0, samples.shape[1], TRAJECTORIES):
             uniforms = np.stack([stream.random((TRAJECTORIES, encoded.horizon, 3)) for stream in streams])
-            begun = first_patch(encoded, rows, uniforms[:, :, :patch])
+            begun = first_patch(encoded, rows, uniforms[:, :, :patch], TRAJECTORIES)
             block = self._decode(prefix, begun, encoded.horizon, uniforms)
             samples[:, first : first + TRAJECTORIES] = block[:, : samples.shape[1] - first]
 
@@ -413,7 +408,8 @@ class Toto(SharedForwards, KeptMixtures):
 
 def _finite(prices: np.ndarray) -> np.ndarray:
     """The reference writes 0 over NaN, infinities and |price| >= fp32 max / 2; a made-up price is worse than none."""
-    if not (np.abs(prices) < np.finfo(np.float32).max / 2).all():
+    most = np.finfo(np.float32).max / 2
+    if not (-most < prices.min() and prices.max() < most):  # nor is NaN
         raise ForecastError("the network's samples are not finite numbers; check the prices and the checkpoint")
     return prices
 

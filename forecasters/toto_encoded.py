@@ -6,7 +6,7 @@ runs, or of what follows the first patch. Dimensions: W windows, V keys, h steps
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,8 +110,10 @@ def in_price(contexts: Sequence[Bars], ratios: EncodedPrices) -> EncodedPrices:
     return replace(ratios, affine_loc=loc, affine_scale=scale)
 
 
-def first_patch(encoded: EncodedPrices, rows: slice, uniforms: np.ndarray) -> np.ndarray:
-    """Prices drawn within the first patch, [W, N, h], for uniforms [W, N, h, 3]."""
+def first_patch(encoded: EncodedPrices, rows: slice, uniforms: Iterable[np.ndarray], count: int) -> np.ndarray:
+    """N = count prices drawn within the first patch, [W, N, h], for uniforms, W of [N, h, 3], looked at one by one."""
     mixtures = (encoded.probs[rows], encoded.df[rows], encoded.loc[rows], encoded.scale[rows])
-    scaled = mixture_samples(*mixtures, uniforms)
-    return scaled * encoded.affine_scale[rows, None, None] + encoded.affine_loc[rows, None, None]
+    samples = mixture_samples(*mixtures, uniforms, count)
+    samples *= encoded.affine_scale[rows, None, None]  # in place: new pages cost as much as the draws
+    samples += encoded.affine_loc[rows, None, None]
+    return samples

@@ -24,6 +24,7 @@ class KeptMixtures:
 
     network: TotoNetwork
     graphs: Graphs
+    draws_are_kept = False  # a megabyte for thirty windows, drawn in milliseconds
     _batch_tokens: int
 
     def padded_to(self, windows: int, most: int) -> int: ...

@@ -7,6 +7,7 @@ components.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,17 +30,17 @@ class Mixture:
 
 
 def mixture_samples(
-    probs: np.ndarray, df: np.ndarray, loc: np.ndarray, scale: np.ndarray, uniforms: np.ndarray
+    probs: np.ndarray, df: np.ndarray, loc: np.ndarray, scale: np.ndarray, uniforms: Iterable[np.ndarray], count: int
 ) -> np.ndarray:
-    """One draw of each mixture from three uniforms in [0, 1): component, radius, angle.
+    """N = count draws of each mixture from three uniforms each in [0, 1): component, radius, angle.
 
-    The mixtures' parameters are [W, h, K], uniforms [W, N, h, 3]; returns [W, N, h].
+    The mixtures' parameters are [W, h, K], uniforms W of [N, h, 3], looked at one by one; returns [W, N, h].
     T = sqrt(df (U**(-2/df) - 1)) cos(2 pi V): Bailey 1994, Mathematics of Computation 62, 779-781.
     """
     cumulative = np.cumsum(probs, axis=-1)
     of_component = np.stack((df, -2 / df, loc, scale), axis=1).reshape(len(df), 4, -1)  # [W, 4, h * K]
     first = np.arange(df.shape[1])[:, None] * df.shape[2]  # of each step's components
-    samples = np.empty(uniforms.shape[:3])
+    samples = np.empty((len(df), count, df.shape[1]))
     # By window and with the samples last, so that all stays in the processor's cache: 4 times as fast.
     for w, of_window in enumerate(uniforms):
         which, radial, angle = np.ascontiguousarray(of_window.transpose(2, 1, 0))  # [h, N] each

@@ -76,6 +76,7 @@ class Encoder:
 
     def __init__(self, forecaster: Forecaster, cache: Cache, *, store: Store | None, work: WorkCounter | None) -> None:
         self._forecaster, self._cache, self._work = forecaster, cache, work
+        self._shares = isinstance(forecaster, SharingForecaster)  # once: a protocol of methods takes 60 us to look at
         self.keeping = Keeping(forecaster, store) if store and isinstance(forecaster, KeepableForecaster) else None
         self.stages: Any = self.keeping or keyed(forecaster)  # of a `forecasters.KeyedForecaster`
 
@@ -125,10 +126,10 @@ class Encoder:
         return self.stages.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
 
     def _groups(self, batch: Batch, plan: Plan) -> list[int] | None:
-        if batch.alone or not isinstance(self._forecaster, SharingForecaster):
+        if batch.alone or not self._shares:
             return None
         contexts = batch.contexts
-        return self._forecaster.groups_of(contexts.bars, batch.lengths, plan.encode_params, contexts.horizon)
+        return cast(SharingForecaster, self._forecaster).groups_of(contexts.bars, batch.lengths, plan.encode_params, contexts.horizon)
 
     def _gathered(self, batch: Batch, plan: Plan, key: str, groups: Sequence[int]) -> Any:
         """The batch from the groups of its windows, of which those that are not there yet are encoded."""

@@ -82,8 +82,8 @@ class Evaluator:
 
         params: the model's encode and draw params and `aggregate` (default: mean); others are not looked at.
         passes: every number has seeds of its own; errors are averaged over them.
-        on_rung: called with the number of windows done and their mae at every multiple of `rung` below the number of
-        windows, as soon as the batch that reaches it is done; what it raises ends the measurement and passes through.
+        on_rung: called with the number of windows done and their mae at every multiple of `rung`, as soon as the batch
+        that reaches it is done, while windows are left; what it raises ends the measurement and passes through.
         Raises ForecastError naming the symbol; ValueError for an unknown aggregate.
         """
         before, fresh, fresh_s = dict(self.seconds), self.fresh, self.fresh_s
@@ -91,11 +91,12 @@ class Evaluator:
         order: list[int] = []
         for indices in self.batches(windows):
             by_pass[:, indices] = self.batch_errors(windows, params, indices, passes=passes)
-            reached = range((len(order) // self.rung + 1) * self.rung, len(windows), self.rung)
+            first = (len(order) // self.rung + 1) * self.rung
             order += indices
-            for done in reached:
-                if on_rung is not None and done <= len(order):
-                    on_rung(done, float((by_pass / windows.last_closes)[:, order[:done]].mean()))
+            if on_rung is None or len(order) == len(windows):
+                continue
+            for done in range(first, len(order) + 1, self.rung):
+                on_rung(done, float((by_pass / windows.last_closes)[:, order[:done]].mean()))
         return measurement_of(
             windows,
             *over_passes(by_pass),

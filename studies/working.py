@@ -6,6 +6,7 @@ Knows Optuna and the slots. Knows nothing of processes, devices or commands.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from studies import confirmation, returns, sharing
 from studies.evidence import measurement_json, params_text, to_json
 from studies.measuring import Computing, Stopped
 from studies.study import SEARCH_PASSES, StudyRun
+
+
+SOON_S = 0.2  # a trial after such a short one will end before another worker's sampler could make use of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class StageClock:
         self._began = time.perf_counter()
         self._timed = {"sample": 0.0, "read": 0.0, "idle": 0.0}
         self.spent: dict[str, float] = {}  # of all laps
+        self.latest = math.inf  # seconds of the latest lap
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -69,6 +74,7 @@ class StageClock:
         now, totals = time.perf_counter(), self._totals()
         spent = {name: totals[name] - self._before[name] for name in totals} | self._timed
         spent["other"] = max(0.0, now - self._began - sum(spent.values()))
+        self.latest = now - self._began
         self._before, self._began, self._timed = totals, now, dict.fromkeys(self._timed, 0.0)
         self.spent = {name: self.spent.get(name, 0.0) + seconds for name, seconds in spent.items()}
         return {name: round(seconds, 6) for name, seconds in spent.items()}
@@ -186,7 +192,8 @@ def _run_trial(
                 params = run.space.suggest(trial)
             if (clipped := run.clipped(params)) is not None:
                 trial.set_user_attr("clipped", clipped)
-            storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
+            if clock.latest > SOON_S:
+                storage.write_deferred(trial._trial_id)  # the samplers of others go by what is under way
             # Optuna prunes by one value only.
             on_rung = None if traded else report
             measured = evaluator.measure(run.split.validation, params, passes=SEARCH_PASSES, on_rung=on_rung)

@@ -22,7 +22,7 @@ from places import RunPlace as Place
 from places import last_bars
 
 import forecasters
-from forecasters import Bars, Forecaster
+from forecasters import Bars, Forecaster, kronos_kept
 from forecasters.naive import Naive
 from objectives.evaluation import Evaluator
 from objectives.keeping import Keeping
@@ -151,6 +151,24 @@ def test_a_draw_that_meets_other_tokens_encodes_its_windows_again(
     assert kept[1] > 0
     assert again[1] == 0, "what the draw asked for is kept by now"
     assert measured(kronos, night(bars, 0), KRONOS, Encodings(tmp_path))[1] == 0
+
+
+def test_draws_that_read_more_than_is_kept_are_kept_themselves(
+    bars: Bars, loaded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kronos_kept, "MOST_ROWS", 1)
+    kronos, hot = loaded["kronos"], {**KRONOS, "temperature": 0.9, "top_k": 0, "sample_count": 40}
+    other = {**hot, "temperature": 0.8}
+    fresh = [measured(kronos, night(bars, number), hot, None)[0] for number in (0, 1)]
+    assert measured(kronos, night(bars, 0), hot, Encodings(tmp_path))[0] == fresh[0]
+    assert measured(kronos, night(bars, 0), hot, Encodings(tmp_path))[:2] == (fresh[0], 0)
+    errors, forwards, _ = measured(kronos, night(bars, 1), hot, Encodings(tmp_path))
+    assert errors == fresh[1]
+    assert 0 < forwards <= 10, "the draws of the batch with the new window"
+    assert measured(kronos, night(bars, 1), hot, Encodings(tmp_path))[:2] == (fresh[1], 0)
+    again = measured(kronos, night(bars, 1), other, Encodings(tmp_path))
+    assert again[0] == measured(kronos, night(bars, 1), other, None)[0]
+    assert again[1] > 0
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10])

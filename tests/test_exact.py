@@ -51,7 +51,7 @@ def test_every_form_has_a_limit():
 def test_draws_tend_to_it(name: str):
     mix = mixture()
     uniforms = np.random.default_rng(8).random((2, DRAWS, 3, 3))
-    samples = mixture_samples(mix.probs, mix.df, mix.loc, mix.scale, uniforms)
+    samples = mixture_samples(mix.probs, mix.df, mix.loc, mix.scale, uniforms, uniforms.shape[1])
     assert np.abs(z_scores(samples, name, exact_points(mix, name))).max() < 4
 
 
