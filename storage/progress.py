@@ -130,6 +130,15 @@ def has_open(storage: RetryingStorage, study_ids: Iterable[int]) -> bool:
     return storage.transaction(lambda c: c.execute(statement, {"ids": list(study_ids)}).scalar_one())
 
 
+def confirmed(storage: RetryingStorage, study_ids: Iterable[int]) -> list[int]:
+    """Return those of the studies whose confirmation is done."""
+    statement = text(
+        "select study_id from slots where study_id = any(:ids) and stage = :confirmation and state = 'done'"
+    )
+    values = {"ids": list(study_ids), "confirmation": CONFIRMATION}
+    return list(storage.transaction(lambda c: c.execute(statement, values).scalars()))
+
+
 def worker_seconds(storage: RetryingStorage, study_ids: Iterable[int] | None = None) -> dict[int, dict[str, float]]:
     """Return the workers' seconds by what they were spent on, summed over the finished rows, by study id."""
     statement = text(

@@ -30,7 +30,7 @@ from storage import DatabaseUnavailable, board
 from storage.board import Image
 from storage.commands import command
 from storage.outcomes import newest_events
-from storage.progress import Progress, study_progress
+from storage.progress import Progress, confirmed, study_progress
 from storage.retrying import RetryingStorage, one_line
 from studies.evidence import Part
 from studies.monitoring import Monitored
@@ -39,6 +39,7 @@ from studies.study import Study, list_studies
 
 EVERY_S = 30.0  # between two updates during a run; the first imports plotly and matplotlib, a second of CPU
 SHARE = 0.01  # of the time, at most, that updates may take
+FINISHED_EVERY_S = 5.0  # those of studies that are finished come at once: once the workers have ended, the user waits
 PARKED_SHOWN = 5
 FORECAST = "Forecast vs. actual"
 WINDOW_NAMES: dict[Part, str] = {"validation": "search", "confirmation": "confirmation", "test": "test"}
@@ -64,7 +65,7 @@ class NoteWriter:
         self._report, self.say = report, say
         self._say_once = SayOnce(lambda line: self.say(line), log)
         self._written: dict[int, Progress] = {}
-        self._next = time.monotonic() + EVERY_S
+        self._next, self._next_finished = time.monotonic() + EVERY_S, time.monotonic() + FINISHED_EVERY_S
         self._complained = False
 
     def __call__(self) -> None:
@@ -76,22 +77,32 @@ class NoteWriter:
             finally:
                 took = time.monotonic() - began
                 self._next = began + max(EVERY_S, took / SHARE)
+        elif began >= self._next_finished:
+            try:
+                self.write(finished=True)
+            finally:
+                self._next_finished = time.monotonic() + FINISHED_EVERY_S
 
-    def write(self) -> None:
+    def write(self, *, finished: bool = False) -> None:
         """Rewrite the notes of the studies that moved since the last time.
 
+        finished: of those only that are confirmed and have no note of it yet.
         An error is said once, not with every attempt, and costs no more than the notes. Raises DatabaseUnavailable.
         """
         try:
-            self._write()
+            self._write(finished=finished)
             self._say_once.well()
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - notes are the least of a run
             self._say_once.error(f"the dashboard's notes are not up to date: {one_line(error)}", error)
 
-    def _write(self) -> None:
-        progress = study_progress(self._storage, [study.study_id for study in self._studies])
+    def _write(self, *, finished: bool) -> None:
+        ids = [study.study_id for study in self._studies]
+        if finished:
+            noted = {study_id for study_id, written in self._written.items() if not written.open}
+            ids = [study_id for study_id in confirmed(self._storage, ids) if study_id not in noted]
+        progress = study_progress(self._storage, ids)
         moved = [
             study
             for study in self._studies
