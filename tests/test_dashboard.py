@@ -256,11 +256,11 @@ def test_a_study_is_noted_as_it_is_finished_and_not_when_all_are(
     place: Place, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notes, "FINISHED_EVERY_S", 0.0)
-    study, unfinished = place.open().study, place.open(key="high").study
+    study = place.open().study
     written: list[list[str]] = []
     monkeypatch.setattr(notes, "update", lambda storage, folder, studies: written.append([s.name for s in studies]))
     keeper = notes.NoteWriter(
-        place.storage, folder, [study, unfinished], report=lambda: None, say=print, log=folder / "log"
+        place.storage, folder, [study], report=lambda: None, say=print, log=folder / "log"
     )
     keeper()
     place.finish(study)
