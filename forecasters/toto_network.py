@@ -86,6 +86,9 @@ class TotoPrefix:
         )
 
 
+FEW = 16  # rows of a product
+
+
 class TotoNorm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -238,7 +241,8 @@ class TotoNetwork(nn.Module):
         x, keys, values = self._trunk(self._embed(series, loc, scale), patches, ids, every_patch=False)
         last = statistics.map(lambda tensor: tensor[..., -1])
         prefix = TotoPrefix(keys=keys, values=values, pads=patches, ids=ids, statistics=last) if keep else None
-        return self._mixture(x[:, :, -1], steps), loc[..., -1], scale[..., -1], prefix
+        mixture = self._mixture(x[:, :, -1], steps).rows(len(series))
+        return mixture, loc[..., -1], scale[..., -1], prefix
 
     def answer(
         self, series: Tensor, pads: Tensor, steps: int, keep: bool
@@ -281,8 +285,12 @@ class TotoNetwork(nn.Module):
     def _trunk(
         self, x: Tensor, pads: Tensor, ids: Tensor, *, every_patch: bool
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """All layers; x [B, V, S, D], pads in patches [B]. Returns states [B, V, S or 1, D], keys and values."""
-        variates, patches = x.shape[1:3]
+        """All layers; x [B, V, S, D], pads in patches [B]. Returns states [B, V, S or 1, D], keys and values.
+
+        Of one patch there are states of the last window again, up to FEW rows: with fewer in a product MKL computes
+        other last bits, and a window is to have the same ones whatever else is in its forward.
+        """
+        windows, variates, patches = x.shape[:3]
         positions = (torch.arange(patches, device=x.device) - pads[:, None]).clamp_min(0)  # from each own first patch
         # Queries and keys share one centre here, so it cancels; it matters once decoding adds keys around another.
         tables = _rotation(positions, (patches - pads - 1) // 2, x.shape[-1] // self.config.num_heads)
@@ -293,6 +301,11 @@ class TotoNetwork(nn.Module):
         if self.last_over_time < 0 and not every_patch:
             x = x[:, :, -1:]
         for i, layer in enumerate(self.layers):
+            if i == self.last_over_time and not every_patch and windows * variates < FEW and x.device.type == "cpu":
+                again = torch.arange(-(-FEW // variates)).clamp_max(windows - 1)
+                each = (again[:, None] * variates + torch.arange(variates)).flatten()  # with variates
+                x, ids, mask = x[again], ids[again], mask[each]
+                tables = tuple(table[each] for table in tables)
             normed = layer.norm1(x)
             if layer.over_time:
                 rows = 1 if i == self.last_over_time and not every_patch else patches
@@ -303,8 +316,8 @@ class TotoNetwork(nn.Module):
                 attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -rows:])
                 x = x[:, :, -rows:]
                 y = layer.attention.output(attended).view_as(x)
-                keys.append(k)
-                values.append(v)
+                keys.append(k[: windows * variates])
+                values.append(v[: windows * variates])
             else:
                 y = layer.across_variates(normed, ids)
             x = layer.finish(x, y)

@@ -24,6 +24,10 @@ class Mixture:
     loc: Tensor
     scale: Tensor
 
+    def rows(self, count: int) -> Mixture:
+        """The first of them."""
+        return Mixture(probs=self.probs[:count], df=self.df[:count], loc=self.loc[:count], scale=self.scale[:count])
+
     def mean(self) -> Tensor:
         """Their means, [..., h]; they exist because df > 2."""
         return (self.probs * self.loc).sum(-1)

@@ -34,16 +34,17 @@ class Store(Protocol):
 class Keeping:
     """The stages of a forecaster of every price of a bar, whose encodings are kept; see `forecasters.KeyedForecaster`.
 
-    A batch of which a window is missing is encoded whole where its windows share a forward, with the bits that it has
-    without a store: the size of a forward decides them, and which windows are in it does not. Where their places do
-    (MKL with some numbers of threads), found out once for each shape and kept too, the whole batch is the key.
+    Where windows share a forward, its size may decide their bits, and where it does, a batch of which a window is
+    missing is encoded whole, with the bits that it has without a store; else the few that are missing are encoded
+    alone. Where even their places decide (MKL with some numbers of threads), the whole batch is the key. Both are found
+    out once for each shape, and kept too.
     """
 
     def __init__(self, forecaster: KeepableForecaster, store: Store) -> None:
         self._forecaster, self._store = forecaster, store
         self.restored = 0  # windows that came from the store
         self.asked = 0  # windows, all that were asked for
-        self._trusted = True
+        self._trusted, self._answers = True, dict[bytes, bytes]()
         # What is in the store of an encoding: its keys, and how much was known of each window.
         self._kept: WeakKeyDictionary[Any, tuple[list[bytes], list[int]]] = WeakKeyDictionary()
 
@@ -60,17 +61,19 @@ class Keeping:
         if company is None or not self._trusted:
             return forecaster.encode(contexts, params, horizon, key)
         keys = self._keys(contexts, params, horizon, key, company)
-        found = self._store.get(keys)
-        encoded = None
-        if any(record is not None for record in found):
+        found, encoded = self._store.get(keys), None
+        there = sum(record is not None for record in found)
+        if company and there < len(contexts) <= 2 * there - 2:
+            self._complete(found, keys, contexts, params, horizon, key, company)
+        if there and self._trusted:
             encoded = forecaster.restored(found, contexts, params, horizon, key)
         if encoded is not None:
-            self.restored += sum(record is not None for record in found)
+            self.restored += there
             counts = list(forecaster.known(encoded))
             self._kept[encoded] = keys, [n if found[place] is not None else 0 for place, n in enumerate(counts)]
             return encoded
         encoded = forecaster.encode(contexts, params, horizon, key)
-        if self._agrees(encoded, found):
+        if self._trusted and self._agrees(forecaster.records(encoded, range(len(contexts))), found):
             self._kept[encoded] = keys, [int(record is not None) for record in found]
             self._keep(encoded)
         return encoded
@@ -82,7 +85,7 @@ class Keeping:
             return forecaster.encode_group(bars, group, params, horizon, key)
         reach = forecaster.reach(group, len(bars))
         asked = [*self._asked(params, horizon, key), reach, bars_fingerprint(bars.slice(0, max(reach)))]
-        name = hashlib.blake2b(json.dumps(asked, default=float).encode(), digest_size=32).digest()
+        name = _named(asked)
         count = len(forecaster.lengths(group, len(bars)))
         self.asked += count
         (found,) = self._store.get([name])
@@ -125,10 +128,32 @@ class Keeping:
             self._store.put({keys[place]: record for place, record in zip(grown, records, strict=True)})
             self._kept[encoded] = keys, now
 
-    def _agrees(self, encoded: Any, found: Sequence[bytes | None]) -> bool:
+    def _complete(
+        self,
+        found: list[bytes | None],
+        keys: Sequence[bytes],
+        contexts: Sequence[Bars],
+        params: Mapping[str, Any],
+        horizon: int,
+        key: str,
+        company: str,
+    ) -> None:
+        """Encode the few windows that are missing beside one that is not, where that is known to give the same bits."""
+        places = [place for place, record in enumerate(found) if record is None]
+        places.append(next(place for place, record in enumerate(found) if record is not None))
+        few = [contexts[place] for place in places]
+        if not self._same_in_few(contexts, few, params, horizon, key, company):
+            return
+        records = self._forecaster.records(self._forecaster.encode(few, params, horizon, key), range(len(few)))
+        if self._agrees(records, [found[place] for place in places]):
+            new = dict(zip(places[:-1], records, strict=False))
+            self._store.put({keys[place]: record for place, record in new.items()})
+            for place, record in new.items():
+                found[place] = record
+
+    def _agrees(self, computed: Sequence[bytes], found: Sequence[bytes | None]) -> bool:
         """Whether windows computed beside a missing one are what the store has; else it is not asked again."""
-        there = [place for place, record in enumerate(found) if record is not None]
-        if self._forecaster.records(encoded, there) == [found[place] for place in there]:
+        if all(kept is None or kept == record for record, kept in zip(computed, found, strict=True)):
             return True
         self._trusted = False
         _log.warning("what is computed here differs in its last bits from kept encodings: they are not used")
@@ -158,22 +183,54 @@ class Keeping:
         windows = [bars_fingerprint(self._forecaster.read(bars, params)) for bars in contexts]
         if company and len(contexts) > 1 and not self._free_of_places(contexts, params, horizon, key, asked):
             asked.append(windows)
-        base = hashlib.blake2b(json.dumps(asked, default=float).encode(), digest_size=32).digest()
+        base = _named(asked)
         return [hashlib.blake2b(window.encode(), key=base, digest_size=32).digest() for window in windows]
+
+    def _same_in_few(
+        self,
+        contexts: Sequence[Bars],
+        few: Sequence[Bars],
+        params: Mapping[str, Any],
+        horizon: int,
+        key: str,
+        company: str,
+    ) -> bool:
+        """Whether as many windows as these few have, in a forward of their own, the bits that a batch's have."""
+        forecaster, count = self._forecaster, len(few)
+        own = forecaster.company(few, params, horizon)
+        question = _named(["few", *self._asked(params, horizon, key), company, own, count])
+        answer = self._answer(question)
+        if answer is None:
+            last = range(len(contexts) - count, len(contexts))
+            whole = forecaster.records(forecaster.encode(contexts, params, horizon, key), last)
+            apart = forecaster.encode([contexts[place] for place in last], params, horizon, key)
+            answer = self._noted(question, FREE if whole == forecaster.records(apart, range(count)) else BOUND)
+        return answer == FREE
 
     def _free_of_places(
         self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str, asked: Sequence[Any]
     ) -> bool:
         """Whether a batch of this shape answers the same with its windows moved on by one place."""
-        words = json.dumps(["places", asked[0], asked[1], asked[-1]])
-        question = hashlib.blake2b(words.encode(), digest_size=32).digest()
-        (answer,) = self._store.get([question])
+        question = _named(["places", asked[0], asked[1], asked[-1]])
+        answer = self._answer(question)
         if answer is None:
             every = range(len(contexts))
             first, moved = (
                 self._forecaster.records(self._forecaster.encode(each, params, horizon, key), every)
                 for each in (contexts, [contexts[-1], *contexts[:-1]])
             )
-            answer = FREE if [first[-1], *first[:-1]] == moved else BOUND
-            self._store.put({question: answer})
+            answer = self._noted(question, FREE if [first[-1], *first[:-1]] == moved else BOUND)
         return answer == FREE
+
+    def _answer(self, question: bytes) -> bytes | None:
+        return self._answers.get(question) or self._store.get([question])[0]
+
+    def _noted(self, question: bytes, answer: bytes) -> bytes:
+        """Here too: where the disk is full, nobody is to find it out with every batch."""
+        self._answers[question] = answer
+        self._store.put({question: answer})
+        return answer
+
+
+def _named(asked: Sequence[Any]) -> bytes:
+    return hashlib.blake2b(json.dumps(asked, default=float).encode(), digest_size=32).digest()

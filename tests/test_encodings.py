@@ -112,7 +112,8 @@ def test_numbers_are_those_of_a_fresh_computation(
         assert again[1] == 0
         assert again[2] >= 20  # a group of contexts that share a forward is kept whole
         if number and "rung" not in options:
-            assert kept[1] == 1, "one window is new: one forward"
+            # The first time it is found out that a small forward has the bits of a whole one.
+            assert kept[1] in ((1, 3) if number == 1 else (1,)), "one window is new: one forward"
 
 
 def test_another_question_finds_nothing(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:
@@ -206,6 +207,40 @@ def test_where_the_place_in_a_batch_decides_bits_only_whole_batches_are_found(
     assert keeping.restored == 0
     keeping.encode(contexts, TOTO, 1)
     assert keeping.restored == 5
+
+
+class Sized(Placed):
+    """Toto where the number of windows in a forward decides the last bits, as on some processors."""
+
+    def encode(self, *words: Any) -> Any:
+        encoded = self._toto.encode(*words)
+        encoded.loc[:] += np.float32(len(encoded.loc))
+        return encoded
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_few_new_windows_are_encoded_alone_where_that_has_the_same_bits(
+    bars: Bars, loaded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decides: bool
+) -> None:
+    toto = Sized(loaded["toto"]) if decides else loaded["toto"]
+    keeping: Any = Keeping(toto, Encodings(tmp_path))  # pyright: ignore[reportArgumentType]
+    sizes: list[int] = []
+    prefill = loaded["toto"]._prefill
+
+    def counted(rows: Any, *words: Any) -> Any:
+        sizes.append(len(rows))
+        return prefill(rows, *words)
+
+    monkeypatch.setattr(loaded["toto"], "_prefill", counted)
+    nights = []
+    for first in range(200, 204):
+        contexts = [bars.slice(0, end) for end in range(first, first + 10)]
+        found = keeping.encode(contexts, TOTO, 1)
+        nights.append(list(sizes))
+        assert np.array_equal(found.loc, toto.encode(contexts, TOTO, 1).loc)
+        sizes.clear()
+    # One window is new, and one that is known is computed again beside it; the first time this is tried out.
+    assert nights[1:] == ([[10, 2, 10], [10], [10]] if decides else [[10, 2, 2], [2], [2]])
 
 
 def test_what_is_not_what_is_computed_here_is_not_used(
