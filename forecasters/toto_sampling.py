@@ -44,15 +44,17 @@ def mixture_samples(
     cumulative = np.cumsum(probs, axis=-1)
     of_component = np.stack((df, -2 / df, loc, scale), axis=1).reshape(len(df), 4, -1)  # [W, 4, h * K]
     first = np.arange(df.shape[1])[:, None] * df.shape[2]  # of each step's components
+    counts = np.min_scalar_type(df.shape[2])
     samples = np.empty((len(df), count, df.shape[1]))
     # By window and with the samples last, so that all stays in the processor's cache: 4 times as fast.
     for w, of_window in enumerate(uniforms):
         which, radial, angle = np.ascontiguousarray(of_window.transpose(2, 1, 0))  # [h, N] each
         reached = (which * cumulative[w, :, -1:])[:, None] >= cumulative[w, :, :-1, None]  # [h, K - 1, N]
-        component = first + np.add.reduce(reached, axis=1, dtype=np.int16)  # of a step, at most K - 1
+        component = first + np.add.reduce(reached.view(np.uint8), axis=1, dtype=counts)  # of a step, at most K - 1
         df_, power, loc_, scale_ = (each.take(component) for each in of_component[w])
         radius = np.sqrt(df_ * np.expm1(power * np.log1p(-radial)))  # 1 - U is never 0
-        samples[w] = (loc_ + scale_ * radius * np.cos(2 * np.pi * angle)).T
+        cosine = torch.from_numpy(angle).mul_(2 * torch.pi).cos_().numpy()  # numpy's takes 4 times as long
+        samples[w] = (loc_ + scale_ * radius * cosine).T
     return samples
 
 
