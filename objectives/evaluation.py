@@ -26,6 +26,8 @@ from objectives.work import WorkCounter
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
 
+DRAWN_BYTES = 128 << 20  # draws of all passes of a batch: to fill ever new pages took a third of drawing and sorting
+
 
 class Evaluator:
     """Measures params with one forecaster, and keeps what later params can use again. One a worker; not for threads.
@@ -61,7 +63,8 @@ class Evaluator:
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self.fresh, self.fresh_s = 0, 0.0  # windows whose bars were encoded so far, and the seconds to their points
-        self._cache = Cache(cache_bytes)
+        self._drawn = Cache(min(cache_bytes // 2, DRAWN_BYTES))
+        self._cache = Cache(cache_bytes - self._drawn.limit)
         self._encoder = Encoder(forecaster, self._cache, store=store, work=work)
         self.keeping, self._keyed = self._encoder.keeping, self._encoder.stages
 
@@ -248,7 +251,7 @@ class Evaluator:
                 with timed(seconds, "aggregate"):
                     _check(batch.contexts, batch.indices, draw.non_finite_window(plan.count))
                     points[key] = draw.aggregate(aggregate, plan.count)
-                self._cache.put(cache_key, draw)  # after its use: sorting has made it larger
+                self._drawn.put(cache_key, draw)  # after its use: sorting has made it larger
             return points
 
         def exact(batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
@@ -271,7 +274,7 @@ class Evaluator:
         """The samples that params ask for, [w, S, H], by key."""
         found = self._draws(batch, plan, seconds)
         for cache_key, draw in found.values():
-            self._cache.put(cache_key, draw)
+            self._drawn.put(cache_key, draw)
         return {key: draw.samples(plan.count) for key, (_, draw) in found.items()}
 
     def _draws(self, batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, tuple[Hashable, Draw]]:
@@ -281,7 +284,7 @@ class Evaluator:
             asked = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, batch.seeds)
             lacking = []
             for key in keys:
-                draw = self._cache.get((*asked, key))
+                draw = self._drawn.get((*asked, key))
                 if isinstance(draw, Draw) and (plan.count is None or plan.count <= draw.count):
                     found[key] = ((*asked, key), draw)
                 else:
