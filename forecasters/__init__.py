@@ -314,8 +314,8 @@ class KeepableForecaster(KeyedForecaster, Protocol):
         ...
 
     @property
-    def draws_are_kept(self) -> bool:
-        """Whether draws are kept too, as what they read may be far more."""
+    def drawn_by(self) -> str:
+        """Everything that decides the bits of a draw beside encoding, params and seed: code, as `surroundings`."""
         ...
 
     def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:

@@ -2,8 +2,7 @@
 
 Of a window 4 KiB, then 4 KiB for each first token that was ever drawn and 28 bytes for each pair (of vocabularies of
 1,024 tokens); the caches that these come from are megabytes. A draw that meets another token encodes its window again.
-Of a window of which draws have read more than MOST_ROWS rows, nothing but the first 4 KiB: its draws, 2.5 KiB for 320
-samples, are found by themselves. Lossless: fp32 as the networks answered.
+Lossless: fp32 as the networks answered.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from forecasters.kronos_network import KronosNetwork
 from forecasters.numerics import COMMON, surroundings
 
 HEAD = struct.Struct("<4i")  # bars, first tokens that there are, first tokens and pairs that are known
-MOST_ROWS = 64  # first tokens of a window: at temperature 1 a draw of 320 samples meets 300 of them, 1.2 MiB
+MOST_ROWS = 64  # first tokens of a window: where more are drawn, most draws meet new ones
 
 
 class KeptTables:
@@ -30,7 +29,6 @@ class KeptTables:
 
     network: KronosNetwork
     graphs: Graphs
-    draws_are_kept = True
 
     @property
     def device(self) -> torch.device:
@@ -40,6 +38,10 @@ class KeptTables:
     def surroundings(self) -> str:
         own = ("", "_encoded", "_exact", "_kept", "_network", "_tree")
         return surroundings(self.device, *(f"forecasters.kronos{name}" for name in own), *COMMON)
+
+    @property
+    def drawn_by(self) -> str:
+        return surroundings(self.device, "forecasters.kronos_sampling", "forecasters.kronos_tree")
 
     @property
     def keeps(self) -> bool:
@@ -54,20 +56,18 @@ class KeptTables:
         return bars.slice(max(0, len(bars) - int(params["max_context"])), len(bars))
 
     def known(self, encoded: EncodedBars) -> Sequence[int]:
-        """How many rows of the tables are each window's; of those that are too many to keep, as if there was one."""
+        """How many rows of the tables are each window's; 0 where nothing was drawn yet, or too much to keep."""
         found = []
         for w in range(len(encoded.windows)):
             tokens, pairs = self._ranges(w)
             rows = encoded.s2_logits.count(*tokens)
-            found.append(rows + encoded.values.count(*pairs) if rows <= MOST_ROWS else 1)
+            found.append(rows + encoded.values.count(*pairs) if rows <= MOST_ROWS else 0)
         return found
 
     def records(self, encoded: EncodedBars, places: Sequence[int]) -> list[bytes]:
         found = []
         for w in places:
             window, (tokens, pairs) = encoded.windows[w], self._ranges(w)
-            if encoded.s2_logits.count(*tokens) > MOST_ROWS:
-                tokens = pairs = (0, 0)
             first, logits = encoded.s2_logits.of(*tokens)
             codes, values = encoded.values.of(*pairs)
             numbers = (window.mean, window.scale, window.s1_logits.numpy(), logits, values)

@@ -24,7 +24,6 @@ class KeptMixtures:
 
     network: TotoNetwork
     graphs: Graphs
-    draws_are_kept = False  # a megabyte for thirty windows, drawn in milliseconds
     _batch_tokens: int
 
     def padded_to(self, windows: int, most: int) -> int: ...
@@ -37,6 +36,10 @@ class KeptMixtures:
     def surroundings(self) -> str:
         own = ("", "_encoded", "_kept", "_network", "_shared")
         return surroundings(self.device, *(f"forecasters.toto{name}" for name in own), *COMMON)
+
+    @property
+    def drawn_by(self) -> str:
+        return surroundings(self.device, *(f"forecasters.toto{name}" for name in ("", "_encoded", "_sampling")))
 
     @property
     def keeps(self) -> bool:

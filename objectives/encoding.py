@@ -120,6 +120,22 @@ class Encoder:
                 self._work.add("encode", count, lambda: None, lambda _: self.encode_one(batch, plan, key))
         return encoded
 
+    def names(self, batch: Batch, plan: Plan, key: str) -> Sequence[bytes] | None:
+        """What decides each window's encoding, as names; None where encodings of such a batch are not kept."""
+        if self.keeping is None or batch.alone:
+            return None
+        contexts, params = batch.contexts, plan.encode_params
+        if (groups := self._groups(batch, plan)) is None:
+            return self.keeping.names(contexts.contexts(batch.indices), params, contexts.horizon, key)
+        words = {
+            group: self.keeping.name_of_group(contexts.bars, group, params, contexts.horizon, key)
+            for group in sorted(set(groups))
+        }
+        if None in words.values():
+            return None
+        lengths = zip(groups, batch.lengths, strict=True)
+        return [b"%s %d" % (words[group], length) for group, length in lengths]
+
     def encode_one(self, batch: Batch, plan: Plan, key: str) -> Encoded:
         """The first window of the batch, encoded again for itself."""
         contexts = batch.contexts.contexts(batch.indices[:1])
@@ -129,7 +145,9 @@ class Encoder:
         if batch.alone or not self._shares:
             return None
         contexts = batch.contexts
-        return cast(SharingForecaster, self._forecaster).groups_of(contexts.bars, batch.lengths, plan.encode_params, contexts.horizon)
+        return cast(SharingForecaster, self._forecaster).groups_of(
+            contexts.bars, batch.lengths, plan.encode_params, contexts.horizon
+        )
 
     def _gathered(self, batch: Batch, plan: Plan, key: str, groups: Sequence[int]) -> Any:
         """The batch from the groups of its windows, of which those that are not there yet are encoded."""

@@ -20,13 +20,12 @@ from objectives.exact import exact_points
 from objectives.keeping import Store
 from objectives.keys import KeyForecasts, key_forecasts
 from objectives.metrics import Measurement, measurement_of, over_passes, price_errors
+from objectives.points import KeptPoints
 from objectives.quantiles import shrunk
 from objectives.windows import Contexts, SeedKind, Windows
 from objectives.work import WorkCounter
 
 STAGES: tuple[str, ...] = ("encode", "draw", "aggregate")
-
-DRAWN_BYTES = 128 << 20  # draws of all passes of a batch: to fill ever new pages took a third of drawing and sorting
 
 
 class Evaluator:
@@ -63,10 +62,12 @@ class Evaluator:
         self.max_num_samples = max_num_samples or 0
         self.seconds = dict.fromkeys(STAGES, 0.0)  # spent so far, by stage, measurements that were broken off too
         self.fresh, self.fresh_s = 0, 0.0  # windows whose bars were encoded so far, and the seconds to their points
-        self._drawn = Cache(min(cache_bytes // 2, DRAWN_BYTES))
-        self._cache = Cache(cache_bytes - self._drawn.limit)
+        self._cache = Cache(cache_bytes)
         self._encoder = Encoder(forecaster, self._cache, store=store, work=work)
         self.keeping, self._keyed = self._encoder.keeping, self._encoder.stages
+        self.kept_points: KeptPoints | None = None
+        if self.keeping is not None and store is not None:
+            self.kept_points = KeptPoints(self._encoder.names, self.keeping.drawn_by, store)
 
     @property
     def restored(self) -> int:
@@ -114,13 +115,21 @@ class Evaluator:
         return [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
 
     def batch_errors(
-        self, windows: Windows, params: Mapping[str, Any], indices: Sequence[int], *, passes: Sequence[int]
+        self,
+        windows: Windows,
+        params: Mapping[str, Any],
+        indices: Sequence[int],
+        *,
+        passes: Sequence[int],
+        ahead: bool = True,
     ) -> np.ndarray:
         """Each window's error, price, float64 [R, w], for one of `batches`: what `measure` is made of, bit for bit.
 
-        Raises what `measure` raises.
+        ahead: draw for later params too, which may ask for more samples. Raises what `measure` raises.
         """
-        return price_errors(windows, indices, self.batch_points(windows, params, indices, passes=passes))
+        plan = Plan.of(self.forecaster, params, at_least=self.max_num_samples if ahead else 0)
+        found = self._answers(windows, indices, (windows.key,), plan, passes, SeedKind.STUDY, self._points(params))
+        return price_errors(windows, indices, found[windows.key])
 
     def batch_points(
         self, windows: Windows, params: Mapping[str, Any], indices: Sequence[int], *, passes: Sequence[int]
@@ -251,7 +260,7 @@ class Evaluator:
                 with timed(seconds, "aggregate"):
                     _check(batch.contexts, batch.indices, draw.non_finite_window(plan.count))
                     points[key] = draw.aggregate(aggregate, plan.count)
-                self._drawn.put(cache_key, draw)  # after its use: sorting has made it larger
+                self._cache.put(cache_key, draw)  # after its use: sorting has made it larger
             return points
 
         def exact(batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
@@ -267,14 +276,27 @@ class Evaluator:
                         points |= {key: exact_points(each, aggregate) for key, each in zip(keys, answers, strict=True)}
             return points
 
-        answer = exact if self.exact else sampled
-        return lambda batch, *rest: shrunk(answer(batch, *rest), params, batch.contexts, batch.indices)
+        answer, kept = exact if self.exact else sampled, self.kept_points
+        asked = f"{aggregate.name}{' exact' if self.exact else ''}"
+
+        def found(batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
+            if kept is None:
+                return answer(batch, plan, seconds)
+            with timed(seconds, "aggregate"):
+                points = kept.find(batch, plan, asked)
+            if points is None:
+                points = answer(batch, plan, seconds)
+                with timed(seconds, "aggregate"):
+                    kept.note(batch, plan, asked, points)
+            return points
+
+        return lambda batch, *rest: shrunk(found(batch, *rest), params, batch.contexts, batch.indices)
 
     def _samples(self, batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, np.ndarray]:
         """The samples that params ask for, [w, S, H], by key."""
         found = self._draws(batch, plan, seconds)
         for cache_key, draw in found.values():
-            self._drawn.put(cache_key, draw)
+            self._cache.put(cache_key, draw)
         return {key: draw.samples(plan.count) for key, (_, draw) in found.items()}
 
     def _draws(self, batch: Batch, plan: Plan, seconds: dict[str, float]) -> dict[str, tuple[Hashable, Draw]]:
@@ -284,7 +306,7 @@ class Evaluator:
             asked = (*encode_key, tuple(plan.draw_params.items()), plan.count is None, batch.seeds)
             lacking = []
             for key in keys:
-                draw = self._drawn.get((*asked, key))
+                draw = self._cache.get((*asked, key))
                 if isinstance(draw, Draw) and (plan.count is None or plan.count <= draw.count):
                     found[key] = ((*asked, key), draw)
                 else:

@@ -51,16 +51,19 @@ class Keeping:
     def __str__(self) -> str:
         return f"{self.restored} of {self.asked} windows came from the encodings kept on this host"
 
+    @property
+    def drawn_by(self) -> str:
+        return self._forecaster.drawn_by
+
     def answers_together(self, params: Mapping[str, Any]) -> bool:
         return self._forecaster.answers_together(params)
 
     def encode(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str = CLOSE) -> Any:
         forecaster = self._forecaster
-        company = forecaster.company(contexts, params, horizon)
+        company, keys = self._company_and_keys(contexts, params, horizon, key)
         self.asked += len(contexts)
-        if company is None or not self._trusted:
+        if keys is None:
             return forecaster.encode(contexts, params, horizon, key)
-        keys = self._keys(contexts, params, horizon, key, company)
         found, encoded = self._store.get(keys), None
         there = sum(record is not None for record in found)
         if company and there < len(contexts) <= 2 * there - 2:
@@ -78,14 +81,26 @@ class Keeping:
             self._keep(encoded)
         return encoded
 
+    def names(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str
+    ) -> Sequence[bytes] | None:
+        """What each window is kept under; None where these are not kept."""
+        return self._company_and_keys(contexts, params, horizon, key)[1]
+
+    def name_of_group(self, bars: Bars, group: int, params: Mapping[str, Any], horizon: int, key: str) -> bytes | None:
+        """What a group of `encode_group` is kept under; None where it is not."""
+        forecaster: Any = self._forecaster
+        if not forecaster.keeps:
+            return None
+        reach = forecaster.reach(group, len(bars))
+        return _named([*self._asked(params, horizon, key), reach, bars_fingerprint(bars.slice(0, max(reach)))])
+
     def encode_group(self, bars: Bars, group: int, params: Mapping[str, Any], horizon: int, key: str) -> Any:
         """See `forecasters.SharingForecaster`. A group is kept as one record."""
         forecaster: Any = self._forecaster
-        if not forecaster.keeps:
+        name = self.name_of_group(bars, group, params, horizon, key)
+        if name is None:
             return forecaster.encode_group(bars, group, params, horizon, key)
-        reach = forecaster.reach(group, len(bars))
-        asked = [*self._asked(params, horizon, key), reach, bars_fingerprint(bars.slice(0, max(reach)))]
-        name = _named(asked)
         count = len(forecaster.lengths(group, len(bars)))
         self.asked += count
         (found,) = self._store.get([name])
@@ -101,14 +116,8 @@ class Keeping:
     def draw_keys(
         self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
     ) -> np.ndarray:
-        names = self._names_of_draws(encoded, params, seeds, keys)
-        found = [one for one in self._store.get(names) if one is not None] if names else []
-        if names and len(found) == len(names):
-            return np.stack([np.frombuffer(one, "<f8").reshape(len(keys), -1, encoded.horizon) for one in found], 1)
         samples = self._forecaster.draw_keys(encoded, params, seeds, keys)
         self._keep(encoded)
-        if names:
-            self._store.put({name: samples[:, w].astype("<f8").tobytes() for w, name in enumerate(names)})
         return samples
 
     def exact_keys(self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]) -> Any:
@@ -159,22 +168,20 @@ class Keeping:
         _log.warning("what is computed here differs in its last bits from kept encodings: they are not used")
         return False
 
-    def _names_of_draws(
-        self, encoded: Any, params: Mapping[str, Any], seeds: Sequence[int], keys: Sequence[str]
-    ) -> list[bytes]:
-        """What each window's draw is kept under; nothing where draws are not kept."""
-        if encoded not in self._kept or not self._forecaster.draws_are_kept:
-            return []
-        asked = json.dumps(["draw", sorted(params.items()), list(keys)], default=float)
-        windows = zip(self._kept[encoded][0], seeds, strict=True)
-        return [hashlib.blake2b(f"{asked} {seed}".encode(), key=key, digest_size=32).digest() for key, seed in windows]
-
     # -- keys ----------------------------------------------------------------------------------------------------------
 
     def _asked(self, params: Mapping[str, Any], horizon: int, key: str) -> list[Any]:
         forecaster = self._forecaster
         of = "" if forecaster.answers_together(params) else key
         return [forecaster.fingerprint, forecaster.surroundings, sorted(params.items()), horizon, of]
+
+    def _company_and_keys(
+        self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str
+    ) -> tuple[str, list[bytes] | None]:
+        company = self._forecaster.company(contexts, params, horizon)
+        if company is None or not self._trusted:
+            return "", None
+        return company, self._keys(contexts, params, horizon, key, company)
 
     def _keys(
         self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int, key: str, company: str

@@ -112,8 +112,11 @@ class Encodings:
         """Raises sqlite3.Error."""
         open_ = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None)
         try:
+            open_.execute("begin")  # both are read at one time: another process may be making the file
             mark = open_.execute("pragma application_id").fetchone()[0]
-            if mark != APPLICATION and open_.execute("select count(*) from sqlite_master").fetchone()[0]:
+            tables = open_.execute("select count(*) from sqlite_master").fetchone()[0]
+            open_.execute("commit")
+            if mark != APPLICATION and tables:
                 raise sqlite3.DatabaseError("it is a database of another program")
             for pragma in PRAGMAS:
                 open_.execute(pragma)

@@ -134,9 +134,7 @@ class RetryingStorage(RDBStorage):
         # RDBStorage has connected already to check the schema's version.
         self.engine.dispose()
 
-    def transaction(
-        self, run: Callable[[Connection], T], *, wait_s: float | None = None, durable: bool = True
-    ) -> T:
+    def transaction(self, run: Callable[[Connection], T], *, wait_s: float | None = None, durable: bool = True) -> T:
         """Run statements in one transaction, repeated while the server is away: `run` must be repeatable.
 
         wait_s: how long to repeat, by default as long as every call. Raises DatabaseUnavailable.

@@ -29,7 +29,6 @@ from studies.evidence import measurement_json, params_text, to_json
 from studies.measuring import Computing, Stopped
 from studies.study import SEARCH_PASSES, StudyRun
 
-
 SOON_S = 0.2  # a trial after such a short one will end before another worker's sampler could make use of it
 
 

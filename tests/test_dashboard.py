@@ -259,9 +259,7 @@ def test_a_study_is_noted_as_it_is_finished_and_not_when_all_are(
     study = place.open().study
     written: list[list[str]] = []
     monkeypatch.setattr(notes, "update", lambda storage, folder, studies: written.append([s.name for s in studies]))
-    keeper = notes.NoteWriter(
-        place.storage, folder, [study], report=lambda: None, say=print, log=folder / "log"
-    )
+    keeper = notes.NoteWriter(place.storage, folder, [study], report=lambda: None, say=print, log=folder / "log")
     keeper()
     place.finish(study)
     keeper()

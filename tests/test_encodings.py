@@ -22,7 +22,7 @@ from places import RunPlace as Place
 from places import last_bars
 
 import forecasters
-from forecasters import Bars, Forecaster, kronos_kept
+from forecasters import Bars, Forecaster
 from forecasters.naive import Naive
 from objectives.evaluation import Evaluator
 from objectives.keeping import Keeping
@@ -152,24 +152,6 @@ def test_a_draw_that_meets_other_tokens_encodes_its_windows_again(
     assert kept[1] > 0
     assert again[1] == 0, "what the draw asked for is kept by now"
     assert measured(kronos, night(bars, 0), KRONOS, Encodings(tmp_path))[1] == 0
-
-
-def test_draws_that_read_more_than_is_kept_are_kept_themselves(
-    bars: Bars, loaded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kronos_kept, "MOST_ROWS", 1)
-    kronos, hot = loaded["kronos"], {**KRONOS, "temperature": 0.9, "top_k": 0, "sample_count": 40}
-    other = {**hot, "temperature": 0.8}
-    fresh = [measured(kronos, night(bars, number), hot, None)[0] for number in (0, 1)]
-    assert measured(kronos, night(bars, 0), hot, Encodings(tmp_path))[0] == fresh[0]
-    assert measured(kronos, night(bars, 0), hot, Encodings(tmp_path))[:2] == (fresh[0], 0)
-    errors, forwards, _ = measured(kronos, night(bars, 1), hot, Encodings(tmp_path))
-    assert errors == fresh[1]
-    assert 0 < forwards <= 10, "the draws of the batch with the new window"
-    assert measured(kronos, night(bars, 1), hot, Encodings(tmp_path))[:2] == (fresh[1], 0)
-    again = measured(kronos, night(bars, 1), other, Encodings(tmp_path))
-    assert again[0] == measured(kronos, night(bars, 1), other, None)[0]
-    assert again[1] > 0
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10])
@@ -414,6 +396,24 @@ def values_there(folder: Path, count: int, caplog: pytest.LogCaptureFixture) -> 
     assert all(value in (None, value_of(key, 5000)) for key, value in zip(keys, found, strict=True))
     assert not caplog.records
     return sum(value is not None for value in found)
+
+
+def test_processes_that_make_the_file_at_one_time_share_it(tmp_path: Path) -> None:
+    code = "import sys\nfrom pathlib import Path\nfrom storage.encodings import Encodings\n"
+    code += "print(flush=True)\nfor folder in sys.stdin.readline().split():\n    Encodings(Path(folder))\n"
+    words, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    openers = [subprocess.Popen(words, env=environment, **pipes) for _ in range(4)]
+    for each in openers:
+        assert each.stdout
+        each.stdout.readline()
+    folders = " ".join(str(tmp_path / str(number)) for number in range(20))
+    for each in openers:
+        assert each.stdin
+        each.stdin.write(folders + "\n")
+        each.stdin.flush()
+    assert [each.communicate()[1] for each in openers] == [""] * 4
+    assert not list(tmp_path.rglob("*.damaged"))
 
 
 def test_several_processes_and_kill_9_in_the_middle_of_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

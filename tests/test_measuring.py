@@ -58,9 +58,9 @@ class Counting(Evaluator):
         self.asked: list[tuple[str, int, int]] = []  # aggregate, first window, passes
 
     def batch_errors(
-        self, windows: Windows, params: Mapping[str, Any], indices: Sequence[int], *, passes: Sequence[int]
+        self, windows: Windows, params: Mapping[str, Any], indices: Sequence[int], *, passes: Sequence[int], **more: Any
     ) -> np.ndarray:
-        found = super().batch_errors(windows, params, indices, passes=passes)
+        found = super().batch_errors(windows, params, indices, passes=passes, **more)
         self.asked.append((params["aggregate"], windows.origins[indices[0]], len(passes)))
         return found
 

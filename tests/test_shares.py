@@ -256,8 +256,8 @@ if "launch.worker" in sys.orig_argv:
     from studies import sharing
     sharing.ALONE_S = sharing.SHARE_S = 0
     batch_errors = Evaluator.batch_errors
-    def noting(self, windows, params, indices, *, passes):
-        found = batch_errors(self, windows, params, indices, passes=passes)
+    def noting(self, windows, params, indices, *, passes, **more):
+        found = batch_errors(self, windows, params, indices, passes=passes, **more)
         if tuple(passes) != (0,):
             time.sleep(0.03)
             with Path({log!r}).open("a") as file:
