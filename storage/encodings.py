@@ -6,6 +6,7 @@ wrong with the file, a value is there as it was put or not there, and nothing he
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -42,7 +43,10 @@ _log = logging.getLogger("encodings")
 def default_limit(folder: Path) -> int:
     """A tenth of the disk that is free or ours already, in bytes, and at most MOST_BYTES."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    own = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+    own = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a journal of another process, which is gone by now
+            own += path.stat().st_size
     return min(MOST_BYTES, (shutil.disk_usage(there).free + own) // 10)
 
 
