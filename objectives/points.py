@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,19 @@ from objectives import aggregation, exact
 from objectives.encoding import Batch, Plan
 from objectives.keeping import Store
 
-MOST_BATCHES = 128  # whose windows' names are in memory
-MOST_WINDOWS = 512  # whose points are in memory at a time: the batches of a confirmation come one after the other
+MOST_BATCHES = 32  # in memory: those of a confirmation come one after the other
 TAG, SEED = 16, 8  # bytes
 
-Table = dict[bytes, bytes]  # of a window the points by question and seed
+Question = tuple[bytes, tuple[int, ...]]  # how points are made of draws, and each window's seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of one key of a batch's windows."""
+
+    names: Sequence[bytes]  # in the store
+    stored: Sequence[dict[bytes, bytes]]  # of each window, by question and seed
+    noted: dict[Question, bytes] = field(default_factory=dict)  # and not stored yet, of all windows
 
 
 class KeptPoints:
@@ -32,88 +41,82 @@ class KeptPoints:
     def __init__(
         self, names: Callable[[Batch, Plan, str], Sequence[bytes] | None], drawn_by: str, store: Store
     ) -> None:
-        """names: what decides the encoding of each window, None where that is not kept. drawn_by: what decides draws
-        beside it.
-        """
+        """names: what decides each window's encoding, None where that is not kept. drawn_by: what decides its draws."""
         self._names, self._store = names, store
         code = [Path(str(module.__file__)).read_text() for module in (aggregation, exact)]
         self._made_by = hashlib.sha256(json.dumps([drawn_by, *code]).encode()).hexdigest()
-        self._named: OrderedDict[Hashable, list[bytes] | None] = OrderedDict()  # of batches, the latest ones
-        self._windows: OrderedDict[bytes, Table] = OrderedDict()
-        self._new: set[bytes] = set()  # windows of which the store lacks something
-        self.found = self.asked = 0
+        self._batches: OrderedDict[Hashable, Known | None] = OrderedDict()
+        self._tags: dict[Hashable, bytes] = {}
+        self.found = self.asked = 0  # points of windows
 
     def find(self, batch: Batch, plan: Plan, asked: str) -> dict[str, np.ndarray] | None:
         """The points of every key, float64 [w, H], where all are known. asked: how they are made of draws."""
         points = {}
         for key in batch.keys:
-            tables = self._tables(self._names_of(batch, plan, key), batch.contexts.horizon)
-            if tables is None:
+            known = self._known(batch, plan, key)
+            if known is None:
                 return None
-            places = self._places(batch, plan, key, asked)
-            self.asked += len(tables)
-            known = [table.get(place) for table, place in zip(tables, places, strict=True)]
-            if None in known:
-                return None
-            points[key] = np.frombuffer(b"".join(known), "<f8").reshape(len(tables), -1)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            self.found += len(tables)
+            self.asked += len(known.names)
+            tag, seeds = question = self._question(batch, plan, key, asked)
+            data = known.noted.get(question)
+            if data is None:
+                pairs = zip(known.stored, seeds, strict=True)
+                parts = [table.get(tag + seed.to_bytes(SEED, "little")) for table, seed in pairs if table]
+                rows = [part for part in parts if part is not None]
+                if len(rows) < len(seeds):
+                    return None
+                data = b"".join(rows)
+            points[key] = np.frombuffer(data, "<f8").reshape(len(seeds), -1)
+            self.found += len(seeds)
         return points
 
     def note(self, batch: Batch, plan: Plan, asked: str, points: Mapping[str, np.ndarray]) -> None:
         """Keep the points, float64 [w, H], of every key."""
         for key, of_key in points.items():
-            names = self._names_of(batch, plan, key)
-            tables, places = self._tables(names, batch.contexts.horizon), self._places(batch, plan, key, asked)
-            if names is not None and tables is not None:
-                for table, place, row in zip(tables, places, of_key.astype("<f8"), strict=True):
-                    table[place] = row.tobytes()
-                self._new.update(names)
+            if (known := self._known(batch, plan, key)) is not None:
+                known.noted[self._question(batch, plan, key, asked)] = of_key.astype("<f8").tobytes()
 
     def flush(self) -> None:
         """Put what is new into the store."""
-        self._put(list(self._new))
+        for known in self._batches.values():
+            self._put(known)
 
-    def _names_of(self, batch: Batch, plan: Plan, key: str) -> list[bytes] | None:
+    def _known(self, batch: Batch, plan: Plan, key: str) -> Known | None:
         contexts = batch.contexts
-        asked = (contexts.digest(batch.indices), len(contexts.bars), contexts.horizon, batch.alone, key)
-        asked = (*asked, tuple(plan.encode_params.items()))
-        if asked not in self._named:
-            names = self._names(batch, plan, key)
-            own = None if names is None else [_own(name) for name in names]
-            self._named[asked] = own
-            if len(self._named) > MOST_BATCHES:
-                self._named.popitem(last=False)
-        return self._named[asked]
+        of = (contexts.digest(batch.indices), len(contexts.bars), contexts.horizon, batch.alone, key)
+        of = (*of, tuple(plan.encode_params.items()))
+        if of not in self._batches:
+            self._batches[of] = self._read(self._names(batch, plan, key), TAG + SEED + 8 * contexts.horizon)
+            if len(self._batches) > MOST_BATCHES:
+                self._put(self._batches.popitem(last=False)[1])
+        self._batches.move_to_end(of)
+        return self._batches[of]
 
-    def _tables(self, names: Sequence[bytes] | None, horizon: int) -> list[Table] | None:
-        if names is None:
+    def _read(self, encodings: Sequence[bytes] | None, size: int) -> Known | None:
+        """size: of a window's point with its question and seed, in bytes."""
+        if encodings is None:
             return None
-        size = TAG + SEED + 8 * horizon
-        lacking = [name for name in names if name not in self._windows]
-        for name, record in zip(lacking, self._store.get(lacking) if lacking else (), strict=True):
-            parts = [(record or b"")[start : start + size] for start in range(0, len(record or b""), size)]
-            self._windows[name] = {part[: TAG + SEED]: part[TAG + SEED :] for part in parts}
-        for name in names:
-            self._windows.move_to_end(name)
-        if len(self._windows) > MOST_WINDOWS + len(names):
-            old = list(self._windows)[: len(self._windows) - max(MOST_WINDOWS, len(names))]
-            self._put([name for name in old if name in self._new])
-            for name in old:
-                del self._windows[name]
-        return [self._windows[name] for name in names]
+        names = [hashlib.blake2b(b"points", key=name, digest_size=32).digest() for name in encodings]
+        stored = []
+        for record in self._store.get(names):
+            parts = [record[start : start + size] for start in range(0, len(record), size)] if record else []
+            stored.append({part[: TAG + SEED]: part[TAG + SEED :] for part in parts})
+        return Known(names=names, stored=stored)
 
-    def _places(self, batch: Batch, plan: Plan, key: str, asked: str) -> list[bytes]:
-        question = json.dumps([asked, sorted(plan.draw_params.items()), plan.count, key, self._made_by], default=float)
-        tag = hashlib.blake2b(question.encode(), digest_size=TAG).digest()
-        return [tag + seed.to_bytes(SEED, "little") for seed in batch.seeds]
+    def _question(self, batch: Batch, plan: Plan, key: str, asked: str) -> Question:
+        words = (asked, tuple(sorted(plan.draw_params.items())), plan.count, key)
+        if words not in self._tags:
+            text = json.dumps([*words, self._made_by], default=float)
+            self._tags[words] = hashlib.blake2b(text.encode(), digest_size=TAG).digest()
+        return self._tags[words], batch.seeds
 
-    def _put(self, names: Sequence[bytes]) -> None:
-        if names:
-            records = {name: b"".join(b"".join(item) for item in self._windows[name].items()) for name in names}
-            self._store.put(records)
-            self._new.difference_update(names)
-
-
-def _own(name: bytes) -> bytes:
-    """Another name than that of the window's encoding."""
-    return hashlib.blake2b(b"points", key=name, digest_size=32).digest()
+    def _put(self, known: Known | None) -> None:
+        if known is None or not known.noted:
+            return
+        for (tag, seeds), data in known.noted.items():
+            size = len(data) // len(seeds)
+            for number, (table, seed) in enumerate(zip(known.stored, seeds, strict=True)):
+                table[tag + seed.to_bytes(SEED, "little")] = data[number * size : (number + 1) * size]
+        known.noted.clear()
+        tables = zip(known.names, known.stored, strict=True)
+        self._store.put({name: b"".join(b"".join(item) for item in table.items()) for name, table in tables})

@@ -61,7 +61,7 @@ class Encodings:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._limit = limit or default_limit(folder)
-            self._connection = self._open()
+            self._connection = self._open_patiently()
         except sqlite3.OperationalError as error:
             self._give_up(error)
         except DAMAGED as error:
@@ -111,6 +111,17 @@ class Encodings:
             self._connection = None
 
     # -- the file ------------------------------------------------------------------------------------------------------
+
+    def _open_patiently(self) -> sqlite3.Connection:
+        """While another process makes the file, SQLite's own waiting does not help. Raises sqlite3.Error."""
+        give_up_at = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return self._open()
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error) or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(0.02)
 
     def _open(self) -> sqlite3.Connection:
         """Raises sqlite3.Error."""
@@ -171,8 +182,7 @@ class Encodings:
     # -- what goes wrong -----------------------------------------------------------------------------------------------
 
     def _failed(self, error: Exception) -> None:
-        name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        if _is_busy(error):
             return  # others write for so long: this is not kept
         if isinstance(error, sqlite3.OperationalError):
             self._full = True  # what is there can still be read
@@ -209,3 +219,7 @@ def _checked(key: bytes, kept: object) -> bytes | None:
     if not isinstance(kept, bytes) or _check(key, kept[CHECK_BYTES:]) != kept[:CHECK_BYTES]:
         return None
     return kept[CHECK_BYTES:]
+
+
+def _is_busy(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))

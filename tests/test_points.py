@@ -111,13 +111,12 @@ def test_what_is_in_memory_is_bounded_and_goes_to_the_store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kept_points, "MOST_WINDOWS", 5)
     monkeypatch.setattr(kept_points, "MOST_BATCHES", 1)
     toto, windows = loaded["toto"], night(bars, 0)
     expected = [fresh(toto, windows, params) for params in (TOTO, MORE)]
     run = Run(toto, tmp_path)
     assert [run.errors(windows, params) for params in (TOTO, MORE)] == expected
-    assert len(run.points._windows) <= 15
+    assert len(run.points._batches) == 1
     run.ended()
     again = Run(toto, tmp_path)
     assert [again.errors(windows, params) for params in (TOTO, MORE)] == expected
