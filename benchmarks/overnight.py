@@ -57,7 +57,7 @@ checkpoint = "{kronos}"
 tokenizer = "{kronos}/tokenizer"
 """
 TINY = {model: f"{model}-tiny" for model in ("toto", "kronos")}
-AGAIN = 4  # studies
+AGAIN = {"toto": 4, "kronos": 1}  # studies: one of Kronos takes minutes
 WITH_GRID, WITHOUT_GRID = "with the whole grid", "best trials and default alone"
 CHOOSE = candidates.choose
 ENCODES = {slots.BASELINE: "baselines", slots.TRIAL: "first trials", slots.CONFIRMATION: "confirmations"}
@@ -142,6 +142,12 @@ def newest(storage: RetryingStorage) -> list[studying.Study]:
     return list(latest.values())
 
 
+def first_of(storage: RetryingStorage) -> list[studying.Study]:
+    """The studies that are confirmed again."""
+    found = newest(storage)
+    return found[: AGAIN[found[0].model]]
+
+
 def came_from_store(folder: Path) -> list[int]:
     """Windows that came from kept encodings and all that were asked for, by the logs of the last run's workers."""
     run = max((folder / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -175,7 +181,7 @@ def measure_again(storage: RetryingStorage, settings: Path, device: str) -> dict
     are another number.
     """
     config, counts = configuration.load(settings), {"measured": 0, "other": 0}
-    studies = newest(storage)[:AGAIN]
+    studies = first_of(storage)
     forecaster = evaluators.load_forecaster(config, studies[0].model, device=device)
     for study in studies:
         (series,), _ = read_series(config, [study.symbol])
@@ -195,7 +201,7 @@ def measure_again(storage: RetryingStorage, settings: Path, device: str) -> dict
 def confirm_again(storage: RetryingStorage, settings: Path, device: str) -> dict[str, float]:
     """Seconds that the confirmations of some studies take, with every candidate and without the grid."""
     config = configuration.load(settings)
-    studies = newest(storage)[:AGAIN]
+    studies = first_of(storage)
     forecaster = evaluators.load_forecaster(config, studies[0].model, device=device)
     ways: dict[str, Any] = {WITH_GRID: candidates.choose, WITHOUT_GRID: without_grid}
     spent = dict.fromkeys(ways, 0.0)
@@ -285,7 +291,10 @@ def show(night: str, found: dict[str, Any], options: argparse.Namespace, workers
         )
     )
     if again := found.get("confirmation, s"):
-        rows += [(f"confirmation of {AGAIN} studies again, {way}, s", seconds, None) for way, seconds in again.items()]
+        rows += [
+            (f"confirmation of {AGAIN[options.models]} studies again, {way}, s", seconds, None)
+            for way, seconds in again.items()
+        ]
         rows.append(("    ratio", again[WITH_GRID] / again[WITHOUT_GRID], None))
     if maes := found.get("confirmed MAEs"):
         rows.append(("confirmed MAEs measured again without kept encodings", maes["measured"], None))
