@@ -201,7 +201,6 @@ class Worker:
             self.lease_keeper.end()
             for model, evaluator in self.evaluators.items():
                 if evaluator.keeping is not None and (points := evaluator.kept_points) is not None:
-                    points.flush()
                     log.info("%s: %s", model, evaluator.keeping)
                     log.info(
                         "%s: %d of %d point forecasts were kept by earlier runs", model, points.found, points.asked

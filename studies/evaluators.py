@@ -5,6 +5,7 @@ Loads torch, and that only when a forecaster is asked for. Knows nothing of stud
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,7 @@ def evaluator_of(
     batch = config.search.batch_size(forecaster.model)
     if together and MODELS[forecaster.model].batch:
         batch = together
-    return Evaluator(
+    found = Evaluator(
         forecaster,
         cache_bytes=cache_bytes,
         rung=config.search.rung,
@@ -49,6 +50,9 @@ def evaluator_of(
         work=WorkCounter() if profile and forecaster.compilation == "off" else None,
         store=kept_encodings(config, forecaster) if keep and not profile else None,
     )
+    if found.kept_points is not None:
+        weakref.finalize(found, found.kept_points.flush)  # once nobody uses it, at the latest as the process ends
+    return found
 
 
 def kept_encodings(config: Config, forecaster: LoadedForecaster) -> Encodings | None:

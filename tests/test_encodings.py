@@ -261,7 +261,8 @@ def test_settings(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:
         config = configuration.load(None, {"storage": storage, "workers": {"encodings_mib": mib}})
         evaluator = evaluator_of(config, forecaster or loaded["toto"], cache_bytes=1 << 24)
         evaluator.measure(night(bars, 0), {**TOTO, "season": 1})
-        return evaluator.keeping and evaluator.keeping.restored
+        points = evaluator.kept_points
+        return evaluator.keeping and points and evaluator.keeping.restored + points.found
 
     assert restored(0) is None
     assert not (tmp_path / "encodings").exists()

@@ -15,6 +15,8 @@ from objectives import points as kept_points
 from objectives.evaluation import Evaluator
 from objectives.windows import SeedKind, Windows
 from storage.encodings import Encodings
+from studies import config as configuration
+from studies.evaluators import evaluator_of
 
 MORE = {**TOTO, "num_samples": 96, "aggregate": "mean"}
 
@@ -133,3 +135,17 @@ def test_damaged_points_are_computed_again(bars: Bars, loaded: dict[str, Any], t
     again = Run(toto, tmp_path)
     assert again.errors(windows, TOTO) == expected
     assert again.ended()[0] == 0
+
+
+def test_points_reach_the_store_as_their_evaluator_goes(
+    bars: Bars,  # noqa: F811
+    loaded: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = configuration.load(None, {"storage": {"data_dir": str(tmp_path / "server")}})
+    for expected in (0, 20):
+        evaluator = evaluator_of(config, loaded["toto"], cache_bytes=0)
+        evaluator.measure(night(bars, 0), TOTO)
+        assert evaluator.kept_points is not None
+        assert evaluator.kept_points.found == expected
+        del evaluator
