@@ -136,6 +136,12 @@ class Encoder:
         lengths = zip(groups, batch.lengths, strict=True)
         return [b"%s %d" % (words[group], length) for group, length in lengths]
 
+    def apart(self, batch: Batch, plan: Plan) -> bool:
+        """Whether no window's bits depend on what else is in its batch."""
+        if self.keeping is None or batch.alone or self._groups(batch, plan) is not None:
+            return False
+        return self.keeping.apart(batch.contexts.contexts(batch.indices), plan.encode_params, batch.contexts.horizon)
+
     def encode_one(self, batch: Batch, plan: Plan, key: str) -> Encoded:
         """The first window of the batch, encoded again for itself."""
         contexts = batch.contexts.contexts(batch.indices[:1])

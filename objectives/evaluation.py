@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,9 @@ class Evaluator:
 
     @property
     def restored(self) -> int:
-        """Windows so far that the store of kept encodings answered."""
-        return self.keeping.restored if self.keeping else 0
+        """Windows so far of which the store had the encoding or points."""
+        found = self.kept_points.found if self.kept_points else 0
+        return found + (self.keeping.restored if self.keeping else 0)
 
     def measure(
         self,
@@ -284,10 +286,19 @@ class Evaluator:
                 return answer(batch, plan, seconds)
             with timed(seconds, "aggregate"):
                 points = kept.find(batch, plan, asked)
-            if points is None:
+                lacking = np.any([np.isnan(of_key).any(axis=1) for of_key in points.values()], axis=0)
+            missing: list[int] = np.flatnonzero(lacking).tolist()
+            if not missing:
+                return points
+            if len(missing) < len(batch.indices) and self._encoder.apart(batch, plan):
+                seeds = tuple(batch.seeds[place] for place in missing)
+                part = replace(batch, indices=[batch.indices[place] for place in missing], seeds=seeds)
+                for key, new in answer(part, plan, seconds).items():
+                    points[key][missing] = new
+            else:
                 points = answer(batch, plan, seconds)
-                with timed(seconds, "aggregate"):
-                    kept.note(batch, plan, asked, points)
+            with timed(seconds, "aggregate"):
+                kept.note(batch, plan, asked, points)
             return points
 
         return lambda batch, *rest: shrunk(found(batch, *rest), params, batch.contexts, batch.indices)

@@ -49,25 +49,21 @@ class KeptPoints:
         self._tags: dict[Hashable, bytes] = {}
         self.found = self.asked = 0  # points of windows
 
-    def find(self, batch: Batch, plan: Plan, asked: str) -> dict[str, np.ndarray] | None:
-        """The points of every key, float64 [w, H], where all are known. asked: how they are made of draws."""
-        points = {}
+    def find(self, batch: Batch, plan: Plan, asked: str) -> dict[str, np.ndarray]:
+        """The points of every key, float64 [w, H], NaN where they are not known. asked: how they are made of draws."""
+        points, horizon = {}, batch.contexts.horizon
+        unknown = np.full(horizon, np.nan).tobytes()
         for key in batch.keys:
-            known = self._known(batch, plan, key)
-            if known is None:
-                return None
-            self.asked += len(known.names)
             tag, seeds = question = self._question(batch, plan, key, asked)
-            data = known.noted.get(question)
-            if data is None:
+            data, known = unknown * len(seeds), self._known(batch, plan, key)
+            if known is not None:
+                self.asked += len(seeds)
                 pairs = zip(known.stored, seeds, strict=True)
-                parts = [table.get(tag + seed.to_bytes(SEED, "little")) for table, seed in pairs if table]
-                rows = [part for part in parts if part is not None]
-                if len(rows) < len(seeds):
-                    return None
-                data = b"".join(rows)
-            points[key] = np.frombuffer(data, "<f8").reshape(len(seeds), -1)
-            self.found += len(seeds)
+                data = known.noted.get(question) or b"".join(
+                    table.get(tag + seed.to_bytes(SEED, "little"), unknown) for table, seed in pairs
+                )
+            points[key] = np.frombuffer(data, "<f8").reshape(len(seeds), horizon).copy()
+            self.found += int((~np.isnan(points[key][:, 0])).sum())
         return points
 
     def note(self, batch: Batch, plan: Plan, asked: str, points: Mapping[str, np.ndarray]) -> None:
