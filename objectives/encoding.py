@@ -20,6 +20,8 @@ from objectives.keys import keyed
 from objectives.windows import Contexts
 from objectives.work import WorkCounter
 
+COUNTED = 16  # windows that are encoded again to be counted: a forward of fewer does work for as many
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -116,8 +118,9 @@ class Encoder:
                     encoded = self.stages.encode(contexts, plan.encode_params, batch.contexts.horizon, key)
             self._cache.put(cache_key, encoded)
             if self._work is not None and groups is None:
-                count = len(batch.indices)
-                self._work.add("encode", count, lambda: None, lambda _: self.encode_one(batch, plan, key))
+                few = batch.contexts.contexts(batch.indices[:COUNTED])
+                asked = (few, plan.encode_params, batch.contexts.horizon, key)
+                self._work.add("encode", len(batch.indices), lambda: asked, self._encode, again=len(few))
         return encoded
 
     def names(self, batch: Batch, plan: Plan, key: str) -> Sequence[bytes] | None:
@@ -141,6 +144,9 @@ class Encoder:
         if self.keeping is None or batch.alone or self._groups(batch, plan) is not None:
             return False
         return self.keeping.apart(batch.contexts.contexts(batch.indices), plan.encode_params, batch.contexts.horizon)
+
+    def _encode(self, asked: tuple[Any, ...]) -> Encoded:
+        return self.stages.encode(*asked)
 
     def encode_one(self, batch: Batch, plan: Plan, key: str) -> Encoded:
         """The first window of the batch, encoded again for itself."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from forecasters import count_flop
 
-EVERY = 8  # of so many batches of a stage, one window is counted
+EVERY = 8  # of so many batches of a stage, some windows of one are counted
 
 
 class WorkCounter:
@@ -19,13 +19,15 @@ class WorkCounter:
     def __init__(self) -> None:
         self._batches: dict[str, int] = {}
         self._windows: dict[str, int] = {}
-        self._counted: dict[str, list[int]] = {}  # of one window each
+        self._counted: dict[str, list[float]] = {}  # of one window each
 
-    def add(self, stage: str, windows: int, prepare: Callable[[], Any], work: Callable[[Any], object]) -> None:
-        """Note a batch of this many windows. work: does one of them again, given what `prepare` answers uncounted."""
+    def add(
+        self, stage: str, windows: int, prepare: Callable[[], Any], work: Callable[[Any], object], *, again: int = 1
+    ) -> None:
+        """Note a batch of this many windows. work: does `again` of them, given what `prepare` answers uncounted."""
         if self._batches.setdefault(stage, 0) % EVERY == 0:
             ready = prepare()
-            self._counted.setdefault(stage, []).append(count_flop(lambda: work(ready)))
+            self._counted.setdefault(stage, []).append(count_flop(lambda: work(ready)) / again)
         self._batches[stage] += 1
         self._windows[stage] = self._windows.get(stage, 0) + windows
 

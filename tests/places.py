@@ -106,13 +106,13 @@ if "launch.worker" in sys.orig_argv:
     from pathlib import Path
     from objectives.evaluation import Evaluator
     batch_errors, count = Evaluator.batch_errors, 0
-    def noting(self, windows, params, indices, *, passes):
+    def noting(self, windows, params, indices, *, passes, **more):
         global count
         if tuple(passes) == (0,):  # a trial, or the windows of the search
-            return batch_errors(self, windows, params, indices, passes=passes)
+            return batch_errors(self, windows, params, indices, passes=passes, **more)
         count += 1
         time.sleep(60 if count > {calls} else 0)
-        found = batch_errors(self, windows, params, indices, passes=passes)
+        found = batch_errors(self, windows, params, indices, passes=passes, **more)
         with Path({log!r}).open("a") as file:
             file.write(json.dumps([dict(params), [windows.origins[i] for i in indices], list(passes)]) + "\\n")
         return found
