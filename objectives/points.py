@@ -20,7 +20,8 @@ from objectives import aggregation, exact
 from objectives.encoding import Batch, Plan
 from objectives.keeping import Store
 
-MOST_BATCHES = 32  # in memory: those of a confirmation come one after the other
+MOST_BATCHES = 16  # in memory: those of a confirmation come one after the other
+MOST_POINTS = 4096  # of a window, the last ones used: every night's search of Kronos asks for other ones
 TAG, SEED = 16, 8  # bytes
 
 Question = tuple[bytes, tuple[int, ...]]  # how points are made of draws, and each window's seed
@@ -63,7 +64,10 @@ class KeptPoints:
                     table.get(tag + seed.to_bytes(SEED, "little"), unknown) for table, seed in pairs
                 )
             points[key] = np.frombuffer(data, "<f8").reshape(len(seeds), horizon).copy()
-            self.found += int((~np.isnan(points[key][:, 0])).sum())
+            there = ~np.isnan(points[key][:, 0])
+            self.found += int(there.sum())
+            if known is not None and there.all():
+                known.noted[question] = data  # what was used last stays
         return points
 
     def note(self, batch: Batch, plan: Plan, asked: str, points: Mapping[str, np.ndarray]) -> None:
@@ -102,6 +106,8 @@ class KeptPoints:
     def _question(self, batch: Batch, plan: Plan, key: str, asked: str) -> Question:
         words = (asked, tuple(sorted(plan.draw_params.items())), plan.count, key)
         if words not in self._tags:
+            if len(self._tags) > MOST_POINTS:
+                self._tags.clear()
             text = json.dumps([*words, self._made_by], default=float)
             self._tags[words] = hashlib.blake2b(text.encode(), digest_size=TAG).digest()
         return self._tags[words], batch.seeds
@@ -112,7 +118,12 @@ class KeptPoints:
         for (tag, seeds), data in known.noted.items():
             size = len(data) // len(seeds)
             for number, (table, seed) in enumerate(zip(known.stored, seeds, strict=True)):
-                table[tag + seed.to_bytes(SEED, "little")] = data[number * size : (number + 1) * size]
+                place = tag + seed.to_bytes(SEED, "little")
+                table.pop(place, None)
+                table[place] = data[number * size : (number + 1) * size]
         known.noted.clear()
+        for table in known.stored:
+            for place in list(table)[: max(0, len(table) - MOST_POINTS)]:
+                del table[place]
         tables = zip(known.names, known.stored, strict=True)
         self._store.put({name: b"".join(b"".join(item) for item in table.items()) for name, table in tables})

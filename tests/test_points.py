@@ -126,6 +126,27 @@ def test_what_is_in_memory_is_bounded_and_goes_to_the_store(
     assert again.ended() == (80, 80, 0)
 
 
+def test_what_was_used_last_stays(
+    bars: Bars,  # noqa: F811
+    loaded: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept_points, "MOST_POINTS", 4)  # two configurations with two passes
+
+    def found(*asked: dict[str, Any]) -> list[int]:
+        counts = []
+        for params in asked:
+            run = Run(loaded["toto"], tmp_path)
+            run.errors(night(bars, 0), params)
+            counts.append(run.ended()[0])
+        return counts
+
+    least = {**TOTO, "aggregate": "quantile_0.25"}
+    assert found(TOTO, MORE, TOTO, least) == [0, 0, 40, 0]
+    assert found(TOTO, least, MORE) == [40, 40, 0]
+
+
 def test_damaged_points_are_computed_again(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
     toto, windows = loaded["toto"], night(bars, 0)
     run = Run(toto, tmp_path)
