@@ -314,6 +314,11 @@ class KeepableForecaster(KeyedForecaster, Protocol):
         ...
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether `company` is always "" as it runs here."""
+        ...
+
+    @property
     def drawn_by(self) -> str:
         """Everything that decides the bits of a draw beside encoding, params and seed: code, as `surroundings`."""
         ...

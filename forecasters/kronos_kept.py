@@ -47,6 +47,10 @@ class KeptTables:
     def keeps(self) -> bool:
         return self.device.type == "cpu" and not self.graphs.on
 
+    @property
+    def one_by_one(self) -> bool:
+        return self.keeps
+
     def company(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> str | None:
         """None but on a CPU, where windows are encoded one by one, for one step."""
         del contexts, params

@@ -24,6 +24,7 @@ class KeptMixtures:
 
     network: TotoNetwork
     graphs: Graphs
+    one_by_one = False
     _batch_tokens: int
 
     def padded_to(self, windows: int, most: int) -> int: ...

@@ -140,10 +140,8 @@ class Encoder:
         return [b"%s %d" % (words[group], length) for group, length in lengths]
 
     def apart(self, batch: Batch, plan: Plan) -> bool:
-        """Whether no window's bits depend on what else is in its batch."""
-        if self.keeping is None or batch.alone or self._groups(batch, plan) is not None:
-            return False
-        return self.keeping.apart(batch.contexts.contexts(batch.indices), plan.encode_params, batch.contexts.horizon)
+        """Whether each window is encoded by itself, so that no bits depend on what else is in its batch."""
+        return self.keeping is not None and self.keeping.one_by_one and self._groups(batch, plan) is None
 
     def _encode(self, asked: tuple[Any, ...]) -> Encoded:
         return self.stages.encode(*asked)

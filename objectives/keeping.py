@@ -87,9 +87,9 @@ class Keeping:
         """What each window is kept under; None where these are not kept."""
         return self._company_and_keys(contexts, params, horizon, key)[1]
 
-    def apart(self, contexts: Sequence[Bars], params: Mapping[str, Any], horizon: int) -> bool:
-        """Whether each window is encoded by itself."""
-        return self._forecaster.company(contexts, params, horizon) == ""
+    @property
+    def one_by_one(self) -> bool:
+        return self._forecaster.one_by_one
 
     def name_of_group(self, bars: Bars, group: int, params: Mapping[str, Any], horizon: int, key: str) -> bytes | None:
         """What a group of `encode_group` is kept under; None where it is not."""

@@ -97,11 +97,14 @@ class KeptPoints:
         if encodings is None:
             return None
         names = [hashlib.blake2b(b"points", key=name, digest_size=32).digest() for name in encodings]
-        stored = []
+        return Known(names=names, stored=self._tables(names, size))
+
+    def _tables(self, names: Sequence[bytes], size: int) -> list[dict[bytes, bytes]]:
+        found = []
         for record in self._store.get(names):
             parts = [record[start : start + size] for start in range(0, len(record), size)] if record else []
-            stored.append({part[: TAG + SEED]: part[TAG + SEED :] for part in parts})
-        return Known(names=names, stored=stored)
+            found.append({part[: TAG + SEED]: part[TAG + SEED :] for part in parts})
+        return found
 
     def _question(self, batch: Batch, plan: Plan, key: str, asked: str) -> Question:
         words = (asked, tuple(sorted(plan.draw_params.items())), plan.count, key)
@@ -115,15 +118,18 @@ class KeptPoints:
     def _put(self, known: Known | None) -> None:
         if known is None or not known.noted:
             return
+        (_, seeds), data = next(iter(known.noted.items()))
+        size = len(data) // len(seeds)
+        now = self._tables(known.names, TAG + SEED + size)  # others have put theirs meanwhile
         for (tag, seeds), data in known.noted.items():
-            size = len(data) // len(seeds)
-            for number, (table, seed) in enumerate(zip(known.stored, seeds, strict=True)):
+            for number, (table, seed) in enumerate(zip(now, seeds, strict=True)):
                 place = tag + seed.to_bytes(SEED, "little")
                 table.pop(place, None)
                 table[place] = data[number * size : (number + 1) * size]
         known.noted.clear()
-        for table in known.stored:
+        for table, other in zip(now, known.stored, strict=True):
             for place in list(table)[: max(0, len(table) - MOST_POINTS)]:
                 del table[place]
-        tables = zip(known.names, known.stored, strict=True)
+            other.update(table)
+        tables = zip(known.names, now, strict=True)
         self._store.put({name: b"".join(b"".join(item) for item in table.items()) for name, table in tables})

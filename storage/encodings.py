@@ -125,7 +125,8 @@ class Encodings:
 
     def _open(self) -> sqlite3.Connection:
         """Raises sqlite3.Error."""
-        open_ = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None)
+        # Of one thread at a time, which may be the one that happens to collect what used it.
+        open_ = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
         try:
             open_.execute("begin")  # both are read at one time: another process may be making the file
             mark = open_.execute("pragma application_id").fetchone()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,17 @@ def test_what_is_in_memory_is_bounded_and_goes_to_the_store(
     assert again.ended() == (80, 80, 0)
 
 
+def test_two_at_once_keep_what_each_has_found(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    runs = [Run(loaded["toto"], tmp_path) for _ in range(2)]
+    for run, params in zip(runs, (TOTO, MORE), strict=True):
+        run.errors(night(bars, 0), params)
+    assert [run.ended()[0] for run in runs] == [0, 0]
+    again = Run(loaded["toto"], tmp_path)
+    for params in (TOTO, MORE):
+        again.errors(night(bars, 0), params)
+    assert again.ended() == (80, 80, 0)
+
+
 def test_what_was_used_last_stays(
     bars: Bars,  # noqa: F811
     loaded: dict[str, Any],  # noqa: F811
@@ -170,4 +182,9 @@ def test_points_reach_the_store_as_their_evaluator_goes(
         evaluator.measure(night(bars, 0), TOTO)
         assert evaluator.kept_points is not None
         assert evaluator.kept_points.found == expected
+        rest = [evaluator]
         del evaluator
+        last = threading.Thread(target=rest.clear)  # garbage is collected in any thread
+        last.start()
+        last.join()
+    assert not list(tmp_path.rglob("*.damaged"))
