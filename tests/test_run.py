@@ -334,12 +334,15 @@ def signal_postmaster(server: Path, number: signal.Signals) -> None:
     os.kill(int((server / "cluster" / "postmaster.pid").read_text().split("\n", 1)[0]), number)
 
 
-def pg_ctl_stop(server: Path, mode: str) -> None:
-    """Stop the server with Postgres' own command."""
+def pg_ctl_stop(server: Path, mode: str, *, wait: bool = True) -> None:
+    """Stop the server with Postgres' own command.
+
+    wait: else a server that the run has started again by then would seem not to have ended.
+    """
     place = remembered(server)
     assert place
     assert place.binaries
-    command = [place.binaries / "pg_ctl", "stop", "-m", mode]
+    command = [place.binaries / "pg_ctl", "stop", "-w" if wait else "-W", "-m", mode]
     owner = postgres.owner_of(place.cluster)
     done = postgres.run(command, owner, place.cluster, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
@@ -375,7 +378,7 @@ def test_whatever_ends_the_private_server_the_run_starts_it_again(place: Place, 
     ends = [
         lambda: signal_postmaster(server, signal.SIGKILL),
         lambda: signal_postmaster(server, signal.SIGQUIT),
-        lambda: pg_ctl_stop(server, "immediate"),
+        lambda: pg_ctl_stop(server, "immediate", wait=False),
     ]
     try:
         for end in ends:
