@@ -41,7 +41,7 @@ class KeptTables:
 
     @property
     def drawn_by(self) -> str:
-        return surroundings(self.device, "forecasters.kronos_sampling", "forecasters.kronos_tree")
+        return surroundings(self.device, "forecasters", "forecasters.kronos_sampling", "forecasters.kronos_tree")
 
     @property
     def keeps(self) -> bool:

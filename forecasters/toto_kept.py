@@ -40,7 +40,7 @@ class KeptMixtures:
 
     @property
     def drawn_by(self) -> str:
-        return surroundings(self.device, *(f"forecasters.toto{name}" for name in ("", "_encoded", "_sampling")))
+        return surroundings(self.device, "forecasters", *(f"forecasters.toto{name}" for name in ("", "_sampling")))
 
     @property
     def keeps(self) -> bool:

@@ -12,6 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ class KeptPoints:
         """names: what decides each window's encoding, None where that is not kept. drawn_by: what decides its draws."""
         self._names, self._store = names, store
         code = [Path(str(module.__file__)).read_text() for module in (aggregation, exact)]
-        self._made_by = hashlib.sha256(json.dumps([drawn_by, *code]).encode()).hexdigest()
+        self._made_by = hashlib.sha256(json.dumps([drawn_by, version("scipy"), *code]).encode()).hexdigest()
         self._batches: OrderedDict[Hashable, Known | None] = OrderedDict()
         self._tags: dict[Hashable, bytes] = {}
         self.found = self.asked = 0  # points of windows

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import StorageInternalError
@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.pool import QueuePool
 
 from storage import DatabaseUnavailable, trials
 from storage.data_dir import remembered
@@ -166,7 +167,7 @@ class RetryingStorage(RDBStorage):
 
     def _call_until_through(self, call: Callable[[int], T], wait_s: float) -> T:
         give_up_at = time.monotonic() + wait_s
-        attempt = 0
+        attempt, pooled = 0, cast(QueuePool, self.engine.pool).checkedin() > 0
         while True:
             try:
                 return call(attempt)
@@ -178,12 +179,13 @@ class RetryingStorage(RDBStorage):
                 self.scoped_session.remove()
                 if sqlstate_of(error) in (READ_ONLY, ABORTED):
                     self.engine.dispose()  # the next connection is to the server that was promoted, and has no past
-                if time.monotonic() > give_up_at:
-                    raise DatabaseUnavailable(
-                        f"{without_password(self.engine.url)}: no answer for {wait_s:.0f} s: {first_line(error)}"
-                    ) from None
-                # Jitter: eight workers must not come back in the same millisecond.
-                time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
+                if attempt or not pooled:  # else it may be from before a restart, and a new one is tried at once
+                    if time.monotonic() > give_up_at:
+                        raise DatabaseUnavailable(
+                            f"{without_password(self.engine.url)}: no answer for {wait_s:.0f} s: {first_line(error)}"
+                        ) from None
+                    # Jitter: eight workers must not come back in the same millisecond.
+                    time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
                 attempt += 1
 
     def _trial_transaction(self, run: Callable[[Connection], T], *, durable: bool = True) -> T:

@@ -29,7 +29,7 @@ from studies.evidence import measurement_json, params_text, to_json
 from studies.measuring import Computing, Stopped
 from studies.study import SEARCH_PASSES, StudyRun
 
-SOON_S = 0.2  # a trial after such a short one will end before another worker's sampler could make use of it
+SOON_S = 0.2  # after so short a trial the next is likely as short: over before another worker's sampler looks
 
 
 @dataclass(frozen=True, kw_only=True)

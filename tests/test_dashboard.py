@@ -267,6 +267,27 @@ def test_a_study_is_noted_as_it_is_finished_and_not_when_all_are(
     assert written == [[], [study.name], []]
 
 
+def test_a_finished_study_that_cannot_be_noted_is_not_drawn_again_and_again(
+    place: Place, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notes, "FINISHED_EVERY_S", 0.0)
+    study = place.open().study
+    tries: list[Any] = []
+
+    def broken(*words: Any) -> None:
+        tries.append(words)
+        raise ValueError("a figure without end")
+
+    monkeypatch.setattr(notes, "update", broken)
+    said: list[str] = []
+    log = place.folder / "log"
+    keeper = notes.NoteWriter(place.storage, folder, [study], report=lambda: None, say=said.append, log=log)
+    place.finish(study)
+    for _ in range(5):
+        keeper()
+    assert len(tries) == len(said) == 1
+
+
 # --- what is shown --------------------------------------------------------------------------------------------
 
 

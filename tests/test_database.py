@@ -75,6 +75,14 @@ def test_trials_go_on_over_a_restart(own_server: embedded.PrivateServer, how: st
     assert {number: complete[number] for number in told} == told  # nothing that was acknowledged is lost
 
 
+def test_a_restart_between_two_calls_is_not_noticed_by_who_does_not_wait(own_server: embedded.PrivateServer) -> None:
+    storage = database.open_storage(own_server.url, wait_s=0.0)
+    optuna.create_study(storage=storage, study_name="s")
+    assert embedded.stop(own_server.data_dir)
+    assert embedded.start(own_server.data_dir) == own_server
+    assert storage.transaction(lambda c: c.execute(text("select 1")).scalar(), wait_s=0.0) == 1
+
+
 def test_a_server_that_stays_away_is_one_line(own_server: embedded.PrivateServer) -> None:
     storage = database.open_storage(own_server.url, wait_s=0.5)
     study = optuna.create_study(storage=storage, study_name="s")

@@ -78,13 +78,15 @@ class NoteWriter:
                 took = time.monotonic() - began
                 self._next = began + max(EVERY_S, took / SHARE)
         elif began >= self._next_finished:
+            well = False
             try:
-                self.write(finished=True)
+                well = self.write(finished=True)
             finally:
-                self._next_finished = time.monotonic() + FINISHED_EVERY_S
+                now = time.monotonic()  # what failed is tried again with every failure: that is bounded as above
+                self._next_finished = now + (FINISHED_EVERY_S if well else max(EVERY_S, (now - began) / SHARE))
 
-    def write(self, *, finished: bool = False) -> None:
-        """Rewrite the notes of the studies that moved since the last time.
+    def write(self, *, finished: bool = False) -> bool:
+        """Rewrite the notes of the studies that moved since the last time; False where that failed.
 
         finished: of those only that are confirmed and have no note of it yet.
         An error is said once, not with every attempt, and costs no more than the notes. Raises DatabaseUnavailable.
@@ -92,10 +94,12 @@ class NoteWriter:
         try:
             self._write(finished=finished)
             self._say_once.well()
+            return True
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - notes are the least of a run
             self._say_once.error(f"the dashboard's notes are not up to date: {one_line(error)}", error)
+            return False
 
     def _write(self, *, finished: bool) -> None:
         ids = [study.study_id for study in self._studies]
