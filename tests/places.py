@@ -98,6 +98,23 @@ if "launch.worker" in sys.orig_argv:
     Evaluator.measure = slowly
 """
 
+# A worker whose first trial waits until others are in theirs: one may else do everything before the next starts.
+TOGETHER = """
+import sys
+if "launch.worker" in sys.orig_argv:
+    import os, time
+    from pathlib import Path
+    from objectives.evaluation import Evaluator
+    measure = Evaluator.measure
+    def together(self, *words, on_rung=None, **options):
+        if on_rung:
+            Path({folder!r}, str(os.getpid())).touch()
+            while len(os.listdir({folder!r})) < {workers}:
+                time.sleep(0.01)
+        return measure(self, *words, on_rung=on_rung, **options)
+    Evaluator.measure = together
+"""
+
 # A worker whose confirmations note what they measured, and sleep for a minute once they have measured this often.
 STUCK_CONFIRMATION = """
 import sys
@@ -228,6 +245,13 @@ class RunPlace(Place):
     def slow_down(self, seconds: float) -> None:
         """Let every trial last this long."""
         self.environment |= patch_python(self.folder / "slow", SLOW_TRIALS.format(seconds=seconds))
+
+    def start_together(self, workers: int) -> None:
+        """Let no trial begin to measure before as many workers have one."""
+        folder = self.folder / "in-a-trial"
+        folder.mkdir()
+        code = TOGETHER.format(folder=str(folder), workers=workers)
+        self.environment |= patch_python(self.folder / "together", code)
 
     def get_stuck(self, calls: int) -> Path:
         """Let confirmations stop getting on after so many measurements, which are noted in the file returned."""

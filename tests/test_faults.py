@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks import faults
 
 PLAN = faults.Plan(
@@ -16,6 +18,7 @@ PLAN = faults.Plan(
 )
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_its_budget_whatever_goes_wrong(scratch: Path) -> None:
     folder = scratch / "faults"
     folder.mkdir(mode=0o711)

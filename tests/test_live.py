@@ -178,6 +178,7 @@ def assert_ended(terminal: Terminal, lines: list[str], trials: int) -> None:
     assert not terminal.screen.cursor.hidden
 
 
+@pytest.mark.slow
 def test_a_run_on_a_terminal(place: Place) -> None:
     place.slow_down(0.1)
     place.put_promoted("SP500", INCUMBENT, model="naive")

@@ -27,6 +27,7 @@ from studies import study as studying
 Place = places.Place  # of the fixture `place`
 
 
+@pytest.mark.slow
 def test_five_hundred_studies(database_url: str, tmp_path: Path) -> None:
     storage = database.open_storage(database_url, wait_s=10, create=False)
     fill(storage)

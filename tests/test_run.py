@@ -160,6 +160,7 @@ def test_equal_params_give_equal_bits_on_any_worker(place: Place) -> None:
     )
     (place.folder / "studies.toml").write_text(text.replace("[search]", "[search]\nprune_worst = 0.0"))
     place.search("toto")
+    place.start_together(2)
     place.run("launch-workers", "--cpus", "2", "--trials", "60", "--symbols", "SP500")
     values, workers = defaultdict(set), defaultdict(set)
     for trial in place.trials("SP500"):
