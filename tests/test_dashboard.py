@@ -291,6 +291,7 @@ def test_a_finished_study_that_cannot_be_noted_is_not_drawn_again_and_again(
 # --- what is shown --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_in_a_browser(place: Place, folder: Path, study: Study, tab: Tab) -> None:
     notes.update(place.storage, folder, [study])
     (image,) = images_of(place, study)

@@ -281,6 +281,7 @@ def test_other_costs_are_another_question(place: Place) -> None:
 # --- what is shown --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_front_in_a_browser(place: Place, folder: Path, tab: Tab) -> None:
     study = searched(place, "simple", trials=24)
     notes.update(place.storage, folder, [study])

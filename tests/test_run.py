@@ -443,6 +443,7 @@ def test_a_second_signal_ends_at_once_without_a_server(place: Place, scratch: Pa
         embedded.stop(server)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_on_an_empty_database(place: Place, database_server: Any) -> None:
     name = f"empty_{os.getpid()}"
     execute(database_server.url, f"create database {name}")
