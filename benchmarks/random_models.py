@@ -75,6 +75,12 @@ def random_chronos2() -> Chronos2Network:
 
 
 def random_kronos(size: KronosNetworkConfig = KRONOS_BASE) -> Kronos:
+    """Both of `random_kronos_networks`, loaded."""
+    network, tokenizer = random_kronos_networks(size)
+    return Kronos(tokenizer, network, fingerprint="random", network_context=KRONOS_SEES)
+
+
+def random_kronos_networks(size: KronosNetworkConfig) -> tuple[KronosNetwork, KronosTokenizer]:
     """With random weights, spread so that the second token depends on the first and logits have a shape."""
     torch.manual_seed(0)
     network, tokenizer = KronosNetwork(size), KronosTokenizer(KRONOS_TOKENIZER)
@@ -87,7 +93,7 @@ def random_kronos(size: KronosNetworkConfig = KRONOS_BASE) -> Kronos:
     with torch.no_grad():
         for layer, factor in ((attention.q_proj, 60), (attention.out_proj, 4), (network.head.proj_s1, 1.5)):
             layer.weight.mul_(factor)
-    return Kronos(tokenizer, network, fingerprint="random", network_context=KRONOS_SEES)
+    return network, tokenizer
 
 
 def random_checkpoints(folder: Path, kronos_size: KronosNetworkConfig = KRONOS_BASE) -> dict[str, str]:
@@ -95,11 +101,11 @@ def random_checkpoints(folder: Path, kronos_size: KronosNetworkConfig = KRONOS_B
 
     Kronos' tokenizer is in `tokenizer` within its folder.
     """
-    network, kronos = random_toto(), random_kronos(kronos_size)
+    kronos, tokenizer = random_kronos_networks(kronos_size)
     parts: tuple[tuple[str, nn.Module, Any], ...] = (
-        ("toto", network, TOTO_BASE),
-        ("kronos", kronos.network, kronos_size),
-        ("kronos/tokenizer", kronos.tokenizer, KRONOS_TOKENIZER),
+        ("toto", random_toto(), TOTO_BASE),
+        ("kronos", kronos, kronos_size),
+        ("kronos/tokenizer", tokenizer, KRONOS_TOKENIZER),
     )
     for name, module, config in parts:
         place = folder / name

@@ -34,6 +34,7 @@ from forecasters.kronos_network import KronosNetwork, KronosTokenizer, LayerCach
 from forecasters.kronos_sampling import Sampling, keyed_pick, sampling_of, uniforms
 from forecasters.kronos_sizes import CALENDAR, NETWORK_CONTEXT
 from forecasters.kronos_tree import paths
+from forecasters.packed import pack
 from forecasters.scaling import RAW, in_units, units_of
 
 DRAW_BYTES = 256 << 20  # keys and values of generated tokens held at a time
@@ -75,6 +76,9 @@ class Kronos(KeptTables):
         dtype = next(iter(network.transformer)).ffn.w1.weight.dtype
         identity = f"{network.config} {tokenizer.config} {dtype}"
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
+        if not self.graphs.on:
+            pack(self.tokenizer)
+            pack(self.network)
         self._fixed, self._chunk = FixedShapes(tokenizer, network), chunk
         self._fixed_samples = FIXED_SAMPLES
 

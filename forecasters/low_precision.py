@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forecasters.packed import PackedLinear
+
 INT8 = "int8"
 MOST = 127  # of int8, on both sides of 0
 SMALLEST = 1e-30  # of what a row is divided by: a row of zeros stays one
@@ -61,7 +63,7 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def part(layer: nn.Module, x: Tensor, outputs: slice) -> Tensor:
     """These outputs alone of a linear layer."""
-    if isinstance(layer, Int8Linear):
+    if isinstance(layer, Int8Linear | PackedLinear):
         return layer.part(x, outputs)
     assert isinstance(layer, nn.Linear)
     return F.linear(x, layer.weight[outputs], layer.bias[outputs])
@@ -82,7 +84,8 @@ def placed(network: nn.Module, transformer: nn.Module, *, device: str, dtype: st
 def weight_mib(forecaster: object) -> float:
     """What the weights of a forecaster's network take, in MiB; 0 where there is no network."""
     network = getattr(forecaster, "network", None) or nn.Module()
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers())) / 2**20
+    packed = [module for module in network.modules() if isinstance(module, PackedLinear)]
+    return sum(each.nbytes for each in (*network.parameters(), *network.buffers(), *packed)) / 2**20
 
 
 def instructions(dtype: str) -> tuple[str, ...] | None:

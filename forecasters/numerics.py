@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-COMMON = ("forecasters.low_precision", "forecasters.scaling")  # modules that decide bits of several models
+COMMON = (
+    "forecasters.low_precision",
+    "forecasters.packed",
+    "forecasters.scaling",
+)  # modules that decide bits of several models
 
 
 def surroundings(device: torch.device, *modules: str) -> str:

@@ -34,6 +34,7 @@ from forecasters import (
 from forecasters.checkpoints import load_into, resolve
 from forecasters.compilation import OFF, Graphs, Policy, decide, fixed_length
 from forecasters.low_precision import placed
+from forecasters.packed import pack
 from forecasters.scaling import in_units
 from forecasters.toto_checkpoint import fingerprint_of, read_config, rename
 from forecasters.toto_encoded import (
@@ -131,12 +132,14 @@ class Toto(SharedForwards, KeptMixtures):
         self, network: TotoNetwork, *, fingerprint: str, policy: Policy | None = None, chunk: int = 10
     ) -> None:
         """policy: how to compile; None: not at all. chunk: windows in a compiled forward, fewer are padded."""
-        self.network = network.eval().requires_grad_(False).transposed()
+        self.network = network.eval().requires_grad_(False)
         self.fingerprint = fingerprint
         self.free_draw_horizon = network.config.patch_size
         self.forwards = 0
         identity = f"{network.config} {next(network.layers).attention.wO.weight.dtype}"
         self.graphs = Graphs(policy or OFF, device=self.device, identity=identity)
+        if not self.graphs.on:
+            pack(self.network.transformer, {"wQKV": (network.config.embed_dim,)})
         self._chunk = chunk
         # What is run together, halved where a device runs out of memory and not tried larger again. On a GPU a batch
         # of another size may change the last bits of an answer. A CPU never raises what halves: its bits stay.

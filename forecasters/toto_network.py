@@ -103,7 +103,7 @@ class SwiGLU(nn.Module):
         gate, value = x.chunk(2, dim=-1)
         if torch.is_grad_enabled():
             return F.silu(gate) * value
-        return F.silu(gate, inplace=True).mul_(value)  # here and below: new pages take a tenth of the time on a CPU
+        return F.silu(gate).mul_(value)  # here and below in place: new pages take a tenth of the time on a CPU
 
 
 class TotoAttention(nn.Module):
@@ -200,13 +200,6 @@ class TotoNetwork(nn.Module):
         self.last_over_time = max((i for i, over_time in enumerate(config.over_time) if over_time), default=-1)
         self.unembed = nn.Linear(size, size * config.patch_size)
         self.output_distribution = nn.ModuleDict({name: nn.Linear(size, k) for name in HEADS})
-
-    def transposed(self) -> TotoNetwork:
-        """Lay the weights of the transformer out by input, for products with few rows: 3 % faster on a CPU in fp32."""
-        for layer in self.transformer.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu":
-                layer.weight.data = layer.weight.data.t().contiguous().t()
-        return self
 
     @property
     def layers(self) -> Iterator[Layer]:

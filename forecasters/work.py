@@ -5,12 +5,14 @@ An operation is a multiplication or an addition of a matrix product, a convoluti
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from forecasters import packed
 from forecasters.low_precision import INT8, PRODUCT
 
 SIZE, REPEATS = 1536, 3  # of the square matrices whose product is timed; the fastest counts
@@ -18,7 +20,8 @@ SIZE, REPEATS = 1536, 3  # of the square matrices whose product is timed; the fa
 
 def count_flop(work: Callable[[], object]) -> int:
     """Do this work and count its operations; what a compiled graph does is not seen. Counting slows small work down."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flop}) as counter:
+    mapping = {torch.ops.aten._int_mm: _product_flop, packed.OPERATOR: _packed_flop}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         work()
     return counter.get_total_flops()
 
@@ -26,6 +29,11 @@ def count_flop(work: Callable[[], object]) -> int:
 def _product_flop(left: Sequence[int], right: Sequence[int], **_: object) -> int:
     """Of the product of whole numbers, which torch's counter does not know, from the shapes of both."""
     return 2 * left[0] * left[1] * right[1]
+
+
+def _packed_flop(rows: Sequence[int], _: object, weight: Sequence[int], *__: object, **___: object) -> int:
+    """Of a product of packed weights, from the shapes of the input and of the plain weights."""
+    return 2 * math.prod(rows) * weight[0]
 
 
 def measure_matrix_product(device: str, dtype: str = "float32") -> float:

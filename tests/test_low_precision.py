@@ -12,6 +12,7 @@ from torch import nn
 import forecasters
 from forecasters import Running
 from forecasters.low_precision import Int8Linear, instructions, weight_mib
+from forecasters.packed import PackedLinear
 from forecasters.work import count_flop
 
 
@@ -63,7 +64,7 @@ def test_int8_is_the_transformers_only_and_another_fingerprint(model: str, tmp_p
     assert coarse.fingerprint == found["int8"]
     assert len(set(found.values())) == 3
     whole = {name for name, module in coarse.network.named_modules() if isinstance(module, Int8Linear)}
-    linear = {name for name, module in exact.network.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in exact.network.named_modules() if isinstance(module, nn.Linear | PackedLinear)}
     assert whole == {name for name in linear if name.startswith("transformer.")}
     assert {tensor.dtype for tensor in coarse.network.parameters()} == {torch.float32}
     assert weight_mib(coarse) < 0.7 * weight_mib(exact)
