@@ -88,7 +88,10 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(ff_dim, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate = self.w1(x)
+        if torch.is_grad_enabled():
+            return self.w2(F.silu(gate) * self.w3(x))
+        return self.w2(F.silu(gate, inplace=True).mul_(self.w3(x)))  # new pages take 3 % of the time on a CPU
 
 
 class Block(nn.Module):
