@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg2
 import pytest
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from ray_nodes import Nodes
 
+    from forecasters import Bars
     from studies.study import Study
 
 # A developer's own settings must not leak into a test: scrubbed before any test module is imported.
@@ -118,6 +119,34 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, database_url: str) -> 
     found = request.module.Place(tmp_path, database_url)
     yield found
     found.close()
+
+
+@pytest.fixture(scope="module")
+def bars() -> Bars:
+    """300 days at random, with everything that a bar has."""
+    import numpy as np
+
+    from forecasters import Bars
+
+    rng = np.random.default_rng(3)
+    close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, 300)))
+    opening = close * np.exp(rng.normal(0, 0.003, 300))
+    return Bars(
+        timestamps=np.datetime64("2020-01-01", "ns") + np.arange(300) * np.timedelta64(1, "D"),
+        open=opening,
+        high=np.maximum(opening, close) * 1.002,
+        low=np.minimum(opening, close) / 1.002,
+        close=close,
+        volume=rng.lognormal(12, 0.5, 300),
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Any]:
+    """The bundled Toto and Kronos."""
+    import forecasters
+
+    return {model: forecasters.load(model, checkpoint=f"{model}-tiny") for model in ("toto", "kronos")}
 
 
 @pytest.fixture

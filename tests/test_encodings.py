@@ -18,54 +18,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nights import KRONOS, TOTO, night
 from places import RunPlace as Place
 from places import last_bars
 
-import forecasters
 from forecasters import Bars, Forecaster
 from forecasters.naive import Naive
 from objectives.evaluation import Evaluator
 from objectives.keeping import Keeping
-from objectives.windows import Windows, recent_origins
+from objectives.windows import Windows
 from storage import encodings
 from storage.encodings import Encodings
 from studies import config as configuration
 from studies.evaluators import evaluator_of
 
-TOTO = {"context_length": 128, "num_samples": 64, "aggregate": "median"}
-KRONOS = {
-    "max_context": 64, "clip": 3.0, "temperature": 0.3, "top_k": 12, "top_p": 1.0, "sample_count": 32,
-    "aggregate": "mean",
-}  # fmt: skip
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def bars() -> Bars:
-    rng = np.random.default_rng(3)
-    close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, 300)))
-    opening = close * np.exp(rng.normal(0, 0.003, 300))
-    return Bars(
-        timestamps=np.datetime64("2020-01-01", "ns") + np.arange(300) * np.timedelta64(1, "D"),
-        open=opening,
-        high=np.maximum(opening, close) * 1.002,
-        low=np.minimum(opening, close) / 1.002,
-        close=close,
-        volume=rng.lognormal(12, 0.5, 300),
-    )
-
-
-@pytest.fixture(scope="module")
-def loaded() -> dict[str, Any]:
-    return {
-        "toto": forecasters.load("toto", checkpoint="toto-tiny"),
-        "kronos": forecasters.load("kronos", checkpoint="kronos-tiny"),
-    }
-
-
-def night(bars: Bars, number: int, key: str = "close") -> Windows:
-    """The last 20 origins: two batches of 10. Every night has one bar more than the one before."""
-    return recent_origins(bars.slice(0, 290 + number), 20, symbol="A", min_context=60).of_key(key)
 
 
 def measured(forecaster: Forecaster, windows: Windows, params: dict[str, Any], store: Any, **options: Any) -> Any:

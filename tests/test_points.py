@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_encodings import KRONOS, TOTO, bars, loaded, night  # noqa: F401 - two of them are fixtures
+from nights import KRONOS, TOTO, night
 
 from forecasters import Bars, Forecaster
 from objectives import points as kept_points
@@ -56,8 +56,8 @@ def fresh(forecaster: Forecaster, windows: Windows, params: dict[str, Any], **op
 )
 @pytest.mark.parametrize("key", ["close", "high"])
 def test_a_second_run_draws_nothing_and_has_the_same_bits(
-    bars: Bars,  # noqa: F811
-    loaded: dict[str, Any],  # noqa: F811
+    bars: Bars,
+    loaded: dict[str, Any],
     tmp_path: Path,
     model: str,
     params: dict[str, Any],
@@ -79,7 +79,7 @@ def test_a_second_run_draws_nothing_and_has_the_same_bits(
         assert again.evaluator.seconds["draw"] == 0
 
 
-def test_what_decides_points_is_asked_for(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_what_decides_points_is_asked_for(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:
     toto = loaded["toto"]
 
     def found(params: dict[str, Any], windows: Windows | None = None, **options: Any) -> int:
@@ -100,7 +100,7 @@ def test_what_decides_points_is_asked_for(bars: Bars, loaded: dict[str, Any], tm
     assert found(TOTO) == 40
 
 
-def test_seeds_of_what_is_served_are_others(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_seeds_of_what_is_served_are_others(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:
     windows, toto = night(bars, 0), loaded["toto"]
     study = Run(toto, tmp_path).evaluator.forecast(windows, TOTO)
     run = Run(toto, tmp_path)
@@ -110,8 +110,8 @@ def test_seeds_of_what_is_served_are_others(bars: Bars, loaded: dict[str, Any], 
 
 
 def test_what_is_in_memory_is_bounded_and_goes_to_the_store(
-    bars: Bars,  # noqa: F811
-    loaded: dict[str, Any],  # noqa: F811
+    bars: Bars,
+    loaded: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -127,7 +127,7 @@ def test_what_is_in_memory_is_bounded_and_goes_to_the_store(
     assert again.ended() == (80, 80, 0)
 
 
-def test_two_at_once_keep_what_each_has_found(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_two_at_once_keep_what_each_has_found(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:
     runs = [Run(loaded["toto"], tmp_path) for _ in range(2)]
     for run, params in zip(runs, (TOTO, MORE), strict=True):
         run.errors(night(bars, 0), params)
@@ -139,8 +139,8 @@ def test_two_at_once_keep_what_each_has_found(bars: Bars, loaded: dict[str, Any]
 
 
 def test_what_was_used_last_stays(
-    bars: Bars,  # noqa: F811
-    loaded: dict[str, Any],  # noqa: F811
+    bars: Bars,
+    loaded: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -159,7 +159,7 @@ def test_what_was_used_last_stays(
     assert found(TOTO, least, MORE) == [40, 40, 0]
 
 
-def test_damaged_points_are_computed_again(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_damaged_points_are_computed_again(bars: Bars, loaded: dict[str, Any], tmp_path: Path) -> None:
     toto, windows = loaded["toto"], night(bars, 0)
     run = Run(toto, tmp_path)
     expected = run.errors(windows, TOTO)
@@ -172,8 +172,8 @@ def test_damaged_points_are_computed_again(bars: Bars, loaded: dict[str, Any], t
 
 
 def test_points_reach_the_store_as_their_evaluator_goes(
-    bars: Bars,  # noqa: F811
-    loaded: dict[str, Any],  # noqa: F811
+    bars: Bars,
+    loaded: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     config = configuration.load(None, {"storage": {"data_dir": str(tmp_path / "server")}})
