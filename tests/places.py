@@ -167,6 +167,13 @@ def patch_python(folder: Path, code: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *others])}
 
 
+def start_together(folder: Path, workers: int) -> dict[str, str]:
+    """The environment in which no trial begins to measure before as many workers have one."""
+    there = folder / "in-a-trial"
+    there.mkdir()
+    return patch_python(folder / "together", TOGETHER.format(folder=str(there), workers=workers))
+
+
 @cache
 def tiny_toto() -> forecasters.Forecaster:
     """The bundled Toto on the CPU, loaded once a process."""
@@ -247,11 +254,7 @@ class RunPlace(Place):
         self.environment |= patch_python(self.folder / "slow", SLOW_TRIALS.format(seconds=seconds))
 
     def start_together(self, workers: int) -> None:
-        """Let no trial begin to measure before as many workers have one."""
-        folder = self.folder / "in-a-trial"
-        folder.mkdir()
-        code = TOGETHER.format(folder=str(folder), workers=workers)
-        self.environment |= patch_python(self.folder / "together", code)
+        self.environment |= start_together(self.folder, workers)
 
     def get_stuck(self, calls: int) -> Path:
         """Let confirmations stop getting on after so many measurements, which are noted in the file returned."""

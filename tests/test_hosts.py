@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-from places import BIN, RUN_SETTINGS, RunPlace, write_bars
+from places import BIN, RUN_SETTINGS, RunPlace, start_together, write_bars
 
 from storage import embedded
 
@@ -182,7 +182,7 @@ def test_workers_of_two_hosts_share_one_budget(run: Run) -> None:
     assert "wrong" not in refused.stderr
 
     # Both at once, on an empty database.
-    environment = {**os.environ, "OPTUNA_STORAGE": url, "PGPASSFILE": str(passfile)}
+    environment = {**os.environ, "OPTUNA_STORAGE": url, "PGPASSFILE": str(passfile), **start_together(run.folder, 2)}
     launch = run.words("launch-workers", "--cpus", "1", "--trials", str(BUDGET))
     launched = [
         subprocess.Popen(

@@ -474,7 +474,7 @@ def test_a_frozen_worker_loses_its_slot_and_goes_on(place: Place) -> None:
     while not any(trial.state == TrialState.FAIL for trial in trials()):  # or it was frozen between two trials
         freezes += 1
         os.kill(frozen, signal.SIGSTOP)
-        time.sleep(3.5)  # past its lease of 2 s
+        time.sleep(2.8)  # past its lease of 2 s
         os.kill(frozen, signal.SIGCONT)
         time.sleep(0.2)
     supervisor.communicate(timeout=120)
