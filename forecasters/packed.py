@@ -68,10 +68,7 @@ def pack(network: nn.Module, cuts: Mapping[str, Sequence[int]] | None = None) ->
         return
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and (child.weight.device.type, child.weight.dtype) == (
-                "cpu",
-                torch.float32,
-            ):
+            if isinstance(child, nn.Linear) and child.weight.is_cpu and child.weight.dtype == torch.float32:
                 setattr(parent, name, PackedLinear(child, (cuts or {}).get(name, ())))
 
 
