@@ -251,17 +251,18 @@ class Together:
                 self._in_database(lambda: forecasts.forget(storage, keep_days=days, wait_s=PATIENCE_S))
 
     def _keep(self) -> None:
-        """Write counts and what could not be written, and renew claims, until the end."""
+        """Renew claims, and write counts and what could not be written, until the end."""
         while not self._closing.wait(FLUSH_S):
-            try:
-                self._flush()
-                self._renew(list(self._claimed))
-            except DatabaseUnavailable:
-                continue
-            except Exception:  # noqa: BLE001 - without this thread nothing would be counted any more
-                _log.exception("counts could not be written")
+            for work in (self._renew, self._flush):  # a row that cannot be written may not cost the claims
+                try:
+                    work()
+                except DatabaseUnavailable:
+                    break
+                except Exception:  # noqa: BLE001 - without this thread claims would lapse and nothing be counted
+                    _log.exception("claims, counts or forecasts could not be written")
 
-    def _renew(self, claimed: Sequence[str]) -> None:
+    def _renew(self) -> None:
+        claimed = list(self._claimed)
         if claimed and self.storage is not None:
             storage = self.storage
             self._in_database(lambda: forecasts.renew(storage, claimed, self._owner, lease_s=LEASE_S), at_once=True)

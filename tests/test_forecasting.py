@@ -187,10 +187,19 @@ def test_what_another_process_computes_is_waited_for_and_taken_over_when_it_dies
         assert waiting.result(5).cached == "joined"
 
 
-def test_a_long_computation_keeps_its_claim(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_long_computation_keeps_its_claim(place: Place, monkeypatch: pytest.MonkeyPatch, writes: bool) -> None:
     monkeypatch.setattr(together, "LEASE_S", 0.6)
     monkeypatch.setattr(together, "FLUSH_S", 0.1)
-    answer, computed = together.answer, []
+    answer, computed, catch_up = together.answer, [], together.forecasts.catch_up
+    broken = not writes
+
+    def caught_up(*words: Any) -> None:
+        if broken:
+            raise ValueError("a row that cannot be written")
+        catch_up(*words)
+
+    monkeypatch.setattr(together.forecasts, "catch_up", caught_up)
 
     def slowly(*words: Any) -> Any:
         time.sleep(1.5)
@@ -200,6 +209,7 @@ def test_a_long_computation_keeps_its_claim(place: Place, monkeypatch: pytest.Mo
     monkeypatch.setattr(together, "answer", slowly)
     with ThreadPoolExecutor(2) as threads:
         kinds = sorted(threads.map(lambda each: one(each).cached, [place.open(), place.open()]))
+    broken = False
     assert kinds == ["computed", "joined"]
     assert len(computed) == 1
 
