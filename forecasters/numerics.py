@@ -11,11 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-COMMON = (
-    "forecasters.low_precision",
-    "forecasters.packed",
-    "forecasters.scaling",
-)  # modules that decide bits of several models
+# Modules that decide bits of several models.
+COMMON = ("forecasters.low_precision", "forecasters.packed", "forecasters.scaling")
 
 
 def surroundings(device: torch.device, *modules: str) -> str:

@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
         """cuts: outputs between which `part` may be asked for."""
         super().__init__()
         self.bias = layer.bias
-        self.nbytes = layer.weight.nbytes
+        self.nbytes = layer.weight.nbytes  # of the plain weights; packed ones take as much
         bounds = (0, *cuts, layer.out_features)
         self._pieces = [(a, b, _packed(layer.weight[a:b])) for a, b in itertools.pairwise(bounds)]
 

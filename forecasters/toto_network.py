@@ -103,7 +103,8 @@ class SwiGLU(nn.Module):
         gate, value = x.chunk(2, dim=-1)
         if torch.is_grad_enabled():
             return F.silu(gate) * value
-        return F.silu(gate).mul_(value)  # here and below in place: new pages take a tenth of the time on a CPU
+        # In place, here and below: new pages take a tenth of the time on a CPU. Contiguous, or the product copies it.
+        return F.silu(gate).mul_(value)
 
 
 class TotoAttention(nn.Module):
