@@ -184,8 +184,8 @@ class RetryingStorage(RDBStorage):
                         raise DatabaseUnavailable(
                             f"{without_password(self.engine.url)}: no answer for {wait_s:.0f} s: {first_line(error)}"
                         ) from None
-                    # Jitter: eight workers must not come back in the same millisecond.
-                    time.sleep(min(2.0, 0.1 * 2**attempt) * (0.5 + random.random()))
+                    # Jitter: eight workers must not come back in one millisecond. Less than the shortest lease, 2 s.
+                    time.sleep(min(1.0, 0.1 * 2**attempt) * (0.5 + random.random()))
                 attempt += 1
 
     def _trial_transaction(self, run: Callable[[Connection], T], *, durable: bool = True) -> T:
